@@ -1,0 +1,95 @@
+"""The formulas in plain Python loops over floats (fp64). Imports nothing from the package under test."""
+
+import math
+
+
+def length_weights(lengths, lam, aggregation, scope="batch", r=1 / 9, max_completion_length=None):
+    """f for a list of groups of lengths; the same nesting back."""
+    batch = sum(sum(group) for group in lengths)
+    rows = sum(len(group) for group in lengths)
+    everyone = [n for group in lengths for n in group if n > 0]
+    weights = []
+    for group in lengths:
+        present = [n for n in group if n > 0]
+        out = []
+        for n in group:
+            if n == 0:
+                out.append(0.0)
+                continue
+            if aggregation == "dapo":
+                f = 1.0
+            elif aggregation == "grpo":
+                f = (batch / rows) / n
+            elif aggregation == "dr_grpo":
+                f = (batch / rows) / max_completion_length
+            elif aggregation == "lambda":
+                f = softmax_weight(n, present, lam, r)
+            elif aggregation == "power":
+                f = power_weight(n, everyone if scope == "batch" else present, lam)
+            if scope == "prompt" and aggregation in ("dapo", "lambda", "power"):
+                f *= (batch / len(lengths)) / sum(group)
+            out.append(f)
+        weights.append(out)
+    return weights
+
+
+def growth(present, lam, r):
+    """h and g = h^λ of the rows with tokens of one group."""
+    mean = math.fsum(present) / len(present)
+    std = math.sqrt(math.fsum((n - mean) ** 2 for n in present) / len(present))
+    h = [1 + r * ((n - mean) / std if std > 0 else 0.0) for n in present]
+    return h, [x**lam for x in h]
+
+
+def softmax_weight(n, present, lam, r):
+    _, g = growth(present, lam, r)
+    top = max(g)
+    exp = [math.exp(x - top) for x in g]
+    return len(present) * exp[present.index(n)] / math.fsum(exp)
+
+
+def power_weight(n, present, lam):
+    mean = math.fsum(present) / len(present)
+    return (n / mean) ** lam * math.fsum(present) / math.fsum(m * (m / mean) ** lam for m in present)
+
+
+def softmax_objective_gradient(lengths, surrogates, lam, r=1 / 9):
+    """
+    dJ/dλ of J = 1/Σ|o| Σ_i f_i L_i over the groups, by the closed form of the method notes:
+    G/Σ|o| · Σ_i L_i p_i (u_i - Σ_j p_j u_j) with u_i = g_i ln h_i, p = softmax(g).
+    """
+    total = 0.0
+    for group, values in zip(lengths, surrogates, strict=True):
+        h, g = growth(group, lam, r)
+        top = max(g)
+        exp = [math.exp(x - top) for x in g]
+        p = [e / math.fsum(exp) for e in exp]
+        u = [x * math.log(y) for x, y in zip(g, h, strict=True)]
+        mean_u = math.fsum(a * b for a, b in zip(p, u, strict=True))
+        total += len(group) * math.fsum(v * a * (b - mean_u) for v, a, b in zip(values, p, u, strict=True))
+    return total / sum(sum(group) for group in lengths)
+
+
+def probability_weight(logp, regulation, alpha=None, k=9.0, p0=0.25, low=1.0, high=1.4):
+    """v of one token."""
+    pi = math.exp(logp)
+    if regulation == "linear":
+        alpha = 0.2 if alpha is None else alpha
+        return alpha * pi + 1 - alpha
+    alpha = 2.0 if alpha is None else alpha
+    return min(max(alpha / (1 + math.exp(-k * (pi - p0))), low), high)
+
+
+def clipped_inside(logp, old_logp, advantage, weight, eps=0.2):
+    """min(vρA, clip(vρ, 1 ± ε)A) of one token and its derivative in log π (v a constant)."""
+    ratio = weight * math.exp(logp - old_logp)
+    clipped = min(max(ratio, 1 - eps), 1 + eps)
+    if ratio * advantage <= clipped * advantage:
+        return ratio * advantage, ratio * advantage
+    return clipped * advantage, 0.0
+
+
+def loss_shares(rows, quartiles=4):
+    """Σ mass per bin over Σ mass, for (mass, bin) pairs."""
+    total = math.fsum(mass for mass, _ in rows)
+    return [math.fsum(mass for mass, b in rows if b == q) / total for q in range(quartiles)]

@@ -1,0 +1,196 @@
+"""A tiny model, prepared completions and one way to run a trainer and look at what it did."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from trl import GRPOConfig
+
+VOCABULARY = 32
+EOS = 1
+LENGTHS = [[3, 1, 12, 6], [2, 2, 9, 5], [7, 4, 1, 11]]  # (P, G) = (3, 4), very unequal
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="w2", padding_side="left"
+    )
+
+
+def build_model(seed: int = 0, std: float = 0.6) -> Qwen2ForCausalLM:
+    """Random weights large enough that token probabilities spread over (0, 1)."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=std,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@dataclass
+class Batch:
+    """Prepared completions: `lengths` (P, G), the last token an EOS unless `truncated` says otherwise."""
+
+    lengths: list[list[int]] = field(default_factory=lambda: [list(row) for row in LENGTHS])
+    truncated: set[int] = field(default_factory=set)  # flat row numbers
+    env_mask: Callable[[int, int], list[int]] | None = None  # (row, length) -> mask of own tokens
+    seed: int = 0
+
+    def __post_init__(self):
+        generator = torch.Generator().manual_seed(self.seed)
+        self.completions = []
+        for row, length in enumerate(n for group in self.lengths for n in group):
+            tokens = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+            self.completions.append(tokens if row in self.truncated else [*tokens[:-1], EOS])
+        self.rewards = torch.rand(len(self.completions), generator=generator).tolist()
+
+    @property
+    def num_generations(self) -> int:
+        return len(self.lengths[0])
+
+    def dataset(self, repeats: int = 1) -> Dataset:
+        return Dataset.from_dict({"prompt": [f"w{3 + p} w{7 + p}" for p in range(len(self.lengths))] * repeats})
+
+    def rollout(self, prompts, trainer):
+        start = trainer.accelerator.process_index * len(prompts)
+        rows = range(start, start + len(prompts))
+        ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
+        completions = [self.completions[row % len(self.completions)] for row in rows]
+        output = {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+        output["row"] = list(rows)
+        if self.env_mask is not None:
+            output["env_mask"] = [self.env_mask(row, len(c)) for row, c in zip(rows, completions, strict=True)]
+        return output
+
+    def reward(self, completions, row, **kwargs):
+        return [self.rewards[r % len(self.rewards)] for r in row]
+
+
+@dataclass
+class Run:
+    """What one training run did."""
+
+    trainer: object
+    losses: list[float]
+    grads: list[dict[str, torch.Tensor]]
+    lambda_grads: list[float | None]
+    lambdas: list[float | None]
+
+    @property
+    def logs(self) -> list[dict]:
+        return [entry for entry in self.trainer.state.log_history if "loss" in entry]
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        return {
+            n: p.detach().clone()
+            for n, p in self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters()
+        }
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, run: Run):
+        self.run = run
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+        self.run.grads.append(named)
+        parameter = getattr(self.run.trainer, "_lambda", None)
+        grad = None if parameter is None or parameter.tensor.grad is None else parameter.tensor.grad.item()
+        self.run.lambda_grads.append(grad)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.run.lambdas.append(getattr(self.run.trainer, "lambda_value", None))
+
+
+def config(config_class: type[GRPOConfig], batch: Batch, **options) -> GRPOConfig:
+    """One process, CPU, fp32, SGD without clipping or warm-up: what is compared is the gradient itself."""
+    rows = len(batch.completions)
+    defaults = {
+        "output_dir": tempfile.mkdtemp(prefix="trl_lambda_test_"),
+        "num_generations": batch.num_generations,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 16,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "shuffle_dataset": False,
+        "seed": 3,
+    }
+    return config_class(**(defaults | options))
+
+
+def build(trainer_class, args, batch: Batch, model=None, **options):
+    """A trainer on prepared completions, whose losses are recorded in `trainer.seen_losses`."""
+
+    class Recording(trainer_class):
+        def compute_loss(self, *a, **k):
+            loss = super().compute_loss(*a, **k)
+            self.seen_losses.append(loss.item())
+            return loss
+
+    Recording.__name__ = trainer_class.__name__
+    Recording.seen_losses = []
+    return Recording(
+        model=build_model() if model is None else model,
+        reward_funcs=options.pop("reward_funcs", batch.reward),
+        args=args,
+        train_dataset=options.pop("train_dataset", batch.dataset(repeats=8)),
+        processing_class=options.pop("processing_class", build_tokenizer()),
+        rollout_func=batch.rollout,
+        **options,
+    )
+
+
+def train(trainer_class, config_class, batch: Batch | None = None, *, model=None, trainer_options=None, **options):
+    """Train on prepared completions and return the `Run`."""
+    batch = Batch() if batch is None else batch
+    trainer = build(trainer_class, config(config_class, batch, **options), batch, model, **(trainer_options or {}))
+    run = Run(trainer, trainer.seen_losses, [], [], [])
+    trainer.callback_handler.callbacks.insert(0, _Watch(run))
+    trainer.train()
+    return run
+
+
+def assert_same_bits(a: Run, b: Run) -> None:
+    """Losses and every gradient of every step agree to the last bit."""
+    assert a.losses == b.losses
+    assert len(a.grads) == len(b.grads) > 0
+    for mine, theirs in zip(a.grads, b.grads, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in mine:
+            assert torch.equal(mine[name], theirs[name]), name
+
+
+def largest_deviation(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """max |a - b| over all gradients, relative to the largest entry of b."""
+    scale = max(g.abs().max().item() for g in b.values())
+    return max((a[name] - b[name]).abs().max().item() for name in b) / scale

@@ -1,0 +1,157 @@
+"""TRL's own loss is the oracle wherever a member coincides with a `loss_type`: loss and gradient."""
+
+import pytest
+import torch
+from support import Batch, assert_same_bits, largest_deviation, train
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+
+LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+# Two micro-batches per optimizer step and two optimizer steps per generation batch, groups of 4 over micro-batches of
+# 3 rows; the learning rate takes the second step off-policy.
+CUT = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 4,
+    "max_steps": 2,
+    "learning_rate": 0.02,
+}
+LEVELS = ["token", "sequence"]
+FIXED = {"lambda_learnable": False}
+
+
+def both(ours: dict, theirs: dict, batch=None, **options):
+    model = options.pop("model", None)
+    mine = train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, model=model, **options, **ours)
+    return mine, train(GRPOTrainer, GRPOConfig, batch, model=model, **options, **theirs)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_nothing_on_is_trl(loss_type, level, beta, model_folder):
+    options = CUT | {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "model": model_folder}
+    assert_same_bits(*both({"aggregation": None}, {}, **options))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("ours", [{"aggregation": "dapo"}, FIXED, FIXED | {"aggregation": "power"}])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
+def test_weight_one_is_trl_token_mean_to_the_last_bit(loss_type, ours, level, beta, model_folder):
+    options = CUT | {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "model": model_folder}
+    mine, theirs = both(ours, {}, **options)
+    assert_same_bits(mine, theirs)
+    clip = [key for key in theirs.logs[-1] if key.startswith("clip_ratio")]
+    assert {key: mine.logs[-1][key] for key in clip} == {key: theirs.logs[-1][key] for key in clip}
+
+
+@pytest.mark.parametrize("aggregation", ["lambda", "power"])
+def test_a_learnable_lambda_at_zero_is_trl_dapo_to_the_last_bit(aggregation):
+    mine, theirs = both({"aggregation": aggregation}, {}, **CUT | {"max_steps": 1})
+    assert_same_bits(mine, theirs)
+    assert mine.lambda_grads[0] != 0.0
+
+
+MEMBERS = [
+    ({"aggregation": "grpo"}, {"loss_type": "grpo"}),
+    ({"aggregation": "grpo", "aggregation_scope": "prompt"}, {"loss_type": "grpo"}),
+    ({"aggregation": "power", "lambda_init": -1.0, "lambda_learnable": False}, {"loss_type": "grpo"}),
+    ({"aggregation": "dr_grpo"}, {"loss_type": "dr_grpo"}),
+    ({"aggregation": "dr_grpo", "aggregation_scope": "prompt"}, {"loss_type": "dr_grpo"}),
+    ({"aggregation": "grpo", "loss_type": "sapo"}, {"loss_type": "sapo"}),
+]
+CUTS = [
+    CUT,
+    # An accumulation window over two generation batches.
+    CUT | {"steps_per_generation": 2, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 4},
+    CUT | {"num_iterations": 2, "max_steps": 4},
+    CUT | {"gradient_accumulation_steps": 1, "steps_per_generation": 1, "per_device_train_batch_size": 12},
+]
+
+
+@pytest.mark.parametrize("cut", range(len(CUTS)))
+@pytest.mark.parametrize(("ours", "theirs"), MEMBERS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_members_equal_trl_loss_types(ours, theirs, level, cut):
+    mine, trl = both(ours, theirs, **CUTS[cut], importance_sampling_level=level)
+    torch.testing.assert_close(torch.tensor(mine.losses), torch.tensor(trl.losses), rtol=1e-5, atol=1e-6)
+    for step, (a, b) in enumerate(zip(mine.grads, trl.grads, strict=True)):
+        assert largest_deviation(a, b) < 1e-5, step
+
+
+def own_tokens_of_tools(row: int, length: int) -> list[int]:
+    """Every third token came from a tool; one row has no token of its own."""
+    return [0] * length if row == 6 else [int(t % 3 != 1) for t in range(length)]
+
+
+FEATURES = {
+    "delta": {"delta": 1.1},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "entropy quantile": {"top_entropy_quantile": 0.5},
+    "off-policy mask": {"off_policy_mask_threshold": 1e-5},
+    "truncated": {"mask_truncated_completions": True},
+    "tools": {},
+    "kl": {"beta": 0.1},
+    "biased kl": {"beta": 0.1, "use_bias_correction_kl": False},
+    "batch rewards": {"scale_rewards": "batch"},
+}
+
+
+def feature_batch(feature: str) -> Batch:
+    return Batch(
+        truncated={1, 5, 8, 9, 10, 11} if feature == "truncated" else set(),  # the third group whole
+        env_mask=own_tokens_of_tools if feature == "tools" else None,
+    )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("ours", [{"aggregation": "dapo"}, FIXED, FIXED | {"aggregation": "power"}])
+def test_weight_one_is_trl_with_every_feature(ours, feature, model_folder):
+    options = CUT | FEATURES[feature] | {"model": model_folder}
+    assert_same_bits(*both(ours, {}, feature_batch(feature), **options))
+
+
+# KL is reduced by TRL's own loss_type, token mean here and sequence mean there: it stays unweighted, and so differs.
+@pytest.mark.parametrize("feature", [name for name in FEATURES if "kl" not in name])
+@pytest.mark.parametrize("member", ["grpo", "dr_grpo"])
+def test_members_equal_trl_with_every_feature(member, feature):
+    options = CUT | FEATURES[feature]
+    mine, theirs = both({"aggregation": member}, {"loss_type": member}, feature_batch(feature), **options)
+    torch.testing.assert_close(torch.tensor(mine.losses), torch.tensor(theirs.losses), rtol=1e-5, atol=1e-6)
+    for a, b in zip(mine.grads, theirs.grads, strict=True):
+        assert largest_deviation(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "sapo", "luspo"])
+def test_a_token_weight_of_one_leaves_every_reduction_alone(loss_type):
+    """AR with α = 0 weights every token by 1, through the (B, T) path."""
+    options = CUT | {"loss_type": loss_type}
+    mine = train(TRGRPOTrainer, TRGRPOConfig, token_regulation="linear", regulation_alpha=0.0, **options)
+    assert_same_bits(mine, train(GRPOTrainer, GRPOConfig, **options))
+
+
+def test_evaluation_with_one_generation_per_prompt_is_trl():
+    batch = Batch(lengths=[[3], [9], [5], [1]])
+    options = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    runs = []
+    for trainer, config, own in [
+        (LambdaGRPOTrainer, LambdaGRPOConfig, {"aggregation": "lambda", "lambda_init": 3.0}),
+        (GRPOTrainer, GRPOConfig, {}),
+    ]:
+        runs.append(
+            train(
+                trainer, config, batch, **options, **own, trainer_options={"eval_dataset": batch.dataset()}
+            ).trainer.state.log_history
+        )
+    mine, theirs = ([entry for entry in log if "eval_loss" in entry] for log in runs)
+    assert mine[0]["eval_loss"] == theirs[0]["eval_loss"]
+    assert mine[0]["eval_length_weight/ess"] == 1.0

@@ -1,0 +1,7 @@
+"""Token aggregation for TRL's `GRPOTrainer`: a learnable length weight and probability-regulated token weights."""
+
+from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
+from .lambda_grpo_trainer import LambdaGRPOTrainer, TRGRPOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["LambdaGRPOConfig", "LambdaGRPOTrainer", "TRGRPOConfig", "TRGRPOTrainer"]

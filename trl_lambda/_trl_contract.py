@@ -1,0 +1,160 @@
+"""What this package relies on inside TRL, the versions it was checked on, and the check itself.
+
+The loss is TRL's own. The weights go into ``inputs["advantages"]`` (and, inside the clip, into
+``inputs["old_per_token_logps"]``) between the moment `_compute_loss` has the current log-probabilities and the moment
+it reads those entries. That order is not documented by TRL: here it is written down, and read off the installed source
+whenever a trainer is built.
+"""
+
+import ast
+import inspect
+import textwrap
+import warnings
+
+import trl
+from packaging.version import Version
+from trl import GRPOTrainer
+
+OLDEST_TESTED, NEWEST_TESTED = "1.10.0", "1.16.0"
+TESTED_VERSIONS = ("1.10.0", "1.13.0", "1.14.2", "1.16.0")
+
+# Method -> the parameters that are passed or read by name.
+METHODS = {
+    "_generate_and_score_completions": ("inputs",),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_compute_loss": ("model", "inputs"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+    "create_optimizer": (),
+    "log": ("logs", "start_time"),
+    "_save": ("output_dir", "state_dict"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+}
+# Attributes that the trainer reads: TRL sets them in `__init__` or in the methods above.
+ATTRIBUTES = ("_metrics", "num_generations", "num_generations_eval", "loss_type", "epsilon_low", "epsilon_high")
+LOGPS_METHOD = "_get_per_token_logps_and_entropies"
+# Entries of `inputs` that `_compute_loss` must read after it has called LOGPS_METHOD.
+READ_AFTER_LOGPS = ("advantages", "old_per_token_logps")
+# Entries of the scored batch that the trainer reads.
+SCORED_KEYS = ("completion_mask", "advantages", "tool_mask", "num_items_in_batch")
+
+
+def contract_violations(trainer_class: type = GRPOTrainer) -> list[str]:
+    """
+    Compare the installed TRL with what this package relies on.
+
+    Args:
+        trainer_class (`type`, defaults to `trl.GRPOTrainer`): The class whose methods and source are looked at.
+
+    Returns:
+        `list[str]`: one line for each name, signature, key or order that is not as relied on; empty when intact.
+    """
+    violations = []
+    for name, parameters in METHODS.items():
+        method = getattr(trainer_class, name, None)
+        if method is None:
+            violations.append(f"{name} is gone")
+            continue
+        missing = set(parameters) - set(inspect.signature(method).parameters)
+        if missing:
+            violations.append(f"{name} no longer takes {', '.join(sorted(missing))}")
+    if violations:
+        return violations
+
+    init = _attributes_set(trainer_class.__init__)
+    violations += [f"self.{name} is no longer set in __init__" for name in ATTRIBUTES if name not in init]
+    scored = _string_constants(trainer_class._generate_and_score_completions)
+    violations += [f"the scored batch has no {key!r}" for key in SCORED_KEYS if key not in scored]
+    return violations + _order_violations(trainer_class._compute_loss)
+
+
+def check_contract(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
+    """
+    Raise when the installed TRL has moved what the weights go through; warn when it is newer than what was tested.
+
+    Args:
+        trainer_class (`type`, defaults to `trl.GRPOTrainer`): The class to check.
+        version (`str`, defaults to the installed one): TRL's version, for the messages.
+
+    Raises:
+        `RuntimeError`: a name, a signature or the order of `_compute_loss` is not as relied on.
+    """
+    tested = f"tested with TRL {OLDEST_TESTED} to {NEWEST_TESTED}"
+    violations = contract_violations(trainer_class)
+    if violations:
+        raise RuntimeError(
+            f"trl_lambda cannot weight the loss of TRL {version}: {'; '.join(violations)}. It is {tested}: install a "
+            "TRL of that range, or a newer trl-lambda."
+        )
+    if Version(version) > Version(NEWEST_TESTED):
+        warnings.warn(
+            f"trl_lambda is {tested}; TRL {version} is newer. What it relies on is in place there, so training goes "
+            "on, but its tests have not been run on that version.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def liger_bypasses_loss(trainer_class: type = GRPOTrainer) -> bool:
+    """Whether `use_liger_kernel=True` makes this TRL compute another loss than `_compute_loss` (TRL < 1.14 does)."""
+    return hasattr(trainer_class, "compute_liger_loss")
+
+
+def patched_by_unsloth(trainer_class: type) -> bool:
+    """Whether Unsloth has put its own class, or its own `compute_loss`, under `trainer_class`."""
+    modules = [f"{cls.__module__}.{cls.__qualname__}" for cls in trainer_class.__mro__]
+    modules += [getattr(trainer_class, name).__module__ for name in ("compute_loss", "_compute_loss")]
+    return any("unsloth" in module.lower() for module in modules)
+
+
+def _order_violations(compute_loss) -> list[str]:
+    """Read `_compute_loss`: one call for log-probabilities, and the weighted entries read only after it."""
+    tree = _parse(compute_loss)
+    calls = [node.lineno for node in ast.walk(tree) if _called_name(node) == LOGPS_METHOD]
+    if len(calls) != 1:
+        return [f"_compute_loss calls {LOGPS_METHOD} {len(calls)} times instead of once"]
+    violations = []
+    for key in READ_AFTER_LOGPS:
+        lines = [node.lineno for node in ast.walk(tree) if _read_key(node) == key]
+        if not lines:
+            violations.append(f"_compute_loss no longer reads inputs[{key!r}]")
+        elif min(lines) < calls[0]:
+            violations.append(f"_compute_loss reads inputs[{key!r}] before {LOGPS_METHOD}")
+    return violations
+
+
+def _called_name(node: ast.AST) -> str | None:
+    """`name` of a node that is a call ``self.name(...)``."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr
+    return None
+
+
+def _read_key(node: ast.AST) -> str | None:
+    """`key` of a node that is ``inputs["key"]`` or ``inputs.get("key", ...)``."""
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "inputs":
+        return node.slice.value if isinstance(node.slice, ast.Constant) else None
+    if _called_name(node) == "get" and isinstance(node.func.value, ast.Name) and node.func.value.id == "inputs":
+        return node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+    return None
+
+
+def _parse(function) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+
+
+def _attributes_set(function) -> set[str]:
+    """Names `x` that `function` assigns as ``self.x``."""
+    return {
+        node.attr
+        for node in ast.walk(_parse(function))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+
+
+def _string_constants(function) -> set[str]:
+    return {
+        node.value
+        for node in ast.walk(_parse(function))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }

@@ -1,0 +1,312 @@
+"""`LambdaGRPOConfig` and `TRGRPOConfig`: the fields added to `GRPOConfig`, and every refusal that needs no model."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .weights import (
+    LEARNABLE_AGGREGATIONS,
+    LENGTH_AGGREGATIONS,
+    SCOPES,
+    check_length_scale,
+    check_probability_arguments,
+)
+
+# TRL's `loss_type` names a surrogate and a reduction at once. These have a reduction that a weight per response turns
+# into any other one: a token mean, or (sapo) a mean of per-sequence means.
+CONVERTIBLE_LOSS_TYPES = ("dapo", "cispo", "vespo", "sapo")
+_INSTEAD = {
+    "grpo": "loss_type='dapo' with aggregation='grpo' (the same loss), or aggregation=None",
+    "dr_grpo": "loss_type='dapo' with aggregation='dr_grpo' (the same loss), or aggregation=None",
+    "bnpo": "loss_type='dapo' with aggregation='dapo' (the token mean of the whole batch), or aggregation=None",
+    "luspo": "loss_type='dapo' with importance_sampling_level='sequence' and aggregation='dapo' (LUSPO up to a "
+    "constant factor), or aggregation=None",
+}
+# Surrogates with the PPO clip, the only one that the paper's Eq. 9 puts the token weight into.
+CLIPPED_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
+# Surrogates whose value is A·log π times a constant: only their gradient in the policy is meaningful.
+SCORE_FUNCTION_LOSS_TYPES = ("cispo", "vespo")
+
+_LAMBDA_FIELDS = ("lambda_init", "lambda_bounds")
+_GROUP_FIELDS = ("lambda_learning_rate", "lambda_adam_eps", "lambda_max_grad_norm")
+_SIGMOID_FIELDS = ("regulation_slope", "regulation_center", "regulation_min", "regulation_max")
+
+
+@dataclass
+class LambdaGRPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`LambdaGRPOTrainer`].
+
+    This class includes only the parameters that are added to [`~trl.GRPOConfig`], whose own keep their meaning, with
+    one exception: while `aggregation` is set, `loss_type` chooses the surrogate only (`"dapo"`: PPO clip, `"cispo"`,
+    `"vespo"`, `"sapo"`), and the reduction is `aggregation`'s.
+
+    Parameters:
+        > Length weight f (arXiv 2510.06870)
+
+        aggregation (`str` or `None`, *optional*, defaults to `"lambda"`):
+            How much a response counts for its length. `"lambda"`: G · softmax of h^λ over the group, the paper's;
+            `"power"`: (|o|/μ)^λ with the token mass preserved, which contains GRPO (λ = -1) and DAPO (λ = 0);
+            `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members; `None`: TRL's own reduction for `loss_type`.
+        aggregation_scope (`str`, *optional*, defaults to `"batch"`):
+            `"batch"`: token mean over the generation batch, as TRL does; `"prompt"`: token mean of each prompt, then
+            the mean over prompts, the paper's formula as written.
+        lambda_init (`float`, *optional*, defaults to `0.0`):
+            λ at step 0. 0 is DAPO's token mean.
+        lambda_learnable (`bool`, *optional*, defaults to `True`):
+            Whether λ is trained. `False` keeps it at `lambda_init`, without a parameter group.
+        lambda_learning_rate (`float`, *optional*, defaults to `0.1`):
+            Base learning rate of λ's parameter group. The schedule is the model's.
+        lambda_adam_eps (`float`, *optional*, defaults to `1.0`):
+            `eps` of λ's group in Adam-like optimizers. Far above the gradient, it makes the step proportional to the
+            gradient (momentum SGD, as in the paper's setting) instead of sign-like.
+        lambda_max_grad_norm (`float`, *optional*, defaults to `1.0`):
+            Bound of |dL/dλ|, apart from the model's `max_grad_norm`. 0 turns it off.
+        lambda_bounds (`list[float]`, *optional*):
+            `[low, high]`: λ is projected into them after each step.
+        length_scale (`float`, *optional*, defaults to `1/9`):
+            r of h = 1 + r·z. Must be below 1/√(G-1) for G generations per prompt.
+
+        > Token weight v (arXiv 2511.00066 and 2505.12929)
+
+        token_regulation (`str` or `None`, *optional*):
+            `"sigmoid"`: clip(α·σ(k·(π - p0)), L, U), TR-GRPO; `"linear"`: α·π + 1 - α, AR; `None`: no token weight.
+            π is the current policy's probability of the token, a constant to the gradient.
+        regulation_alpha (`float`, *optional*):
+            α: 2.0 for `"sigmoid"` and 0.2 for `"linear"` if `None`.
+        regulation_slope (`float`, *optional*, defaults to `9.0`):
+            k of the sigmoid.
+        regulation_center (`float`, *optional*, defaults to `0.25`):
+            p0 of the sigmoid, a probability.
+        regulation_min (`float`, *optional*, defaults to `1.0`):
+            L of the sigmoid, > 0.
+        regulation_max (`float`, *optional*, defaults to `1.4`):
+            U of the sigmoid, >= L.
+        regulation_inside_clip (`bool`, *optional*, defaults to `False`):
+            `True`: min(vρA, clip(vρ)A), Eq. 9 of arXiv 2511.00066 as its reviews read it; with ε = 0.2 every token
+            with v > 1.2 and A > 0 then has no gradient. `False`: v·min(ρA, clip(ρ)A).
+
+    Raises:
+        `ValueError`: a value is out of range, or an option cannot be honoured in this combination; the message names
+        the field, its value and what is accepted.
+    """
+
+    aggregation: str | None = field(
+        default="lambda",
+        metadata={
+            "help": "How much a response counts for its length: 'lambda' (softmax of h^λ), 'power' ((|o|/μ)^λ), "
+            "'grpo', 'dapo', 'dr_grpo', or none for TRL's own reduction of `loss_type`."
+        },
+    )
+    aggregation_scope: str = field(
+        default="batch",
+        metadata={
+            "help": "'batch': token mean over the generation batch, as TRL does. 'prompt': token mean of each prompt, "
+            "then the mean over prompts."
+        },
+    )
+    lambda_init: float = field(default=0.0, metadata={"help": "λ at step 0. 0 is DAPO's token mean."})
+    lambda_learnable: bool = field(
+        default=True, metadata={"help": "Whether λ is trained. False keeps it at `lambda_init`."}
+    )
+    lambda_learning_rate: float = field(
+        default=0.1,
+        metadata={"help": "Base learning rate of λ's parameter group. The schedule is the model's."},
+    )
+    lambda_adam_eps: float = field(
+        default=1.0,
+        metadata={
+            "help": "`eps` of λ's group in Adam-like optimizers. Far above the gradient, it makes the step "
+            "proportional to the gradient instead of sign-like."
+        },
+    )
+    lambda_max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Bound of |dL/dλ|, apart from the model's `max_grad_norm`. 0 turns it off."}
+    )
+    lambda_bounds: list[float] | None = field(
+        default=None, metadata={"help": "[low, high]: λ is projected into them after each step."}
+    )
+    length_scale: float = field(
+        default=1 / 9,
+        metadata={"help": "r of h = 1 + r·z. Must be below 1/sqrt(G-1) for G generations per prompt."},
+    )
+    token_regulation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token weight, increasing in the policy's own probability of the token: 'sigmoid' (TR-GRPO), "
+            "'linear' (AR), or none."
+        },
+    )
+    regulation_alpha: float | None = field(
+        default=None, metadata={"help": "α of the token weight: 2.0 for 'sigmoid', 0.2 for 'linear' if not set."}
+    )
+    regulation_slope: float = field(default=9.0, metadata={"help": "k of the sigmoid token weight."})
+    regulation_center: float = field(default=0.25, metadata={"help": "p0 of the sigmoid token weight."})
+    regulation_min: float = field(default=1.0, metadata={"help": "Lower bound L of the sigmoid token weight, > 0."})
+    regulation_max: float = field(default=1.4, metadata={"help": "Upper bound U of the sigmoid token weight, >= L."})
+    regulation_inside_clip: bool = field(
+        default=False,
+        metadata={
+            "help": "True: the token weight multiplies the ratio inside min and clip (Eq. 9 of arXiv 2511.00066). "
+            "False: it multiplies the clipped surrogate."
+        },
+    )
+
+    @property
+    def has_lambda(self) -> bool:
+        """Whether `aggregation` is a member with a λ."""
+        return self.aggregation in LEARNABLE_AGGREGATIONS
+
+    def __post_init__(self):
+        # The command line passes "none" as a string.
+        self.aggregation = _none_from_text(self.aggregation)
+        self.token_regulation = _none_from_text(self.token_regulation)
+        self._check_length_weight()
+        self._check_token_weight()
+        self._check_unused()
+        if self.regulation_inside_clip:
+            self._check_inside_clip()
+        super().__post_init__()
+
+    def _check_length_weight(self) -> None:
+        if self.aggregation is not None and self.aggregation not in LENGTH_AGGREGATIONS:
+            raise ValueError(
+                f"aggregation={self.aggregation!r} is unknown; accepted: {', '.join(LENGTH_AGGREGATIONS)} or None."
+            )
+        if self.aggregation_scope not in SCOPES:
+            raise ValueError(
+                f"aggregation_scope={self.aggregation_scope!r} is unknown; accepted: {', '.join(SCOPES)}."
+            )
+        if self.aggregation is not None and self.loss_type not in CONVERTIBLE_LOSS_TYPES:
+            instead = _INSTEAD.get(self.loss_type, f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}, or aggregation=None")
+            raise ValueError(
+                f"loss_type={self.loss_type!r} brings its own reduction, which aggregation={self.aggregation!r} "
+                f"would replace. Use {instead}."
+            )
+        if not math.isfinite(self.lambda_init):
+            raise ValueError(f"lambda_init={self.lambda_init} must be finite.")
+        for name in ("lambda_learning_rate", "lambda_adam_eps"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} must be finite and > 0.")
+        if not self.lambda_max_grad_norm >= 0:
+            raise ValueError(f"lambda_max_grad_norm={self.lambda_max_grad_norm} must be >= 0 (0 turns the clip off).")
+        if self.lambda_bounds is not None:
+            self._check_bounds()
+        if self.aggregation == "lambda":
+            check_length_scale(self.length_scale, max(self.num_generations, self.num_generations_eval or 1))
+            self._warn_about_score_function()
+        elif self.has_lambda:
+            self._warn_about_score_function()
+
+    def _check_bounds(self) -> None:
+        bounds = self.lambda_bounds
+        if len(bounds) != 2 or not bounds[0] < bounds[1]:
+            raise ValueError(f"lambda_bounds={bounds} must be two numbers [low, high] with low < high.")
+        if not bounds[0] <= self.lambda_init <= bounds[1]:
+            raise ValueError(f"lambda_init={self.lambda_init} must lie in lambda_bounds={bounds}.")
+
+    def _warn_about_score_function(self) -> None:
+        if self.lambda_learnable and self.loss_type in SCORE_FUNCTION_LOSS_TYPES:
+            warnings.warn(
+                f"loss_type={self.loss_type!r} with a learnable λ: the value of this surrogate is A·log π times a "
+                "constant, of which only the gradient in the policy is meaningful, and λ descends on the value. Its "
+                "sign then follows the responses' log-likelihood, not their advantage alone. Use loss_type='dapo' or "
+                "'sapo', or lambda_learnable=False, for a λ that can be read as a length preference.",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def _check_token_weight(self) -> None:
+        if self.token_regulation is not None:
+            check_probability_arguments(
+                self.token_regulation,
+                self.regulation_alpha,
+                self.regulation_slope,
+                self.regulation_center,
+                self.regulation_min,
+                self.regulation_max,
+                prefix="regulation_",
+            )
+
+    def _check_unused(self) -> None:
+        """An option that differs from its default and would have no effect is a mistake, not a preference."""
+        unused = []
+        if not self.has_lambda:
+            unused += [(name, f"aggregation={self.aggregation!r}") for name in _LAMBDA_FIELDS]
+            unused += [(name, f"aggregation={self.aggregation!r}") for name in _GROUP_FIELDS]
+        elif not self.lambda_learnable:
+            unused += [(name, "lambda_learnable=False") for name in (*_GROUP_FIELDS, "lambda_bounds")]
+        if self.aggregation != "lambda":
+            unused.append(("length_scale", f"aggregation={self.aggregation!r}"))
+        if self.aggregation is None:
+            unused.append(("aggregation_scope", "aggregation=None"))
+        if self.token_regulation is None:
+            names = ("regulation_alpha", "regulation_inside_clip", *_SIGMOID_FIELDS)
+            unused += [(name, "token_regulation=None") for name in names]
+        elif self.token_regulation == "linear":
+            unused += [(name, "token_regulation='linear'") for name in _SIGMOID_FIELDS]
+        for name, because in unused:
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if value != default:
+                raise ValueError(f"{name}={value!r} has no effect with {because}: leave it at {default!r}.")
+
+    def _check_inside_clip(self) -> None:
+        """v inside the clip goes through `old_per_token_logps`: refuse whatever else reads that tensor."""
+        other = "Use regulation_inside_clip=False"
+        if self.loss_type not in CLIPPED_LOSS_TYPES:
+            raise ValueError(
+                f"regulation_inside_clip=True needs the PPO clip, which loss_type={self.loss_type!r} has not. "
+                f"{other}, or a loss_type of {', '.join(CLIPPED_LOSS_TYPES)}."
+            )
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                "regulation_inside_clip=True weights the ratio of each token, and "
+                f"importance_sampling_level={self.importance_sampling_level!r} has one ratio for all. {other}, or "
+                "importance_sampling_level='token'."
+            )
+        if self.beta != 0.0 and self.use_bias_correction_kl:
+            raise ValueError(
+                f"regulation_inside_clip=True with beta={self.beta} and use_bias_correction_kl=True would weight the "
+                f"KL term too. {other}, or use_bias_correction_kl=False."
+            )
+        if self.off_policy_mask_threshold is not None:
+            raise ValueError(
+                f"regulation_inside_clip=True with off_policy_mask_threshold={self.off_policy_mask_threshold} would "
+                f"shift the divergence that the mask is decided on. {other}, or no off_policy_mask_threshold."
+            )
+
+
+@dataclass
+class TRGRPOConfig(LambdaGRPOConfig):
+    r"""
+    Configuration class for the [`TRGRPOTrainer`]: [`LambdaGRPOConfig`] with the token weight of TR-GRPO
+    (arXiv 2511.00066) on and TRL's own reduction left alone.
+
+    Parameters:
+        aggregation (`str` or `None`, *optional*, defaults to `None`):
+            As in [`LambdaGRPOConfig`]; `None` leaves TRL's reduction for `loss_type`.
+        token_regulation (`str` or `None`, *optional*, defaults to `"sigmoid"`):
+            As in [`LambdaGRPOConfig`].
+    """
+
+    aggregation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How much a response counts for its length: 'lambda', 'power', 'grpo', 'dapo', 'dr_grpo', or "
+            "none for TRL's own reduction of `loss_type`."
+        },
+    )
+    token_regulation: str | None = field(
+        default="sigmoid",
+        metadata={
+            "help": "Token weight, increasing in the policy's own probability of the token: 'sigmoid' (TR-GRPO), "
+            "'linear' (AR), or none."
+        },
+    )
+
+
+def _none_from_text(value: str | None) -> str | None:
+    return None if isinstance(value, str) and value.lower() in ("none", "null") else value

@@ -1,0 +1,285 @@
+"""`LambdaGRPOTrainer` and `TRGRPOTrainer`: hooks into `GRPOTrainer`, which keeps its own loss.
+
+The weights enter where TRL lets them: f is multiplied into the advantages before the loss, v once TRL has the current
+log-probabilities, both in a copy of the inputs. Every surrogate of TRL is linear in the advantage and otherwise looks
+at its sign only, so that a positive factor on the advantage is that factor on the token's term of the policy loss. KL,
+entropy bonus and auxiliary losses are added by TRL afterwards and stay unweighted.
+"""
+
+import torch
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from ._refusals import check_columns, refuse_engine, refuse_unsupported
+from ._trl_contract import check_contract
+from ._weighted_inputs import WeightedInputs, own_tokens
+from .diagnostics import LossTally, clipped_by_weight, quartile_index
+from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
+from .lambda_parameter import LambdaParameter, has_scalar_eps, read_lambda_file, write_lambda_file
+from .weights import length_weights, probability_weights, sequence_mean_weights
+
+# Entries added to the scored batch. Dimension 0 is this process's rows, so that TRL's shuffle and split keep them
+# right: the lengths of the whole generation batch, once per row, and the row's own place in it.
+LENGTHS_KEY = "generation_batch_lengths"
+ROW_KEY = "generation_batch_row"
+
+
+class LambdaGRPOTrainer(GRPOTrainer):
+    """
+    `GRPOTrainer` with the aggregation ``Σ_i f_i(λ) Σ_t v(π_it) ℓ_it / Σ_i |o_i|`` of TRL's own token losses ℓ.
+
+    f is a length weight with a learnable λ (this project's reading of arXiv 2510.06870), v a weight increasing in the
+    policy's probability of the token (arXiv 2511.00066); both are chosen in [`LambdaGRPOConfig`]. All arguments are
+    those of [`~trl.GRPOTrainer`].
+
+    Args:
+        args ([`LambdaGRPOConfig`], *optional*):
+            Configuration. If `None`, a default one is made as TRL does.
+
+    Raises:
+        `ValueError`: `args` is a plain `GRPOConfig`, or something the weights cannot be honoured with is on; before
+            any model is loaded.
+        `RuntimeError`: the installed TRL does not have what the weights go through.
+    """
+
+    _tag_names = ["trl", "grpo", "lambda-grpo"]
+    _name = "LambdaGRPO"
+    _config_class = LambdaGRPOConfig
+
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args: LambdaGRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        reward_processing_classes=None,
+        callbacks=None,
+        optimizers=(None, None),
+        **kwargs,
+    ):
+        check_contract(GRPOTrainer)
+        if args is None:
+            model_name = model if isinstance(model, str) else model.config._name_or_path
+            args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
+        refuse_unsupported(type(self), args, self._config_class, optimizers)
+        if kwargs.get("rollout_func") is None and kwargs.get("environment_factory") is None:
+            check_columns(reward_funcs, train_dataset)
+
+        self._lambda: LambdaParameter | None = None
+        self._weighted = args.aggregation is not None or args.token_regulation is not None
+        self._loss_inputs: WeightedInputs | None = None
+        self._tally = {"train": LossTally(), "eval": LossTally()}
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            **kwargs,
+        )
+        if args.has_lambda:
+            if args.lambda_learnable:
+                refuse_engine(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+            self._lambda = LambdaParameter(
+                args.lambda_init,
+                learnable=args.lambda_learnable,
+                bounds=args.lambda_bounds,
+                max_grad_norm=args.lambda_max_grad_norm,
+                device=self.accelerator.device,
+            )
+            self.add_callback(_LambdaStep(self))
+
+    @property
+    def lambda_value(self) -> float | None:
+        """λ now; `None` when `aggregation` is a member without λ."""
+        return None if self._lambda is None else self._lambda.value
+
+    # ---- Lengths, where the whole generation batch is visible ----
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if self._weighted:
+            lengths = self.accelerator.gather(own_tokens(output).sum(dim=1, dtype=torch.int32))
+            rows = output["completion_mask"].size(0)
+            start = self.accelerator.process_index * rows
+            output[LENGTHS_KEY] = lengths.expand(rows, -1)
+            output[ROW_KEY] = torch.arange(start, start + rows, device=lengths.device)
+        return output
+
+    # ---- The loss ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self._weighted:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # A copy: the buffered micro-batch is used again when num_iterations > 1.
+        weighted = WeightedInputs(inputs)
+        self._weight_responses(weighted)
+        self._loss_inputs = weighted
+        try:
+            loss = super().compute_loss(model, weighted, return_outputs, num_items_in_batch)
+        finally:
+            self._loss_inputs = None
+        weighted.check_consumed()
+        return loss
+
+    def _weight_responses(self, inputs: WeightedInputs) -> None:
+        """Multiply f into the advantages, from the lengths of the whole generation batch and λ as it is now."""
+        training = self.model.training
+        group_size = self.num_generations if training else self.num_generations_eval
+        lengths = inputs[LENGTHS_KEY][0].view(-1, group_size)  # (P, G)
+        own = inputs[ROW_KEY]  # (B,)
+        inputs.length_bins = quartile_index(lengths, lengths > 0).flatten()[own]
+        if self.args.aggregation is None:
+            return
+        weights = length_weights(
+            lengths,
+            None if self._lambda is None else self._lambda.tensor,
+            aggregation=self.args.aggregation,
+            scope=self.args.aggregation_scope,
+            length_scale=self.args.length_scale,
+            max_completion_length=self.max_completion_length,
+        )
+        self._tally["train" if training else "eval"].add_length_weights(weights)
+        inputs.length_weight = weights.detach().flatten()[own]
+        if self.loss_type == "sapo":
+            weights = sequence_mean_weights(weights, lengths)
+        inputs.scale_advantages(weights.flatten()[own])
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._loss_inputs is not None:
+            self._weight_tokens(self._loss_inputs, outputs[0])
+        return outputs
+
+    def _weight_tokens(self, inputs: WeightedInputs, logps: torch.Tensor) -> None:
+        """Multiply v into the advantages, or into the ratio, now that the current log-probabilities exist."""
+        tally = self._tally["train" if self.model.training else "eval"]
+        mask = own_tokens(inputs)
+        mass = inputs.unweighted_advantages.abs() * inputs.length_weight
+        mass = mass.unsqueeze(1).expand_as(logps)
+        if self.args.token_regulation is not None:
+            weights = probability_weights(
+                logps,
+                regulation=self.args.token_regulation,
+                alpha=self.args.regulation_alpha,
+                slope=self.args.regulation_slope,
+                center=self.args.regulation_center,
+                min=self.args.regulation_min,
+                max=self.args.regulation_max,
+            )
+            tally.add_token_weights(weights, mask)
+            mass = mass * weights
+            if self.args.regulation_inside_clip:
+                log_ratio = inputs.scale_ratio(logps, weights)
+                advantages = inputs.unweighted_advantages.unsqueeze(1)
+                clipped = clipped_by_weight(log_ratio, weights, advantages, self.epsilon_low, self.epsilon_high)
+                tally.add_clipped(clipped, mask)
+            else:
+                inputs.scale_advantages(weights)
+        tally.add_shares(mass, inputs.length_bins, logps, mask)
+        inputs.complete()
+
+    def log(self, logs, start_time=None):
+        """Log, with the weights' metrics of the interval reduced over the processes: call it on all of them."""
+        mode = "train" if self.model.training else "eval"
+        for name, value in self._tally[mode].flush(self.accelerator).items():
+            self._metrics[mode][name].append(value)
+        super().log(logs, start_time)
+
+    # ---- λ's parameter group ----
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        parameter = self._lambda
+        if parameter is None or not parameter.learnable or parameter.in_optimizer(optimizer):
+            return optimizer
+        eps = self.args.lambda_adam_eps
+        if not has_scalar_eps(optimizer):
+            if eps != self.args.__dataclass_fields__["lambda_adam_eps"].default:
+                raise ValueError(
+                    f"lambda_adam_eps={eps} has no effect: optim={str(self.args.optim)!r} has no scalar eps. Leave it "
+                    "at its default."
+                )
+            eps = None
+        parameter.add_group(optimizer, learning_rate=self.args.lambda_learning_rate, adam_eps=eps)
+        return optimizer
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self._lambda is not None and self._lambda.learnable and self.accelerator.sync_gradients:
+            self._lambda.reduce_gradient(self.accelerator)
+        return loss
+
+    # ---- λ on disk ----
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self._lambda is not None and self.args.should_save:
+            content = {
+                "format": 1,
+                "lambda": self._lambda.value,
+                "skipped": self._lambda.skipped,
+                "learnable": self._lambda.learnable,
+                "aggregation": self.args.aggregation,
+                "aggregation_scope": self.args.aggregation_scope,
+                "length_scale": self.args.length_scale if self.args.aggregation == "lambda" else None,
+                "global_step": self.state.global_step,
+            }
+            write_lambda_file(self.args.output_dir if output_dir is None else output_dir, content)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or self._lambda is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        content = read_lambda_file(checkpoint)
+        if content["aggregation"] != self.args.aggregation:
+            raise ValueError(
+                f"aggregation={self.args.aggregation!r}, but {checkpoint} was trained with "
+                f"{content['aggregation']!r}, whose λ has another meaning. Resume with that one."
+            )
+        if not self._lambda.learnable and content["lambda"] != self._lambda.value:
+            raise ValueError(
+                f"lambda_init={self.args.lambda_init} is fixed (lambda_learnable=False), but {checkpoint} has "
+                f"λ = {content['lambda']}. Resume with lambda_init={content['lambda']}."
+            )
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._lambda.load(content["lambda"], content["skipped"])
+
+
+class TRGRPOTrainer(LambdaGRPOTrainer):
+    """
+    [`LambdaGRPOTrainer`] for the token weight of TR-GRPO (arXiv 2511.00066) alone: its configuration is
+    [`TRGRPOConfig`], which leaves TRL's reduction as it is.
+    """
+
+    _tag_names = ["trl", "grpo", "tr-grpo"]
+    _name = "TRGRPO"
+    _config_class = TRGRPOConfig
+
+
+class _LambdaStep(TrainerCallback):
+    """λ's part of the optimizer step: clip before it; clear, project and log after it."""
+
+    def __init__(self, trainer: LambdaGRPOTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        parameter = self.trainer._lambda
+        if parameter.learnable:
+            # Clipping the model's gradients unscales fp16 gradients, λ's with them; without a clip nobody has yet.
+            if args.max_grad_norm is None or args.max_grad_norm <= 0:
+                self.trainer.accelerator.unscale_gradients()
+            parameter.prepare_step()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        parameter, metrics = self.trainer._lambda, self.trainer._metrics["train"]
+        parameter.finish_step()
+        metrics["lambda/value"].append(parameter.value)
+        if parameter.learnable:
+            metrics["lambda/grad"].append(parameter.last_grad)
+            metrics["lambda/skipped"].append(parameter.skipped)
