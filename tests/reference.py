@@ -93,3 +93,48 @@ def loss_shares(rows, quartiles=4):
     """Σ mass per bin over Σ mass, for (mass, bin) pairs."""
     total = math.fsum(mass for mass, _ in rows)
     return [math.fsum(mass for mass, b in rows if b == q) / total for q in range(quartiles)]
+
+
+def policy_loss(
+    model, prompts, completions, old_logps, advantages, length_weight, *, loss_type, level="token", regulation=None,
+    inside=False, delta=None, own=None, eps=0.2, tau=(1.0, 1.05), vespo=((2.0, 3.0), (3.0, 2.0)), **regulation_options,
+):  # fmt: skip
+    """
+    -1/Σ|o| Σ_i f_i Σ_t v_it s_it, row by row and token by token, without padding; differentiable in the model.
+
+    `old_logps`: per row and token; `length_weight`: f per row; `own`: per row, mask of the policy's own tokens.
+    """
+    import torch
+
+    own = [[1] * len(c) for c in completions] if own is None else own
+    tokens = sum(sum(mask) for mask in own)
+    loss = 0.0
+    for prompt, completion, old, advantage, f, mask in zip(
+        prompts, completions, old_logps, advantages, length_weight, own, strict=True
+    ):
+        logits = model(torch.tensor([prompt + completion])).logits[0]
+        logps = [
+            torch.log_softmax(logits[len(prompt) + t - 1].float(), dim=-1)[token] for t, token in enumerate(completion)
+        ]
+        mine = [t for t in range(len(completion)) if mask[t]]
+        for t in mine:
+            v = 1.0 if regulation is None else probability_weight(logps[t].item(), regulation, **regulation_options)
+            if level == "sequence":
+                ratio = torch.exp(sum(logps[s] - old[s] for s in mine) / len(mine))
+            else:
+                ratio = torch.exp(logps[t] - old[t])
+            ratio, v = (ratio * v, 1.0) if inside else (ratio, v)
+            if loss_type == "dapo":
+                bounded = ratio if delta is None else ratio.clamp(max=delta)
+                surrogate = torch.min(bounded * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+            elif loss_type == "cispo":
+                surrogate = ratio.clamp(max=eps).detach() * advantage * logps[t]
+            elif loss_type == "sapo":
+                temperature = tau[0] if advantage > 0 else tau[1]
+                surrogate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage
+            elif loss_type == "vespo":
+                k, decay = vespo[0] if advantage >= 0 else vespo[1]
+                w = torch.exp(sum(logps[s] - old[s] for s in mine)).detach()
+                surrogate = math.exp(decay) * w**k * torch.exp(-decay * w) * advantage * logps[t]
+            loss = loss - f * v * surrogate / tokens
+    return loss

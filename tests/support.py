@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -46,6 +47,28 @@ def build_model(seed: int = 0, std: float = 0.6) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
+def prompt(p: int) -> str:
+    return f"w{3 + p} w{7 + p}"
+
+
+@functools.cache
+def sample_completions(lengths: tuple[int, ...], num_generations: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Tokens drawn from the tiny model itself, so that their probabilities are those of a policy's own samples."""
+    model, tokenizer = build_model(), build_tokenizer()
+    generator = torch.Generator().manual_seed(seed)
+    completions = []
+    for row, length in enumerate(lengths):
+        ids = tokenizer(prompt(row // num_generations))["input_ids"]
+        start = len(ids)
+        for _ in range(length):
+            with torch.no_grad():
+                probs = model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1)
+            probs[:2] = 0  # neither padding nor an early end
+            ids = [*ids, torch.multinomial(probs, 1, generator=generator).item()]
+        completions.append(tuple(ids[start:]))
+    return tuple(completions)
+
+
 @dataclass
 class Batch:
     """Prepared completions: `lengths` (P, G), the last token an EOS unless `truncated` says otherwise."""
@@ -56,19 +79,19 @@ class Batch:
     seed: int = 0
 
     def __post_init__(self):
-        generator = torch.Generator().manual_seed(self.seed)
-        self.completions = []
-        for row, length in enumerate(n for group in self.lengths for n in group):
-            tokens = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
-            self.completions.append(tokens if row in self.truncated else [*tokens[:-1], EOS])
-        self.rewards = torch.rand(len(self.completions), generator=generator).tolist()
+        lengths = [n for group in self.lengths for n in group]
+        drawn = sample_completions(tuple(lengths), self.num_generations, self.seed)
+        self.completions = [
+            list(tokens) if row in self.truncated else [*tokens[:-1], EOS] for row, tokens in enumerate(drawn)
+        ]
+        self.rewards = torch.rand(len(lengths), generator=torch.Generator().manual_seed(self.seed)).tolist()
 
     @property
     def num_generations(self) -> int:
         return len(self.lengths[0])
 
     def dataset(self, repeats: int = 1) -> Dataset:
-        return Dataset.from_dict({"prompt": [f"w{3 + p} w{7 + p}" for p in range(len(self.lengths))] * repeats})
+        return Dataset.from_dict({"prompt": [prompt(p) for p in range(len(self.lengths))] * repeats})
 
     def rollout(self, prompts, trainer):
         start = trainer.accelerator.process_index * len(prompts)

@@ -4,6 +4,7 @@ import inspect
 
 from accelerate.utils import parse_flag_from_env
 from torch import nn
+from transformers.training_args import OptimizerNames
 from trl import GRPOTrainer
 
 from ._trl_contract import liger_bypasses_loss, patched_by_unsloth
@@ -64,9 +65,10 @@ def _refuse_optimizer(args: LambdaGRPOConfig, optimizers: tuple) -> None:
             "optimizers=(optimizer, ...) was passed: λ's parameter group can only join an optimizer that the trainer "
             f"builds. {instead} choose the optimizer by args.optim."
         )
-    if any(name in str(args.optim).lower() for name in _OWNING_OPTIMIZERS):
+    optim = OptimizerNames(args.optim).value
+    if any(name in optim for name in _OWNING_OPTIMIZERS):
         raise ValueError(
-            f"optim={str(args.optim)!r} has no place for λ's parameter group. {instead} another optim, such as "
+            f"optim={optim!r} has no place for λ's parameter group. {instead} another optim, such as "
             "'adamw_torch'."
         )
     refuse_engine(

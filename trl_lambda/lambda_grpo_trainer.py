@@ -203,8 +203,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if not has_scalar_eps(optimizer):
             if eps != self.args.__dataclass_fields__["lambda_adam_eps"].default:
                 raise ValueError(
-                    f"lambda_adam_eps={eps} has no effect: optim={str(self.args.optim)!r} has no scalar eps. Leave it "
-                    "at its default."
+                    f"lambda_adam_eps={eps} has no effect: {type(optimizer).__name__} has no scalar eps. Leave it at "
+                    "its default."
                 )
             eps = None
         parameter.add_group(optimizer, learning_rate=self.args.lambda_learning_rate, adam_eps=eps)

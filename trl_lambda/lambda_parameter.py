@@ -149,7 +149,7 @@ def read_lambda_file(folder: str | os.PathLike) -> dict:
         folder (`str` or `os.PathLike`): A checkpoint or model folder.
 
     Returns:
-        `dict`: as written, with `"lambda"` a finite float and `"skipped"` a count.
+        `dict`: as written; `"lambda"` is a finite float, `"skipped"` a count, `"aggregation"` the member's name.
 
     Raises:
         `ValueError`: the file is missing or damaged; the message says how to start λ afresh.
@@ -163,9 +163,9 @@ def read_lambda_file(folder: str | os.PathLike) -> dict:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        value, skipped = float(content["lambda"]), int(content["skipped"])
+        value, skipped, aggregation = float(content["lambda"]), int(content["skipped"]), str(content["aggregation"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {afresh}") from error
     if not math.isfinite(value):
         raise ValueError(f"{path} is damaged (λ = {value}). {afresh}")
-    return {**content, "lambda": value, "skipped": skipped}
+    return {**content, "lambda": value, "skipped": skipped, "aggregation": aggregation}

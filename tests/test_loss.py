@@ -1,0 +1,286 @@
+"""The weighted loss and its gradients against a row-by-row reference, whole and cut into micro-batches."""
+
+import itertools
+
+import pytest
+import reference
+import torch
+from support import LENGTHS, Batch, build, build_tokenizer, config
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+
+SURROGATES = ["dapo", "cispo", "sapo", "vespo"]
+LEVELS = ["token", "sequence"]
+LAMBDA = 1.3
+
+
+def scored(trainer, noise: float = 0.3, seed: int = 0):
+    """One scored generation batch with old log-probabilities off the current ones, so that ratios are not 1."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    rows = [{"prompt": text} for text in trainer.train_dataset["prompt"][: len(LENGTHS)] for _ in range(4)]
+    inputs = trainer._generate_and_score_completions(rows)
+    with torch.no_grad():
+        logps = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )[0]
+    generator = torch.Generator().manual_seed(seed)
+    inputs["old_per_token_logps"] = logps + noise * torch.randn(logps.shape, generator=generator)
+    return inputs
+
+
+def lambda_trainer(batch=None, **options):
+    batch = Batch() if batch is None else batch
+    return build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, **options), batch)
+
+
+def gradients(trainer, losses):
+    sum(losses).backward()
+    grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    parameter = trainer._lambda
+    lambda_grad = None if parameter is None or parameter.tensor.grad is None else parameter.tensor.grad.item()
+    if parameter is not None:
+        parameter.tensor.grad = None
+    return grads, lambda_grad
+
+
+def expected(trainer, inputs, batch, lam, aggregation="lambda", scope="batch", own=None, **options):
+    """The reference loss and its gradient in the model, from plain lists."""
+    ids = build_tokenizer()(trainer.train_dataset["prompt"][: len(LENGTHS)])["input_ids"]
+    prompts = [row for row in ids for _ in range(4)]
+    lengths = LENGTHS if own is None else [[sum(own[4 * p + g]) for g in range(4)] for p in range(len(LENGTHS))]
+    weights = reference.length_weights(lengths, lam, aggregation, scope, max_completion_length=16)
+    loss = reference.policy_loss(
+        trainer.model,
+        prompts,
+        batch.completions,
+        [row[: len(c)].tolist() for row, c in zip(inputs["old_per_token_logps"], batch.completions, strict=True)],
+        inputs["advantages"].tolist(),
+        list(itertools.chain(*weights)),
+        own=own,
+        **options,
+    )
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+    trainer.model.zero_grad()
+    return loss.item(), grads
+
+
+def assert_gradients_close(mine, theirs):
+    scale = max(g.abs().max() for g in theirs.values()).item()
+    for name in theirs:
+        torch.testing.assert_close(
+            mine[name], theirs[name], rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n} {m}"
+        )
+
+
+def assert_equals_reference(options, **reference_options):
+    batch = Batch()
+    trainer = lambda_trainer(batch, **options)
+    inputs = scored(trainer)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    grads, _ = gradients(trainer, [loss])
+    lam = options.get("lambda_init", 0.0)
+    reference_loss, reference_grads = expected(trainer, inputs, batch, lam, **reference_options)
+    assert loss.item() == pytest.approx(reference_loss, rel=1e-5, abs=1e-6)
+    assert_gradients_close(grads, reference_grads)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", SURROGATES)
+@pytest.mark.parametrize("regulation", [None, "sigmoid", "linear"])
+def test_every_surrogate_with_f_and_v(loss_type, level, regulation):
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "token_regulation": regulation}
+    options |= {"aggregation": "lambda", "lambda_init": LAMBDA, "lambda_learnable": False}
+    assert_equals_reference(options, loss_type=loss_type, level=level, regulation=regulation)
+
+
+@pytest.mark.parametrize("scope", ["batch", "prompt"])
+@pytest.mark.parametrize("aggregation", ["lambda", "power", "grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
+def test_every_member_in_both_scopes(aggregation, scope, loss_type):
+    options = {"aggregation": aggregation, "aggregation_scope": scope, "loss_type": loss_type}
+    if aggregation in ("lambda", "power"):
+        options |= {"lambda_init": -0.7, "lambda_learnable": False}
+    options["token_regulation"] = "sigmoid"
+    assert_equals_reference(options, aggregation=aggregation, scope=scope, loss_type=loss_type, regulation="sigmoid")
+
+
+@pytest.mark.parametrize("delta", [None, 1.25])
+@pytest.mark.parametrize("regulation", ["sigmoid", "linear"])
+def test_inside_the_clip(regulation, delta):
+    options = {"token_regulation": regulation, "regulation_inside_clip": True, "delta": delta}
+    assert_equals_reference(options, loss_type="dapo", regulation=regulation, inside=True, delta=delta)
+
+
+def test_inside_the_clip_without_old_log_probabilities():
+    """On policy: every token with v > 1.2 and A > 0 is clipped to zero gradient."""
+    batch = Batch()
+    trainer = lambda_trainer(batch, token_regulation="sigmoid", regulation_inside_clip=True)
+    inputs = scored(trainer, noise=0.0)
+    with_old = trainer.compute_loss(trainer.model, inputs)
+    grads, _ = gradients(trainer, [with_old])
+    without = {key: value for key, value in inputs.items() if key != "old_per_token_logps"}
+    loss = trainer.compute_loss(trainer.model, without)
+    torch.testing.assert_close(loss, with_old)
+    assert_gradients_close(gradients(trainer, [loss])[0], grads)
+    trainer.log({})
+    logged = trainer.state.log_history[-1]
+    # On policy nothing else is clipped, so that TRL's own count is the oracle.
+    assert logged["token_weight/clipped_by_regulation"] == pytest.approx(logged["clip_ratio/region_mean"])
+    assert logged["clip_ratio/region_mean"] > 0
+
+
+@pytest.mark.parametrize("v", ["1.2", "own"])
+def test_tool_tokens_take_no_part(v):
+    own = [[0] * 7 if row == 8 else [int(t % 3 != 1) for t in range(n)] for row, n in enumerate(sum(LENGTHS, []))]
+    batch = Batch(env_mask=lambda row, length: own[row])
+    regulation = {"token_regulation": "sigmoid"} if v == "own" else {}
+    trainer = lambda_trainer(batch, lambda_init=LAMBDA, lambda_learnable=False, **regulation)
+    inputs = scored(trainer)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    grads, _ = gradients(trainer, [loss])
+    reference_loss, reference_grads = expected(
+        trainer, inputs, batch, LAMBDA, own=own, loss_type="dapo", regulation=regulation.get("token_regulation")
+    )
+    assert loss.item() == pytest.approx(reference_loss, rel=1e-5)
+    assert_gradients_close(grads, reference_grads)
+
+
+FEATURES = {
+    "kl": {"beta": 0.1},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "entropy quantile": {"top_entropy_quantile": 0.5},
+    "off-policy mask": {"off_policy_mask_threshold": 0.02},
+    "delta": {"delta": 1.1},
+    "sequence": {"importance_sampling_level": "sequence"},
+}
+
+
+@pytest.mark.parametrize("regulation", [None, "linear"])
+@pytest.mark.parametrize(
+    ("feature", "loss_type"),
+    [(f, s) for f in FEATURES for s in SURROGATES if f != "delta" or s == "dapo"],  # delta belongs to the PPO clip
+)
+def test_weights_scale_the_policy_term_alone(feature, loss_type, regulation):
+    """
+    TRL is the oracle: its own loss on advantages that carry the reference weights. KL and the entropy bonus are then
+    unweighted, masks act as they do there.
+    """
+    options = FEATURES[feature] | {"loss_type": loss_type}
+    batch = Batch()
+    trainer = lambda_trainer(
+        batch, lambda_init=LAMBDA, lambda_learnable=False, token_regulation=regulation, **options | {"beta": 0.0}
+    )
+    inputs = scored(trainer)
+    inputs["ref_per_token_logps"] = inputs["old_per_token_logps"].roll(1, dims=0)
+    plain = build(GRPOTrainer, config(GRPOConfig, batch, **options | {"beta": 0.0}), batch)
+    plain.model.train()
+    plain.current_gradient_accumulation_steps = 1
+    for each in (trainer, plain):
+        each.beta = options.get("beta", 0.0)  # the reference log-probabilities are given: no reference model
+    weights = torch.tensor(sum(reference.length_weights(LENGTHS, LAMBDA, "lambda"), []))
+    if loss_type == "sapo":
+        lengths = torch.tensor(sum(LENGTHS, [])).float()
+        weights = weights * lengths / lengths.mean()
+    advantages = inputs["advantages"] * weights
+    if regulation is not None:  # the policy's own log-probabilities, from TRL
+        logps = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )[0]
+        v = torch.tensor([[reference.probability_weight(x, regulation) for x in row] for row in logps.tolist()])
+        advantages = advantages.unsqueeze(1) * v
+    loss = trainer.compute_loss(trainer.model, inputs)
+    oracle = plain.compute_loss(plain.model, dict(inputs) | {"advantages": advantages})
+    assert loss.item() == pytest.approx(oracle.item(), rel=1e-5, abs=1e-6)
+    oracle.backward()
+    theirs = {name: p.grad for name, p in plain.model.named_parameters()}
+    assert_gradients_close(gradients(trainer, [loss])[0], theirs)
+
+
+@pytest.mark.parametrize("regulation", [None, "sigmoid"])
+@pytest.mark.parametrize("loss_type", SURROGATES)
+@pytest.mark.parametrize("aggregation", ["lambda", "power"])
+def test_groups_over_micro_batches_equal_one_batch(aggregation, loss_type, regulation):
+    """Shuffled rows in micro-batches of 12, 6, 3 and 1: same loss, same gradient, same dL/dλ."""
+    results = []
+    for parts in (1, 2, 4, 12):
+        trainer = lambda_trainer(
+            aggregation=aggregation,
+            loss_type=loss_type,
+            token_regulation=regulation,
+            lambda_init=LAMBDA,
+            per_device_train_batch_size=12 // parts,
+            gradient_accumulation_steps=parts,
+        )
+        inputs = scored(trainer)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(parts))
+        losses = []
+        for rows in order.chunk(parts):
+            micro = {key: value if value.dim() == 0 else value[rows] for key, value in inputs.items()}
+            losses.append(trainer.compute_loss(trainer.model, micro))
+        grads, lambda_grad = gradients(trainer, losses)
+        results.append((sum(losses).item(), grads, lambda_grad))
+    whole = results[0]
+    assert abs(whole[2]) > 1e-3
+    for loss, grads, lambda_grad in results[1:]:
+        assert loss == pytest.approx(whole[0], rel=1e-5, abs=1e-6)
+        assert lambda_grad == pytest.approx(whole[2], rel=1e-4)
+        assert_gradients_close(grads, whole[1])
+
+
+@pytest.mark.parametrize("regulation", [None, "sigmoid"])
+def test_gradient_of_lambda_is_the_closed_form(regulation):
+    """On policy the clipped surrogate of a token is v·A: dL/dλ = -dJ/dλ of the method, from rewards and lengths."""
+    batch = Batch()
+    trainer = lambda_trainer(batch, lambda_init=0.6, token_regulation=regulation)
+    inputs = scored(trainer, noise=0.0)
+    logps = inputs["old_per_token_logps"]
+    _, lambda_grad = gradients(trainer, [trainer.compute_loss(trainer.model, inputs)])
+    surrogates = []
+    for row, (advantage, length) in enumerate(zip(inputs["advantages"].tolist(), sum(LENGTHS, []), strict=True)):
+        v = [1.0 if regulation is None else reference.probability_weight(x, regulation) for x in logps[row].tolist()]
+        surrogates.append(advantage * sum(v[:length]))
+    nested = [surrogates[4 * p : 4 * p + 4] for p in range(3)]
+    assert lambda_grad == pytest.approx(-reference.softmax_objective_gradient(LENGTHS, nested, 0.6), rel=1e-4)
+
+
+def test_the_micro_batch_is_left_as_it_was():
+    trainer = lambda_trainer(lambda_init=LAMBDA, token_regulation="sigmoid")
+    inputs = scored(trainer)
+    before = dict(inputs)
+    first = trainer.compute_loss(trainer.model, inputs)
+    first.backward()
+    assert inputs.keys() == before.keys() and all(inputs[key] is before[key] for key in inputs)
+    second = trainer.compute_loss(trainer.model, inputs)
+    second.backward()  # not a second time through the first graph
+    assert first.item() == second.item()
+
+
+def test_a_loss_that_does_not_read_the_weights_raises(monkeypatch):
+    trainer = lambda_trainer(token_regulation="sigmoid")
+    inputs = scored(trainer)
+
+    def reads_elsewhere(self, model, inputs):
+        self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )
+        return inputs["prompt_ids"].sum()
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", reads_elsewhere)
+    with pytest.raises(RuntimeError, match="without reading the weighted advantages"):
+        trainer.compute_loss(trainer.model, inputs)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda self, model, inputs: inputs["advantages"].sum())
+    with pytest.raises(RuntimeError, match="without reading the weighted"):
+        trainer.compute_loss(trainer.model, inputs)

@@ -1,0 +1,94 @@
+"""What the trainer refuses, each read for its message, before any model is loaded."""
+
+import re
+
+import pytest
+import torch
+from support import Batch, build, config
+from trl import GRPOConfig
+
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer, _refusals
+from trl_lambda._refusals import refuse_engine
+
+NO_MODEL = "a/model-that-would-have-to-be-downloaded"
+
+
+def refused(message, config_class=LambdaGRPOConfig, trainer_class=LambdaGRPOTrainer, trainer_options=None, **options):
+    batch = Batch()
+    arguments = {"reward_funcs": batch.reward, "train_dataset": batch.dataset()} | (trainer_options or {})
+    arguments.setdefault("rollout_func", batch.rollout)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        trainer_class(model=NO_MODEL, args=config(config_class, batch, **options), **arguments)
+
+
+def test_plain_config():
+    refused("args must be a LambdaGRPOConfig for LambdaGRPOTrainer, got GRPOConfig", GRPOConfig)
+    refused("replace it by trl_lambda.TRGRPOConfig", GRPOConfig, TRGRPOTrainer)
+    refused("args must be a TRGRPOConfig", LambdaGRPOConfig, TRGRPOTrainer)
+
+
+def test_users_own_optimizer():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    refused("optimizers=(optimizer, ...) was passed", trainer_options={"optimizers": (optimizer, None)})
+
+
+@pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "apollo_adamw", "schedule_free_adamw"])
+def test_optimizers_without_a_place_for_a_group(optim):
+    refused("has no place for λ's parameter group", optim=optim)
+
+
+def test_adam_eps_where_there_is_none():
+    batch = Batch()
+    trainer = build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, optim="sgd", lambda_adam_eps=0.5), batch)
+    with pytest.raises(ValueError, match="lambda_adam_eps=0.5 has no effect: SGD has no scalar eps"):
+        trainer.create_optimizer()
+
+
+def test_engines(monkeypatch):
+    with pytest.raises(ValueError, match="DeepSpeed owns the optimizer"):
+        refuse_engine(deepspeed=True, fsdp=False)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    refused("FSDP owns the optimizer, which has no place for λ's parameter group. Use lambda_learnable=False")
+
+
+def test_liger_where_it_bypasses_the_loss(monkeypatch):
+    monkeypatch.setattr(_refusals, "liger_bypasses_loss", lambda trainer_class: True)
+    monkeypatch.setattr(LambdaGRPOConfig, "use_liger_kernel", True)
+    batch = Batch()
+    args = config(LambdaGRPOConfig, batch)
+    args.use_liger_kernel = True
+    with pytest.raises(ValueError, match="use_liger_kernel=True makes this TRL compute its loss in a fused kernel"):
+        LambdaGRPOTrainer(NO_MODEL, batch.reward, args, batch.dataset(), rollout_func=batch.rollout)
+
+
+def test_unsloth(monkeypatch):
+    monkeypatch.setattr(_refusals, "patched_by_unsloth", lambda trainer_class: True)
+    refused("Unsloth has replaced GRPOTrainer's loss")
+
+
+def needs_solution(completions, solution, **kwargs):
+    return [0.0] * len(completions)
+
+
+def test_dataset_columns():
+    no_rollout = {"rollout_func": None}
+    dataset = Batch().dataset()
+    options = no_rollout | {"reward_funcs": [needs_solution], "train_dataset": dataset}
+    refused(
+        "train_dataset has no 'solution' column, which the reward function needs_solution requires; its columns are "
+        "['prompt']",
+        trainer_options=options,
+    )
+    refused(
+        "train_dataset has no 'prompt' column; its columns are ['question']",
+        trainer_options=options | {"train_dataset": dataset.rename_column("prompt", "question")},
+    )
+    complete = dataset.add_column("solution", ["1"] * len(dataset))
+    _refusals.check_columns([needs_solution, "a/reward-model"], complete)
+    _refusals.check_columns(needs_solution, complete.to_iterable_dataset())
+
+
+def test_tr_config_takes_the_same_refusals():
+    with pytest.raises(ValueError, match="regulation_slope=9.5 has no effect with token_regulation='linear'"):
+        config(TRGRPOConfig, Batch(), token_regulation="linear", regulation_slope=9.5)

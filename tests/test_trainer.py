@@ -1,0 +1,301 @@
+"""λ's parameter group, its step, its state on disk, and what is logged."""
+
+import json
+import math
+
+import pytest
+import reference
+import torch
+from support import LENGTHS, Batch, build, build_model, config, train
+from trl import GRPOConfig
+
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+
+# Six rows per micro-batch, two micro-batches per optimizer step.
+CUT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
+
+
+def run(batch=None, **options):
+    return train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, **options)
+
+
+# ---- The parameter group ----
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
+def test_groups_partition_all_trainable_parameters(optim):
+    batch = Batch()
+    args = config(
+        LambdaGRPOConfig, batch, optim=optim, learning_rate=1e-3, weight_decay=0.3, lambda_learning_rate=0.07
+    )
+    trainer = build(LambdaGRPOTrainer, args, batch)
+    trainer.model.lm_head.weight.requires_grad_(False)
+    optimizer = trainer.create_optimizer()
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad] + [trainer._lambda.tensor]
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, trainable))
+    *model_groups, own = optimizer.param_groups
+    assert own["params"] == [trainer._lambda.tensor] and own["name"] == "lambda"
+    assert own["lr"] == 0.07 and own["weight_decay"] == 0.0
+    assert all("name" not in group for group in model_groups)
+    if optim.startswith("adamw") or optim == "rmsprop":
+        assert own["eps"] == 1.0 and all(group["eps"] < 1e-6 for group in model_groups)
+    assert trainer.create_optimizer() is optimizer and len(optimizer.param_groups) == 3
+
+
+def test_members_without_lambda_add_no_group():
+    batch = Batch()
+    for options in ({"aggregation": "grpo"}, {"lambda_learnable": False}, {"aggregation": None}):
+        trainer = build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, **options), batch)
+        assert len(trainer.create_optimizer().param_groups) == 2
+    assert trainer.lambda_value is None
+
+
+def test_lambda_follows_the_schedule_of_the_model():
+    result = run(lr_scheduler_type="linear", max_steps=4, learning_rate=1e-3, optim="sgd")
+    factors = [group["lr"] for group in result.trainer.optimizer.param_groups]
+    assert factors == [0.0, 0.0, 0.0]
+    steps = torch.tensor([0.0, *result.lambdas]).diff()
+    expected = [-0.1 * (1 - t / 4) * g for t, g in enumerate(result.lambda_grads)]
+    torch.testing.assert_close(steps, torch.tensor(expected), rtol=1e-4, atol=1e-8)
+
+
+def test_gradient_is_cleared_between_steps():
+    """SGD on an unchanging model: each step's dL/dλ alone, not the sum of those before."""
+    result = run(max_steps=5, learning_rate=0.0, **CUT)
+    assert all(0 < abs(g) for g in result.lambda_grads)
+    for step, before in zip(result.lambda_grads, [0.0, *result.lambdas], strict=False):
+        probe = run(max_steps=1, learning_rate=0.0, lambda_init=before, **CUT)
+        assert step == pytest.approx(probe.lambda_grads[0], rel=1e-4)
+    assert result.trainer._lambda.tensor.grad is None
+
+
+def test_adam_eps_makes_the_step_proportional_to_the_gradient():
+    calm = run(optim="adamw_torch", learning_rate=1e-3)
+    sign_like = run(optim="adamw_torch", learning_rate=1e-3, lambda_adam_eps=1e-8)
+    grad = calm.lambda_grads[0]
+    assert calm.lambdas[0] == pytest.approx(-0.1 * grad / (abs(grad) + 1), rel=1e-4)
+    assert abs(sign_like.lambdas[0]) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_own_clip_apart_from_the_models():
+    free = run(lambda_max_grad_norm=0.0)
+    clipped = run(lambda_max_grad_norm=1e-4)
+    assert abs(free.lambda_grads[0]) > 1e-3
+    assert clipped.lambdas[0] == pytest.approx(math.copysign(0.1 * 1e-4, -free.lambda_grads[0]), rel=1e-4)
+    assert clipped.logs[0]["lambda/grad"] == pytest.approx(free.lambda_grads[0], rel=1e-5)  # logged unclipped
+    model_clip = run(max_grad_norm=1e-6)
+    assert model_clip.lambdas[0] == pytest.approx(free.lambdas[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("sign", "stop"), [(1, -1e-4), (-1, 2e-4)])
+def test_projected_to_its_bounds_after_each_step(sign, stop):
+    batch = Batch()
+    batch.rewards = [sign * r for r in batch.rewards]
+    options = {"max_steps": 3, "lambda_learning_rate": 5.0}
+    free = run(batch, **options)
+    assert all(abs(value) > 0.1 and value * stop > 0 for value in free.lambdas)
+    bound = run(batch, lambda_bounds=[-1e-4, 2e-4], **options)
+    assert bound.lambdas == [pytest.approx(stop)] * 3
+
+
+class NotFiniteOnce(LambdaGRPOTrainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if self.state.global_step == 1:
+            loss = loss + self._lambda.tensor.sum() * float("nan")
+        return loss
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    result = train(NotFiniteOnce, LambdaGRPOConfig, max_steps=3, optim="adamw_torch", learning_rate=0.0)
+    assert result.lambdas[0] == result.lambdas[1] != result.lambdas[2]
+    assert math.isfinite(result.lambdas[2])
+    assert [entry["lambda/skipped"] for entry in result.logs] == [0, 1, 1]
+
+
+def test_lambda_is_not_part_of_the_model():
+    trainer = run().trainer
+    assert all(p is not trainer._lambda.tensor for p in trainer.model.parameters())
+    assert not any("lambda" in name for name in trainer.model.state_dict())
+
+
+def test_two_iterations_use_lambda_as_it_is_at_each():
+    result = run(num_iterations=2, max_steps=2, lambda_learning_rate=50.0)
+    assert result.logs[0]["length_weight/ess"] == pytest.approx(1.0)
+    weights = torch.tensor(reference.length_weights(LENGTHS, result.lambdas[0], "lambda"))
+    ess = (weights.sum(1) ** 2 / (4 * (weights**2).sum(1))).mean().item()
+    assert result.logs[1]["length_weight/ess"] == pytest.approx(ess, rel=1e-4) and ess < 0.999
+    assert result.logs[1]["length_weight/max"] == pytest.approx(weights.max().item(), rel=1e-4)
+
+
+# ---- Directions ----
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("aggregation", ["lambda", "power"])
+def test_lambda_moves_to_where_length_is_worth_something(aggregation, sign):
+    batch = Batch()
+    batch.rewards = [sign * n / 12 for n in sum(LENGTHS, [])]
+    result = run(batch, aggregation=aggregation, max_steps=5, lambda_learning_rate=1.0)
+    assert result.lambdas[-1] * sign > 0.05
+
+
+# ---- Metrics ----
+
+
+def test_metrics():
+    batch = Batch()
+    result = run(batch, lambda_init=2.0, token_regulation="sigmoid", **CUT, logging_steps=2, max_steps=2)
+    log = result.logs[0]
+    assert {"lambda/value", "lambda/grad", "lambda/skipped"} <= log.keys()
+    assert log["lambda/value"] == pytest.approx(sum(result.lambdas) / 2)
+    v, lengths = [], sum(LENGTHS, [])
+    f = sum(reference.length_weights(LENGTHS, 2.0, "lambda"), [])
+    model, tokenizer = build_model(), result.trainer.processing_class
+    mass = []
+    ordered = sorted(lengths)
+    edges = [ordered[math.ceil(12 * q / 4) - 1] for q in (1, 2, 3)]
+    rewards = torch.tensor(batch.rewards).view(3, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()
+    for row, completion in enumerate(batch.completions):
+        prompt = tokenizer(batch.dataset()["prompt"][row // 4])["input_ids"]
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+        weights = [reference.probability_weight(x, "sigmoid") for x in logps]
+        v += weights
+        quartile = sum(lengths[row] > edge for edge in edges)
+        mass += [(abs(advantages[row]) * f[row] * w, quartile) for w in weights]
+    assert log["token_weight/mean"] == pytest.approx(sum(v) / len(v), rel=1e-4)
+    assert log["token_weight/min"] == pytest.approx(min(v)) and log["token_weight/max"] == pytest.approx(max(v))
+    shares = [log[f"share/length_q{q}"] for q in (1, 2, 3, 4)]
+    assert shares == pytest.approx(reference.loss_shares(mass), rel=2e-3)  # λ has moved a little in the second step
+    assert sum(log[f"share/probability_q{q}"] for q in (1, 2, 3, 4)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_tr_grpo_logs_its_weights_and_no_lambda():
+    log = train(TRGRPOTrainer, TRGRPOConfig).logs[0]
+    assert log["token_weight/max"] == pytest.approx(1.4)
+    assert not any(key.startswith(("lambda/", "length_weight/")) for key in log)
+    assert "share/length_q1" in log and "token_weight/clipped_by_regulation" not in log
+
+
+def test_metrics_reach_the_trackers(tmp_path):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(report_to="tensorboard", output_dir=str(tmp_path), max_steps=2)
+    events = event_accumulator.EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/lambda/value", "train/length_weight/ess", "train/share/length_q4"} <= set(tags)
+    assert len(events.Scalars("train/lambda/value")) == 2
+
+
+# ---- On disk ----
+
+
+def test_lambda_json_beside_every_saved_model(tmp_path):
+    result = run(output_dir=str(tmp_path), max_steps=2, save_strategy="steps", save_steps=1)
+    for step in (1, 2):
+        saved = json.loads((tmp_path / f"checkpoint-{step}" / "lambda.json").read_text())
+        assert saved["lambda"] == result.lambdas[step - 1]  # to the last bit
+        assert saved["aggregation"] == "lambda" and saved["global_step"] == step
+    result.trainer.save_model(str(tmp_path / "final"))
+    assert json.loads((tmp_path / "final" / "lambda.json").read_text())["lambda"] == result.lambdas[-1]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_no_lambda_no_file(tmp_path):
+    train(TRGRPOTrainer, TRGRPOConfig, output_dir=str(tmp_path)).trainer.save_model(str(tmp_path))
+    assert not (tmp_path / "lambda.json").exists()
+
+
+def test_lambda_and_its_optimizer_state_are_restored(tmp_path):
+    """Momentum of λ's Adam group included: a resumed run ends where an uninterrupted one does."""
+    options = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "lambda_learning_rate": 0.5}
+    whole = run(output_dir=str(tmp_path / "whole"), **options)
+    run(output_dir=str(tmp_path / "cut"), save_strategy="steps", save_steps=2, **options)
+    batch = Batch()
+    args = config(LambdaGRPOConfig, batch, output_dir=str(tmp_path / "cut"), **options)
+    resumed = build(LambdaGRPOTrainer, args, batch, build_model(seed=5))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert resumed.lambda_value == whole.lambdas[-1]
+    for mine, theirs in zip(resumed.model.parameters(), whole.trainer.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def resume(tmp_path, change, **options):
+    run(output_dir=str(tmp_path), max_steps=1, save_strategy="steps", save_steps=1)
+    change(tmp_path / "checkpoint-1" / "lambda.json")
+    batch = Batch()
+    trainer = build(
+        LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, output_dir=str(tmp_path), max_steps=2, **options), batch
+    )
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda f: f.unlink(), {}, r"lambda.json is missing.*To start λ afresh .* pass model="),
+        (lambda f: f.write_text("{"), {}, r"lambda.json is damaged.*To start λ afresh"),
+        (lambda f: f.write_text('{"lambda": "x", "skipped": 0}'), {}, "lambda.json is damaged"),
+        (lambda f: f.write_text('{"lambda": NaN, "skipped": 0}'), {}, "lambda.json is damaged"),
+        (lambda f: f.write_text('{"lambda": 0.5, "skipped": 0}'), {}, "lambda.json is damaged"),
+        (lambda f: None, {"aggregation": "power"}, "aggregation='power', but .* was trained with 'lambda'"),
+        (lambda f: None, {"lambda_learnable": False}, r"lambda_init=0.0 is fixed .* Resume with lambda_init=-?0\.0"),
+    ],
+)
+def test_a_checkpoint_without_the_right_lambda_raises(tmp_path, change, options, message):
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path, change, **options)
+
+
+def test_peft_adapter_with_lambda_beside_it(tmp_path, model_folder):
+    from peft import LoraConfig
+
+    options = {"output_dir": str(tmp_path), "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    result = run(
+        model=model_folder,
+        trainer_options={"peft_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")},
+        learning_rate=1e-2,
+        beta=0.1,
+        **options,
+    )
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "adapter_model.safetensors").exists()
+    assert json.loads((folder / "lambda.json").read_text())["lambda"] == result.lambdas[-1] != 0.0
+    optimizer = result.trainer.optimizer
+    adapters = [p for p in result.trainer.model.parameters() if p.requires_grad]
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, [*adapters, result.trainer._lambda.tensor]))
+
+
+# ---- Construction ----
+
+
+def test_args_none_builds_a_default_config(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # TRL's default is bf16, which its check allows on a GPU only.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    batch = Batch()
+    for trainer_class, config_class in [(LambdaGRPOTrainer, LambdaGRPOConfig), (TRGRPOTrainer, TRGRPOConfig)]:
+        trainer = trainer_class(model_folder, lambda completions, **kwargs: [0.0], train_dataset=batch.dataset())
+        assert type(trainer.args) is config_class
+        assert trainer.args.output_dir.endswith(f"-{trainer_class._name}")
+    assert trainer.args.token_regulation == "sigmoid" and trainer.args.aggregation is None
+
+
+def test_reward_signature_of_trl_keeps_working():
+    seen = {}
+
+    def with_metrics(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, **kwargs):
+        seen["step"] = trainer_state.global_step
+        log_metric("mine", 1.0)
+        return [float(len(ids)) for ids in completion_ids]
+
+    batch = Batch()
+    result = run(batch, trainer_options={"reward_funcs": [with_metrics, batch.reward]})
+    assert seen["step"] == 0 and result.logs[0]["mine"] == 1.0
+
+
+def test_a_plain_config_is_not_one_of_ours():
+    assert not issubclass(GRPOConfig, LambdaGRPOConfig) and issubclass(TRGRPOConfig, LambdaGRPOConfig)
