@@ -22,7 +22,7 @@ TESTED_VERSIONS = ("1.10.0", "1.13.0", "1.14.2", "1.16.0")
 # Method -> the parameters that are passed or read by name.
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
-    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_get_per_token_logps_and_entropies": ("model",),
     "_compute_loss": ("model", "inputs"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
