@@ -3,12 +3,10 @@
 import re
 
 import pytest
-import torch
 from support import Batch, build, config
 from trl import GRPOConfig
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer, _refusals
-from trl_lambda._refusals import refuse_engine
 
 NO_MODEL = "a/model-that-would-have-to-be-downloaded"
 
@@ -27,29 +25,11 @@ def test_plain_config():
     refused("args must be a TRGRPOConfig", LambdaGRPOConfig, TRGRPOTrainer)
 
 
-def test_users_own_optimizer():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    refused("optimizers=(optimizer, ...) was passed", trainer_options={"optimizers": (optimizer, None)})
-
-
-@pytest.mark.parametrize("optim", ["galore_adamw", "lomo", "apollo_adamw", "schedule_free_adamw"])
-def test_optimizers_without_a_place_for_a_group(optim):
-    refused("has no place for λ's parameter group", optim=optim)
-
-
 def test_adam_eps_where_there_is_none():
     batch = Batch()
     trainer = build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, optim="sgd", lambda_adam_eps=0.5), batch)
     with pytest.raises(ValueError, match="lambda_adam_eps=0.5 has no effect: SGD has no scalar eps"):
         trainer.create_optimizer()
-
-
-def test_engines(monkeypatch):
-    with pytest.raises(ValueError, match="DeepSpeed owns the optimizer"):
-        refuse_engine(deepspeed=True, fsdp=False)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    refused("FSDP owns the optimizer, which has no place for λ's parameter group. Use lambda_learnable=False")
 
 
 def test_liger_where_it_bypasses_the_loss(monkeypatch):

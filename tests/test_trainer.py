@@ -51,6 +51,63 @@ def test_members_without_lambda_add_no_group():
     assert trainer.lambda_value is None
 
 
+def own_optimizer(model, scheduler=True, learning_rate=1e-3):
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
+    factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)) if scheduler else None
+    return optimizer, factor
+
+
+@pytest.mark.parametrize("scheduler", [True, False])
+def test_an_optimizer_that_the_user_built_stays_his_and_lambda_gets_a_companion(scheduler):
+    model = build_model()
+    options = {"trainer_options": {"optimizers": own_optimizer(model, scheduler)}, "max_steps": 3}
+    result = run(model=model, lr_scheduler_type="linear", lambda_adam_eps=1e6, **options)
+    main, companion = result.trainer.optimizer, result.trainer._lambda.companion
+    assert len(main.param_groups) == 1 and not result.trainer._lambda.in_optimizer(main)
+    assert type(companion) is torch.optim.AdamW and result.trainer._lambda.in_optimizer(companion)
+    # With eps far above the gradient an AdamW step is its bias-corrected momentum over eps, times the schedule.
+    factors = [1, 1 / 2, 1 / 3] if scheduler else [1, 2 / 3, 1 / 3]
+    momentum, value, expected = 0.0, 0.0, []
+    for t, grad in enumerate(result.lambda_grads):
+        momentum = 0.9 * momentum + 0.1 * grad
+        value -= 0.1 * factors[t] * momentum / (1 - 0.9 ** (t + 1)) / 1e6
+        expected.append(value)
+    assert result.lambdas == pytest.approx(expected, rel=1e-4)
+
+
+def test_main_group_and_companion_take_the_same_steps():
+    options = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "lr_scheduler_type": "linear"}
+    joined = run(**options)
+    model = build_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    apart = run(model=model, trainer_options={"optimizers": (optimizer, None)}, **options)
+    assert apart.lambdas == joined.lambdas and len(set(joined.lambdas)) == 4
+
+
+def test_a_companion_is_restored_too(tmp_path):
+    options = {"lambda_learning_rate": 0.5, "max_steps": 4, "lr_scheduler_type": "linear"}
+
+    def go(folder, **more):
+        model = build_model()
+        optimizers = {"optimizers": own_optimizer(model, scheduler=False)}
+        return run(model=model, trainer_options=optimizers, output_dir=str(tmp_path / folder), **options, **more)
+
+    whole = go("whole")
+    go("cut", save_strategy="steps", save_steps=2)
+    state = json.loads((tmp_path / "cut" / "checkpoint-2" / "lambda_optimizer.json").read_text())
+    assert state["state"]["0"]["step"]["values"] == [2.0]
+    batch, model = Batch(), build_model(seed=5)
+    args = config(LambdaGRPOConfig, batch, output_dir=str(tmp_path / "cut"), **options)
+    resumed = build(LambdaGRPOTrainer, args, batch, model, optimizers=own_optimizer(model, scheduler=False))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+    assert resumed.lambda_value == whole.lambdas[-1]
+    (tmp_path / "cut" / "checkpoint-2" / "lambda_optimizer.json").unlink()
+    model = build_model()
+    again = build(LambdaGRPOTrainer, args, batch, model, optimizers=own_optimizer(model, scheduler=False))
+    with pytest.raises(ValueError, match="lambda_optimizer.json is missing"):
+        again.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-2"))
+
+
 def test_lambda_follows_the_schedule_of_the_model():
     result = run(lr_scheduler_type="linear", max_steps=4, learning_rate=1e-3, optim="sgd")
     factors = [group["lr"] for group in result.trainer.optimizer.param_groups]

@@ -2,13 +2,10 @@
 
 import inspect
 
-from accelerate.utils import parse_flag_from_env
 from torch import nn
-from transformers.training_args import OptimizerNames
 from trl import GRPOTrainer
 
 from ._trl_contract import liger_bypasses_loss, patched_by_unsloth
-from .lambda_grpo_config import LambdaGRPOConfig
 
 # What TRL passes to every reward function beside the dataset's columns.
 _REWARD_ARGUMENTS = {
@@ -20,19 +17,16 @@ _REWARD_ARGUMENTS = {
     "log_metric",
     "environments",
 }
-# Optimizers that update parameters outside a plain `step()` over groups of tensors, by a part of their name.
-_OWNING_OPTIMIZERS = ("galore", "lomo", "apollo", "layerwise", "schedule_free")
 
 
-def refuse_unsupported(trainer_class: type, args: object, config_class: type, optimizers: tuple) -> None:
+def refuse_unsupported(trainer_class: type, args: object, config_class: type) -> None:
     """
-    Refuse what would bypass the weights, or has no place for λ's parameter group.
+    Refuse what would bypass the weights.
 
     Args:
         trainer_class (`type`): The trainer being built.
         args (`object`): What was passed as its configuration.
         config_class (`type`): The configuration class it needs.
-        optimizers (`tuple`): As passed to the trainer, (optimizer, scheduler).
 
     Raises:
         `ValueError`: naming the option, its value and what to use instead.
@@ -52,42 +46,6 @@ def refuse_unsupported(trainer_class: type, args: object, config_class: type, op
         raise ValueError(
             "use_liger_kernel=True makes this TRL compute its loss in a fused kernel that the weights do not reach. "
             "Use use_liger_kernel=False, or TRL >= 1.14."
-        )
-    if args.has_lambda and args.lambda_learnable:
-        _refuse_optimizer(args, optimizers)
-
-
-def _refuse_optimizer(args: LambdaGRPOConfig, optimizers: tuple) -> None:
-    """A learnable λ needs an optimizer that takes another parameter group."""
-    instead = "Use lambda_learnable=False, or"
-    if optimizers[0] is not None:
-        raise ValueError(
-            "optimizers=(optimizer, ...) was passed: λ's parameter group can only join an optimizer that the trainer "
-            f"builds. {instead} choose the optimizer by args.optim."
-        )
-    optim = OptimizerNames(args.optim).value
-    if any(name in optim for name in _OWNING_OPTIMIZERS):
-        raise ValueError(
-            f"optim={optim!r} has no place for λ's parameter group. {instead} another optim, such as "
-            "'adamw_torch'."
-        )
-    refuse_engine(
-        deepspeed=args.deepspeed_plugin is not None,
-        fsdp=bool(args.fsdp_plugin_args) or parse_flag_from_env("ACCELERATE_USE_FSDP"),
-    )
-
-
-def refuse_engine(*, deepspeed: bool, fsdp: bool) -> None:
-    """
-    A learnable λ cannot join an optimizer that an engine owns or shards.
-
-    Raises:
-        `ValueError`: either engine is on.
-    """
-    if deepspeed or fsdp:
-        raise ValueError(
-            f"{'DeepSpeed' if deepspeed else 'FSDP'} owns the optimizer, which has no place for λ's parameter group. "
-            "Use lambda_learnable=False, or a single process or DDP."
         )
 
 

@@ -29,7 +29,10 @@ METHODS = {
     "create_optimizer": (),
     "log": ("logs", "start_time"),
     "_save": ("output_dir", "state_dict"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_best_model": (),
+    "_push_from_checkpoint": ("checkpoint_folder",),
 }
 # Attributes that the trainer reads: TRL sets them in `__init__` or in the methods above.
 ATTRIBUTES = ("_metrics", "num_generations", "num_generations_eval", "loss_type", "epsilon_low", "epsilon_high")

@@ -10,12 +10,14 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from ._refusals import check_columns, refuse_engine, refuse_unsupported
+from ._lambda_checkpoint import LambdaCheckpointMixin
+from ._refusals import check_columns, refuse_unsupported
 from ._trl_contract import check_contract
 from ._weighted_inputs import WeightedInputs, own_tokens
+from .companion import companion_class, engine_owns_optimizer, lambda_eps
 from .diagnostics import LossTally, clipped_by_weight, quartile_index
 from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
-from .lambda_parameter import LambdaParameter, has_scalar_eps, read_lambda_file, write_lambda_file
+from .lambda_parameter import LambdaParameter, schedule_factor
 from .weights import length_weights, probability_weights, sequence_mean_weights
 
 # Entries added to the scored batch. Dimension 0 is this process's rows, so that TRL's shuffle and split keep them
@@ -24,7 +26,7 @@ LENGTHS_KEY = "generation_batch_lengths"
 ROW_KEY = "generation_batch_row"
 
 
-class LambdaGRPOTrainer(GRPOTrainer):
+class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
     """
     `GRPOTrainer` with the aggregation ``Σ_i f_i(λ) Σ_t v(π_it) ℓ_it / Σ_i |o_i|`` of TRL's own token losses ℓ.
 
@@ -63,7 +65,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
-        refuse_unsupported(type(self), args, self._config_class, optimizers)
+        refuse_unsupported(type(self), args, self._config_class)
         if kwargs.get("rollout_func") is None and kwargs.get("environment_factory") is None:
             check_columns(reward_funcs, train_dataset)
 
@@ -83,9 +85,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
             optimizers=optimizers,
             **kwargs,
         )
+        self._user_built_optimizer = optimizers[0] is not None
+        self._optimizer_is_owned = self._user_built_optimizer or engine_owns_optimizer(self)
         if args.has_lambda:
-            if args.lambda_learnable:
-                refuse_engine(deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
             self._lambda = LambdaParameter(
                 args.lambda_init,
                 learnable=args.lambda_learnable,
@@ -126,6 +128,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
         finally:
             self._loss_inputs = None
         weighted.check_consumed()
+        parameter = self._lambda
+        if parameter is not None and parameter.companion is not None and self.accelerator.mixed_precision == "fp16":
+            loss = parameter.probe_scale(loss)
         return loss
 
     def _weight_responses(self, inputs: WeightedInputs) -> None:
@@ -196,59 +201,29 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)
-        parameter = self._lambda
-        if parameter is None or not parameter.learnable or parameter.in_optimizer(optimizer):
+        parameter, args = self._lambda, self.args
+        if parameter is None or not parameter.learnable or parameter.companion is not None:
             return optimizer
-        eps = self.args.lambda_adam_eps
-        if not has_scalar_eps(optimizer):
-            if eps != self.args.__dataclass_fields__["lambda_adam_eps"].default:
-                raise ValueError(
-                    f"lambda_adam_eps={eps} has no effect: {type(optimizer).__name__} has no scalar eps. Leave it at "
-                    "its default."
-                )
-            eps = None
-        parameter.add_group(optimizer, learning_rate=self.args.lambda_learning_rate, adam_eps=eps)
+        if not self._optimizer_is_owned:
+            if not parameter.in_optimizer(optimizer):
+                eps = lambda_eps(args, optimizer)
+                parameter.add_group(optimizer, learning_rate=args.lambda_learning_rate, adam_eps=eps)
+            return optimizer
+        optimizer_class, options = companion_class(args, self.model, user_built=self._user_built_optimizer)
+        parameter.make_companion(optimizer_class, options, learning_rate=args.lambda_learning_rate)
+        parameter.set_eps(lambda_eps(args, parameter.companion))
         return optimizer
 
     def training_step(self, *args, **kwargs):
+        parameter = self._lambda
+        if parameter is None or not parameter.learnable:
+            return super().training_step(*args, **kwargs)
+        if parameter.companion is not None:  # before an engine may advance the schedule inside backward
+            parameter.companion_factor = schedule_factor(self.lr_scheduler, self.args.learning_rate)
         loss = super().training_step(*args, **kwargs)
-        if self._lambda is not None and self._lambda.learnable and self.accelerator.sync_gradients:
-            self._lambda.reduce_gradient(self.accelerator)
+        if self.accelerator.sync_gradients:
+            parameter.reduce_gradient(self.accelerator)
         return loss
-
-    # ---- λ on disk ----
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        if self._lambda is not None and self.args.should_save:
-            content = {
-                "format": 1,
-                "lambda": self._lambda.value,
-                "skipped": self._lambda.skipped,
-                "learnable": self._lambda.learnable,
-                "aggregation": self.args.aggregation,
-                "aggregation_scope": self.args.aggregation_scope,
-                "length_scale": self.args.length_scale if self.args.aggregation == "lambda" else None,
-                "global_step": self.state.global_step,
-            }
-            write_lambda_file(self.args.output_dir if output_dir is None else output_dir, content)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or self._lambda is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        content = read_lambda_file(checkpoint)
-        if content["aggregation"] != self.args.aggregation:
-            raise ValueError(
-                f"aggregation={self.args.aggregation!r}, but {checkpoint} was trained with "
-                f"{content['aggregation']!r}, whose λ has another meaning. Resume with that one."
-            )
-        if not self._lambda.learnable and content["lambda"] != self._lambda.value:
-            raise ValueError(
-                f"lambda_init={self.args.lambda_init} is fixed (lambda_learnable=False), but {checkpoint} has "
-                f"λ = {content['lambda']}. Resume with lambda_init={content['lambda']}."
-            )
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._lambda.load(content["lambda"], content["skipped"])
 
 
 class TRGRPOTrainer(LambdaGRPOTrainer):
@@ -269,15 +244,17 @@ class _LambdaStep(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        parameter = self.trainer._lambda
+        parameter, accelerator = self.trainer._lambda, self.trainer.accelerator
         if parameter.learnable:
             # Clipping the model's gradients unscales fp16 gradients, λ's with them; without a clip nobody has yet.
-            if args.max_grad_norm is None or args.max_grad_norm <= 0:
-                self.trainer.accelerator.unscale_gradients()
+            if parameter.companion is None and (args.max_grad_norm is None or args.max_grad_norm <= 0):
+                accelerator.unscale_gradients()
             parameter.prepare_step()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         parameter, metrics = self.trainer._lambda, self.trainer._metrics["train"]
+        if parameter.learnable and not self.trainer.accelerator.optimizer_step_was_skipped:
+            parameter.step_companion()
         parameter.finish_step()
         metrics["lambda/value"].append(parameter.value)
         if parameter.learnable:

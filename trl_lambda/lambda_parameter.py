@@ -5,21 +5,22 @@ gradient clip, and PEFT would drop it. Outside the model nobody else reduces, cl
 here.
 """
 
-import json
 import math
-import os
-from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-LAMBDA_FILE = "lambda.json"
 GROUP_NAME = "lambda"
 
 
 class LambdaParameter:
     """
     The learnable length preference λ of arXiv 2510.06870: one scalar for the whole run.
+
+    Its parameter group sits in the trainer's optimizer (`add_group`) or, where an engine or the user owns that one, in
+    a companion optimizer that holds nothing else (`make_companion`). Either way a step is, in this order:
+    `reduce_gradient` after the last backward pass, `prepare_step`, the optimizer, `finish_step`.
 
     Args:
         init (`float`): λ at step 0.
@@ -44,8 +45,13 @@ class LambdaParameter:
         )
         self.bounds = bounds
         self.max_grad_norm = max_grad_norm
+        self.companion: torch.optim.Optimizer | None = None
+        self.companion_factor = 1.0
         self.last_grad = 0.0
         self.skipped = 0
+        self._learning_rate = 0.0
+        self._scale_probe: torch.Tensor | None = None
+        self._micro_batches = 0
 
     @property
     def learnable(self) -> bool:
@@ -67,18 +73,43 @@ class LambdaParameter:
         Args:
             optimizer (`torch.optim.Optimizer`): The trainer's optimizer.
             learning_rate (`float`): base learning rate of λ.
-            adam_eps (`float`, *optional*): `eps` of the group, for an optimizer that has a scalar one; `None` leaves
-                the optimizer's own.
-
-        Raises:
-            `ValueError`: `adam_eps` is given and the optimizer has no scalar `eps`.
+            adam_eps (`float`, *optional*): `eps` of the group; `None` leaves the optimizer's own.
         """
-        group = {"params": [self.tensor], "lr": learning_rate, "weight_decay": 0.0, "name": GROUP_NAME}
+        group = self._group(learning_rate)
+        optimizer.add_param_group(group if adam_eps is None else group | {"eps": adam_eps})
+
+    def make_companion(self, optimizer_class: type, options: dict[str, Any], *, learning_rate: float) -> None:
+        """
+        Put λ's group into an optimizer of its own.
+
+        Args:
+            optimizer_class (`type`): A torch optimizer class.
+            options (`dict`): Its other arguments, as for the model.
+            learning_rate (`float`): base learning rate of λ; each step multiplies it by the model's schedule.
+        """
+        self.companion = optimizer_class([self._group(learning_rate)], **options)
+        self._learning_rate = learning_rate
+
+    def set_eps(self, adam_eps: float | None) -> None:
+        """Set `eps` of the companion's group; `None` leaves the optimizer's own."""
         if adam_eps is not None:
-            if not has_scalar_eps(optimizer):
-                raise ValueError(f"adam_eps={adam_eps} has no effect: {type(optimizer).__name__} has no scalar eps.")
-            group["eps"] = adam_eps
-        optimizer.add_param_group(group)
+            self.companion.param_groups[0]["eps"] = adam_eps
+
+    def _group(self, learning_rate: float) -> dict[str, Any]:
+        return {"params": [self.tensor], "lr": learning_rate, "weight_decay": 0.0, "name": GROUP_NAME}
+
+    def probe_scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """
+        Let backward measure the factor that fp16 loss scaling puts on a loss: nobody unscales the companion's λ.
+
+        Returns:
+            `torch.Tensor`: `loss` plus an exact 0, whose gradient in the probe is the scale, summed over micro-batches
+            as dL/dλ is.
+        """
+        if self._scale_probe is None:
+            self._scale_probe = torch.zeros((), device=loss.device, requires_grad=True)
+        self._micro_batches += 1
+        return loss + (self._scale_probe - self._scale_probe.detach())
 
     def reduce_gradient(self, accelerator: Accelerator) -> None:
         """
@@ -89,6 +120,9 @@ class LambdaParameter:
         process alike.
         """
         grad = self.tensor.grad if self.tensor.grad is not None else torch.zeros_like(self.tensor)
+        if self._scale_probe is not None and self._scale_probe.grad is not None:
+            grad = grad / (self._scale_probe.grad / self._micro_batches)
+            self._scale_probe.grad, self._micro_batches = None, 0
         self.tensor.grad = accelerator.reduce(grad, reduction="mean")
 
     def prepare_step(self) -> None:
@@ -99,6 +133,12 @@ class LambdaParameter:
             self.skipped += 1
         elif self.max_grad_norm > 0:
             self.tensor.grad.clamp_(-self.max_grad_norm, self.max_grad_norm)
+
+    def step_companion(self) -> None:
+        """Step the companion, if there is one, at its base learning rate times the factor of the model's schedule."""
+        if self.companion is not None:
+            self.companion.param_groups[0]["lr"] = self._learning_rate * self.companion_factor
+            self.companion.step()
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -119,53 +159,22 @@ def has_scalar_eps(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer.defaults.get("eps"), float)
 
 
-def write_lambda_file(folder: str | os.PathLike, content: dict) -> Path:
+def schedule_factor(scheduler: Any, learning_rate: float) -> float:
     """
-    Write `lambda.json` into `folder`, whole or not at all.
+    What a learning rate scheduler multiplies the base learning rate by at this step.
 
     Args:
-        folder (`str` or `os.PathLike`): An existing folder.
-        content (`dict`): JSON-serialisable; floats survive exactly.
+        scheduler: A torch scheduler, or a wrapper of accelerate or an engine around one.
+        learning_rate (`float`): the model's base learning rate, for a scheduler that does not keep it.
 
     Returns:
-        `Path`: the file written.
+        `float`: exact for a `LambdaLR`, which most of transformers' schedules are; else the ratio of the first group's
+        learning rate to its initial one.
     """
-    path = Path(folder) / LAMBDA_FILE
-    temporary = path.with_suffix(".json.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return path
-
-
-def read_lambda_file(folder: str | os.PathLike) -> dict:
-    """
-    Read `lambda.json` from a checkpoint.
-
-    Args:
-        folder (`str` or `os.PathLike`): A checkpoint or model folder.
-
-    Returns:
-        `dict`: as written; `"lambda"` is a finite float, `"skipped"` a count, `"aggregation"` the member's name.
-
-    Raises:
-        `ValueError`: the file is missing or damaged; the message says how to start λ afresh.
-    """
-    path = Path(folder) / LAMBDA_FILE
-    afresh = f"To start λ afresh from these weights, pass model={str(folder)!r} to a new trainer instead of resuming."
-    if not path.is_file():
-        raise ValueError(
-            f"{path} is missing: this checkpoint was not written by LambdaGRPOTrainer with a λ (a plain GRPOTrainer "
-            f"has none). {afresh}"
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        value, skipped, aggregation = float(content["lambda"]), int(content["skipped"]), str(content["aggregation"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {afresh}") from error
-    if not math.isfinite(value):
-        raise ValueError(f"{path} is damaged (λ = {value}). {afresh}")
-    return {**content, "lambda": value, "skipped": skipped, "aggregation": aggregation}
+    while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return float(scheduler.lr_lambdas[0](scheduler.last_epoch))
+    group = scheduler.optimizer.param_groups[0]
+    initial = group.get("initial_lr", learning_rate)
+    return float(group["lr"]) / initial if initial else 1.0
