@@ -134,7 +134,12 @@ class _Watch(TrainerCallback):
         self.run = run
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        named = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+        unwrapped = self.run.trainer.accelerator.unwrap_model(model)
+        named = {
+            n: p.grad.detach().clone()
+            for n, p in unwrapped.named_parameters()
+            if p.grad is not None and type(p.grad) is torch.Tensor  # engines keep shards of their own kinds
+        }
         self.run.grads.append(named)
         parameter = getattr(self.run.trainer, "_lambda", None)
         grad = None if parameter is None or parameter.tensor.grad is None else parameter.tensor.grad.item()
@@ -171,10 +176,19 @@ def config(config_class: type[GRPOConfig], batch: Batch, **options) -> GRPOConfi
     return config_class(**(defaults | options))
 
 
-def build(trainer_class, args, batch: Batch, model=None, **options):
-    """A trainer on prepared completions, whose losses are recorded in `trainer.seen_losses`."""
+def build(trainer_class, args, batch: Batch, model=None, noise: float = 0.0, **options):
+    """
+    A trainer on prepared completions, whose losses are recorded in `trainer.seen_losses`. `noise` puts the old
+    log-probabilities that far off the current ones, by row and token, so that ratios are not 1.
+    """
 
     class Recording(trainer_class):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            if noise:
+                output["old_per_token_logps"] = off_policy_logps(self, output, noise)
+            return output
+
         def compute_loss(self, *a, **k):
             loss = super().compute_loss(*a, **k)
             self.seen_losses.append(loss.item())
@@ -197,10 +211,32 @@ def train(trainer_class, config_class, batch: Batch | None = None, *, model=None
     """Train on prepared completions and return the `Run`."""
     batch = Batch() if batch is None else batch
     trainer = build(trainer_class, config(config_class, batch, **options), batch, model, **(trainer_options or {}))
-    run = Run(trainer, trainer.seen_losses, [], [], [])
-    trainer.callback_handler.callbacks.insert(0, _Watch(run))
+    run = watch(trainer)
     trainer.train()
     return run
+
+
+def watch(trainer) -> Run:
+    """A `Run` that fills while the trainer trains."""
+    run = Run(trainer, trainer.seen_losses, [], [], [])
+    trainer.callback_handler.callbacks.insert(0, _Watch(run))
+    return run
+
+
+def off_policy_logps(trainer, inputs: dict, noise: float) -> torch.Tensor:
+    """Current log-probabilities plus noise that depends on the row of the whole batch and the token alone."""
+    with torch.no_grad():
+        logps = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            inputs["completion_ids"].size(1),
+        )[0]
+    first = trainer.accelerator.process_index * logps.size(0)
+    for row in range(logps.size(0)):
+        generator = torch.Generator().manual_seed(first + row)
+        logps[row] += noise * torch.randn(64, generator=generator)[: logps.size(1)]
+    return logps
 
 
 def assert_same_bits(a: Run, b: Run) -> None:

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import reference
 import torch
-from support import LENGTHS, Batch, build, build_tokenizer, config
+from support import LENGTHS, Batch, build, build_tokenizer, config, off_policy_logps
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
@@ -15,21 +15,13 @@ LEVELS = ["token", "sequence"]
 LAMBDA = 1.3
 
 
-def scored(trainer, noise: float = 0.3, seed: int = 0):
+def scored(trainer, noise: float = 0.3):
     """One scored generation batch with old log-probabilities off the current ones, so that ratios are not 1."""
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     rows = [{"prompt": text} for text in trainer.train_dataset["prompt"][: len(LENGTHS)] for _ in range(4)]
     inputs = trainer._generate_and_score_completions(rows)
-    with torch.no_grad():
-        logps = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-        )[0]
-    generator = torch.Generator().manual_seed(seed)
-    inputs["old_per_token_logps"] = logps + noise * torch.randn(logps.shape, generator=generator)
+    inputs["old_per_token_logps"] = off_policy_logps(trainer, inputs, noise)
     return inputs
 
 
@@ -87,7 +79,8 @@ def assert_equals_reference(options, **reference_options):
     grads, _ = gradients(trainer, [loss])
     lam = options.get("lambda_init", 0.0)
     reference_loss, reference_grads = expected(trainer, inputs, batch, lam, **reference_options)
-    assert loss.item() == pytest.approx(reference_loss, rel=1e-5, abs=1e-6)
+    # VESPO's φ = e^λ w^k e^(-λw) magnifies the rounding of a sum of log ratios.
+    assert loss.item() == pytest.approx(reference_loss, rel=3e-5 if options.get("loss_type") == "vespo" else 1e-5)
     assert_gradients_close(grads, reference_grads)
 
 

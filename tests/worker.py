@@ -1,0 +1,128 @@
+"""
+Run prepared trainings in this process, one of several ranks or not, and write what each did to a file per rank.
+
+    torchrun --standalone --nproc_per_node 2 tests/worker.py JOBS.json FOLDER
+
+JOBS.json is a list of {"trainer": "lambda" or "tr" or "grpo", "options": {...}} and what `run_job` reads besides. A
+job may name `"engine": "fsdp2"`, and is then the only one of its process; DeepSpeed comes from `accelerate launch`.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import conftest  # noqa: F401  offline, one thread
+import torch
+from support import Batch, build, build_model, config, watch
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+
+CLASSES = {
+    "lambda": (LambdaGRPOTrainer, LambdaGRPOConfig),
+    "tr": (TRGRPOTrainer, TRGRPOConfig),
+    "grpo": (GRPOTrainer, GRPOConfig),
+}
+
+
+def use_fsdp2() -> None:
+    """
+    Let accelerate shard on a CPU. It leaves MULTI_CPU out of its FSDP branch and would train plain DDP instead, so
+    the engine is set on its state after the state has been made.
+    """
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    make = AcceleratorState.__init__
+
+    def patched(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+            cpu_ram_efficient_loading=False,
+            state_dict_type=os.environ.get("TEST_FSDP_STATE_DICT", "FULL_STATE_DICT"),
+        )
+        self.fsdp_plugin = plugin
+        self.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = patched
+
+
+class KillAt(TrainerCallback):
+    """SIGKILL to this process `delay` seconds after optimizer step `step`: in the middle of whatever is going on."""
+
+    def __init__(self, step: int, delay: float):
+        self.step, self.delay = step, delay
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def run_job(job: dict) -> dict:
+    """Train as the job says; what it did, as plain lists and tensors."""
+    trainer_class, config_class = CLASSES[job["trainer"]]
+    batch = Batch(**job.get("batch", {}))
+    trainer_options = dict(job.get("trainer_options", {}))
+    if "peft" in trainer_options:
+        from peft import LoraConfig
+
+        trainer_options["peft_config"] = LoraConfig(**trainer_options.pop("peft"))
+    if job.get("eval"):
+        trainer_options["eval_dataset"] = batch.dataset()
+    model = job.get("model") or build_model()
+    if job.get("deepspeed"):
+        job["options"]["ddp_backend"] = "gloo"
+    args = config(config_class, batch, **job["options"])
+    trainer = build(trainer_class, args, batch, model, noise=job.get("noise", 0.0), **trainer_options)
+    if "kill_at" in job:
+        trainer.add_callback(KillAt(*job["kill_at"]))
+    run = watch(trainer)
+    resume = job.get("resume")
+    trainer.train(resume_from_checkpoint=resume)
+    parameter = getattr(trainer, "_lambda", None)
+    optimizer_state = None
+    if parameter is not None and parameter.learnable:
+        holder = parameter.companion or trainer.optimizer
+        while hasattr(holder, "optimizer"):
+            holder = holder.optimizer
+        optimizer_state = dict(holder.state[parameter.tensor])
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole on rank 0, maybe nothing elsewhere
+    return {
+        "losses": run.losses,
+        "grads": run.grads,
+        "lambda_grads": run.lambda_grads,
+        "lambdas": run.lambdas,
+        "lambda_state": optimizer_state,
+        "model": {name: value.clone() for name, value in (state or {}).items()},
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "companion": parameter is not None and parameter.companion is not None,
+        "history": trainer.state.log_history,
+    }
+
+
+def main() -> None:
+    jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank = int(os.environ.get("RANK", "0"))
+    if jobs[0].get("engine") == "fsdp2":
+        use_fsdp2()
+    for number, job in enumerate(jobs):
+        result = run_job(job)
+        temporary = folder / f"job{number}-rank{rank}.tmp"
+        torch.save(result, temporary)
+        temporary.rename(folder / f"job{number}-rank{rank}.pt")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
