@@ -67,6 +67,19 @@ class KillAt(TrainerCallback):
             threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
+def not_finite_at(trainer_class: type, rank: int, step: int) -> type:
+    """A trainer whose dL/dλ is NaN on one rank in one step."""
+
+    class NotFinite(trainer_class):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            if self.accelerator.process_index == rank and self.state.global_step == step:
+                loss = loss + self._lambda.tensor.sum() * float("nan")
+            return loss
+
+    return NotFinite
+
+
 def run_job(job: dict) -> dict:
     """Train as the job says; what it did, as plain lists and tensors."""
     trainer_class, config_class = CLASSES[job["trainer"]]
@@ -82,6 +95,8 @@ def run_job(job: dict) -> dict:
     if job.get("deepspeed"):
         job["options"]["ddp_backend"] = "gloo"
     args = config(config_class, batch, **job["options"])
+    if "not_finite" in job:
+        trainer_class = not_finite_at(trainer_class, **job["not_finite"])
     trainer = build(trainer_class, args, batch, model, noise=job.get("noise", 0.0), **trainer_options)
     if "kill_at" in job:
         trainer.add_callback(KillAt(*job["kill_at"]))
@@ -102,6 +117,7 @@ def run_job(job: dict) -> dict:
         "lambda_grads": run.lambda_grads,
         "lambdas": run.lambdas,
         "lambda_state": optimizer_state,
+        "lambda_at_end": getattr(trainer, "lambda_value", None),
         "model": {name: value.clone() for name, value in (state or {}).items()},
         "wrapper": type(trainer.model_wrapped).__name__,
         "companion": parameter is not None and parameter.companion is not None,

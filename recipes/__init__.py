@@ -1,0 +1,1 @@
+"""Recipes: a training script, its YAML files, and an offline playground to run them on."""

@@ -1,0 +1,91 @@
+"""Measure a model on playground problems: accuracy, length, style, and how far length goes with being right."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.playground.rewards import exact_answer
+from recipes.playground.tasks import Problem
+
+MAX_NEW_TOKENS = 48  # the longest right answer of any task takes 32 with its end token
+BATCH_SIZE = 512  # rows generated at once
+
+
+def within_group_correlation(rewards: torch.Tensor, lengths: torch.Tensor) -> float:
+    """
+    Correlate reward and length inside groups: both are centred on their group's mean, then pooled.
+
+    Args:
+        rewards (`torch.Tensor`):
+            Rewards, (P, G).
+        lengths (`torch.Tensor`):
+            Completion lengths in tokens, (P, G).
+
+    Returns:
+        `float`: between -1 and 1; 0.0 where reward or length never differs within a group.
+    """
+    rewards = rewards.double() - rewards.double().mean(1, keepdim=True)  # (P, G)
+    lengths = lengths.double() - lengths.double().mean(1, keepdim=True)  # (P, G)
+    scale = (rewards.square().sum() * lengths.square().sum()).sqrt()
+    return float((rewards * lengths).sum() / scale) if scale > 0 else 0.0
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    *,
+    num_samples: int,
+    seed: int,
+    greedy: bool = False,
+) -> dict[str, float]:
+    """
+    Sample completions at temperature 1 (or greedily) and measure them, without disturbing the global random state.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model; it is left in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The playground's tokenizer.
+        problems (`list[Problem]`):
+            P problems.
+        num_samples (`int`):
+            G, completions per problem.
+        seed (`int`):
+            Seed of the sampling.
+        greedy (`bool`):
+            Take the most probable token instead of sampling.
+
+    Returns:
+        `dict[str, float]`: `accuracy_sampled`, `mean_length` (tokens, with the end token), `share_long` (completions
+        that show their steps), `accuracy_short`, `accuracy_long`, `length_reward_correlation`.
+    """
+    model.eval()
+    prompts = [problem.prompt for problem in problems for _ in range(num_samples)]
+    solutions = [problem.solution for problem in problems for _ in range(num_samples)]
+    sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    texts, lengths = [], []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), BATCH_SIZE):
+            batch = tokenizer(
+                prompts[start : start + BATCH_SIZE], padding=True, return_tensors="pt", return_token_type_ids=False
+            ).to(model.device)
+            output = model.generate(**batch, **sampling, max_new_tokens=MAX_NEW_TOKENS)
+            completion = output[:, batch["input_ids"].shape[1] :]  # (B, T)
+            lengths += (completion != tokenizer.pad_token_id).sum(1).tolist()
+            texts += tokenizer.batch_decode(completion, skip_special_tokens=True)
+    rewards = torch.tensor(exact_answer(texts, solutions))  # (P * G,)
+    length = torch.tensor(lengths, dtype=torch.float32)  # (P * G,)
+    long = torch.tensor(["=" in text for text in texts])  # (P * G,)
+    figures = {
+        "accuracy_sampled": rewards.mean(),
+        "mean_length": length.mean(),
+        "share_long": long.float().mean(),
+        "accuracy_short": rewards[~long].sum() / (~long).sum().clamp(min=1),
+        "accuracy_long": rewards[long].sum() / long.sum().clamp(min=1),
+        "length_reward_correlation": within_group_correlation(
+            rewards.view(-1, num_samples), length.view(-1, num_samples)
+        ),
+    }
+    return {name: round(float(value), 4) for name, value in figures.items()}
