@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint matrix versions engines fuzz mutations clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install the package with the tested versions (constraints.txt)
 
@@ -19,8 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP) ## train a tiny language model offline with a learning λ, two CPU cores, a few minutes
-	$(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process 2 recipes/train.py --config recipes/configs/playground.yaml
+	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 \
+		--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 \
+		recipes/train.py --config recipes/configs/playground.yaml
 
 test: lint ## lint and run the tests
 	$(BIN)/python -m pytest -q
@@ -29,5 +30,27 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean: ## remove .venv, caches and runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis runs *.egg-info
+matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in README.md
+	$(BIN)/python tests/matrix.py --write README.md
+
+versions: $(STAMP) ## contract, parity and matrix on every tested version of TRL (REDUCED=1: the oldest, a part)
+	$(BIN)/python tests/versions.py --folder .versions $(if $(REDUCED),--reduced)
+
+engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, 8-bit Adam on a CPU (REDUCED=1: ZeRO-3)
+	PATH="$(CURDIR)/$(BIN):$(CURDIR)/.engines/bin:$$PATH" PYTHONPATH=.engines $(BIN)/python tests/engines.py \
+		$(if $(REDUCED),--only "zero3 ×2")
+
+# Not dependencies of the package: DeepSpeed without its compiled operators, and what it imports.
+.engines/.installed: $(STAMP)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .engines deepspeed==0.19.8 bitsandbytes==0.50.2 hjson py-cpuinfo msgpack einops ninja
+	touch $@
+
+fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
+	TRL_LAMBDA_EXAMPLES=50000 $(BIN)/python -m pytest -q tests/test_faults.py -k any_ --hypothesis-show-statistics
+
+mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
+	$(BIN)/python tests/mutations.py --write
+
+clean: ## remove .venv, caches, runs and the folders that other targets install into
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines runs *.egg-info

@@ -113,6 +113,24 @@ def run_engine(name: str, folder: Path, single: dict, **options) -> dict[str, fl
     }
 
 
+def run_8bit(folder: Path) -> dict[str, float]:
+    """
+    λ in the group of an 8-bit Adam against λ in AdamW's: its own state stays fp32. The model's learning rate is 0, so
+    that both see the same losses; its tensors are large enough (4096 elements) to have 8-bit state at all.
+    """
+    changes = {"build": {"hidden": 72, "std": 0.2}}
+    results = []
+    for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
+        job = make_job(1, changes, optim=optim, learning_rate=0.0)
+        results.append(launch([job], folder / optim, 1, command=[sys.executable])[0][0])
+    exact, *eight_bit = results
+    for result in eight_bit:
+        assert "torch.uint8" in result["state_dtypes"] and not result["companion"]
+        assert all(value.dtype == torch.float32 for value in result["lambda_state"].values() if torch.is_tensor(value))
+    true = torch.tensor(exact["lambdas"])
+    return {"λ": max(((torch.tensor(r["lambdas"]) - true).abs() / true.abs()).max().item() for r in eight_bit)}
+
+
 def step_losses(ranks: list[dict]) -> torch.Tensor:
     """Loss of each optimizer step: the sum over its two micro-batches, the mean over ranks."""
     losses = torch.tensor([rank["losses"] for rank in ranks], dtype=torch.float64)
@@ -138,10 +156,14 @@ def main() -> None:
     if any(name.startswith("zero") for name in names) and importlib.util.find_spec("deepspeed") is None:
         sys.exit("deepspeed is not importable: run `make engines`, or choose others with --only")
     with tempfile.TemporaryDirectory() as folder:
-        results = run_engines(names, Path(folder))
+        results = run_engines(names, Path(folder)) if names else {}
+        if not args.only or "8-bit".startswith(args.only):
+            print("8-bit Adam …", file=sys.stderr, flush=True)
+            results["8-bit Adam ×1"] = run_8bit(Path(folder) / "8bit")
     print("| engine | losses | λ | model |\n|---|---|---|---|")
     for name, quantities in results.items():
-        print(f"| {name} | " + " | ".join(f"{value:.1e}" for value in quantities.values()) + " |")
+        cells = [f"{quantities[q]:.1e}" if q in quantities else "–" for q in ("losses", "λ", "model")]
+        print(f"| {name} | {' | '.join(cells)} |")
     largest, where = max((v, f"{n}, {q}") for n, quantities in results.items() for q, v in quantities.items())
     count = sum(len(quantities) for quantities in results.values())
     print(f"engines: {count} comparisons, largest deviation {largest:.1e} ({where}), tolerance {TOLERANCE:.0e}")

@@ -27,13 +27,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int = 0, std: float = 0.6) -> Qwen2ForCausalLM:
+def build_model(seed: int = 0, std: float = 0.6, hidden: int = 16) -> Qwen2ForCausalLM:
     """Random weights large enough that token probabilities spread over (0, 1)."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

@@ -10,6 +10,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
+# A learnable λ on cispo and vespo warns; here it is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:loss_type=.* with a learnable")
+
 SURROGATES = ["dapo", "cispo", "sapo", "vespo"]
 LEVELS = ["token", "sequence"]
 LAMBDA = 1.3

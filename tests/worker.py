@@ -91,7 +91,7 @@ def run_job(job: dict) -> dict:
         trainer_options["peft_config"] = LoraConfig(**trainer_options.pop("peft"))
     if job.get("eval"):
         trainer_options["eval_dataset"] = batch.dataset()
-    model = job.get("model") or build_model()
+    model = job.get("model") or build_model(**job.get("build", {}))
     if job.get("deepspeed"):
         job["options"]["ddp_backend"] = "gloo"
     args = config(config_class, batch, **job["options"])
@@ -104,12 +104,13 @@ def run_job(job: dict) -> dict:
     resume = job.get("resume")
     trainer.train(resume_from_checkpoint=resume)
     parameter = getattr(trainer, "_lambda", None)
-    optimizer_state = None
+    optimizer_state, states = None, {}
     if parameter is not None and parameter.learnable:
         holder = parameter.companion or trainer.optimizer
         while hasattr(holder, "optimizer"):
             holder = holder.optimizer
-        optimizer_state = dict(holder.state[parameter.tensor])
+        states = holder.state
+        optimizer_state = dict(states[parameter.tensor])
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole on rank 0, maybe nothing elsewhere
     return {
         "losses": run.losses,
@@ -117,6 +118,9 @@ def run_job(job: dict) -> dict:
         "lambda_grads": run.lambda_grads,
         "lambdas": run.lambdas,
         "lambda_state": optimizer_state,
+        "state_dtypes": sorted(
+            {str(x.dtype) for slot in states.values() for x in slot.values() if torch.is_tensor(x)}
+        ),
         "lambda_at_end": getattr(trainer, "lambda_value", None),
         "model": {name: value.clone() for name, value in (state or {}).items()},
         "wrapper": type(trainer.model_wrapped).__name__,
