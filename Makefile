@@ -36,14 +36,15 @@ matrix: $(STAMP) ## the same rows cut in every way give the same step; writes th
 versions: $(STAMP) ## contract, parity and matrix on every tested version of TRL (REDUCED=1: the oldest, a part)
 	$(BIN)/python tests/versions.py --folder .versions $(if $(REDUCED),--reduced)
 
-engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, 8-bit Adam on a CPU (REDUCED=1: ZeRO-3)
+engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, and beside other optimizers, on a CPU (REDUCED=1: ZeRO-3)
 	PATH="$(CURDIR)/$(BIN):$(CURDIR)/.engines/bin:$$PATH" PYTHONPATH=.engines $(BIN)/python tests/engines.py \
 		$(if $(REDUCED),--only "zero3 ×2")
 
 # Not dependencies of the package: DeepSpeed without its compiled operators, and what it imports.
 .engines/.installed: $(STAMP)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-		--target .engines deepspeed==0.19.8 bitsandbytes==0.50.2 hjson py-cpuinfo msgpack einops ninja
+		--target .engines deepspeed==0.19.8 bitsandbytes==0.50.2 hjson py-cpuinfo msgpack einops ninja \
+		galore-torch==1.0 apollo-torch==1.0.3 lomo-optim==0.1.1 schedulefree==1.4.1
 	touch $@
 
 fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py

@@ -3,6 +3,7 @@
 
     python tests/engines.py              # needs deepspeed importable: `make engines` sees to that
     python tests/engines.py --only fsdp2
+    python tests/engines.py --only optimizers   # λ beside 8-bit Adam, GaLore, APOLLO, LOMO, schedule-free AdamW
 
 Each run asserts the wrapper class it ran under and is compared with the plain single-process run: losses, λ after
 every step, model at the end. λ must be the same to the last bit on all ranks.
@@ -113,22 +114,40 @@ def run_engine(name: str, folder: Path, single: dict, **options) -> dict[str, fl
     }
 
 
-def run_8bit(folder: Path) -> dict[str, float]:
+OPTIMIZERS = {
+    # name -> (options, whether λ gets a companion)
+    "adamw_8bit": ({}, False),
+    "paged_adamw_8bit": ({}, False),
+    "galore_adamw": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
+    "galore_adamw_layerwise": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
+    "apollo_adamw": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
+    "lomo": ({"max_grad_norm": 0.0}, True),
+    "schedule_free_adamw": ({}, True),
+}
+
+
+def run_optimizers(folder: Path) -> dict[str, float]:
     """
-    λ in the group of an 8-bit Adam against λ in AdamW's: its own state stays fp32. The model's learning rate is 0, so
-    that both see the same losses; its tensors are large enough (4096 elements) to have 8-bit state at all.
+    λ beside optimizers of other kinds takes the steps that it takes beside AdamW.
+
+    The model's learning rate is 0, so that all see the same losses; its tensors are large enough (4096 elements) for
+    8-bit Adam to have 8-bit state at all, while λ's stays fp32. One micro-batch: layer-wise GaLore cannot accumulate.
     """
-    changes = {"build": {"hidden": 72, "std": 0.2}}
-    results = []
-    for optim in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"):
-        job = make_job(1, changes, optim=optim, learning_rate=0.0)
-        results.append(launch([job], folder / optim, 1, command=[sys.executable])[0][0])
-    exact, *eight_bit = results
-    for result in eight_bit:
-        assert "torch.uint8" in result["state_dtypes"] and not result["companion"]
+    model = {"build": {"hidden": 72, "std": 0.2}}
+    one = {"gradient_accumulation_steps": 1, "steps_per_generation": 1, "per_device_train_batch_size": 12}
+    jobs = [
+        make_job(1, model, **one | {"optim": optim, "learning_rate": 0.0, "lr_scheduler_type": "constant"} | options)
+        for optim, (options, _) in {"adamw_torch": ({}, False), **OPTIMIZERS}.items()
+    ]
+    exact, *others = [ranks[0] for ranks in launch(jobs, folder, 1, command=[sys.executable])]
+    true, deviations = torch.tensor(exact["lambdas"]), {}
+    for (optim, (_, companion)), result in zip(OPTIMIZERS.items(), others, strict=True):
+        assert result["companion"] == companion, optim
         assert all(value.dtype == torch.float32 for value in result["lambda_state"].values() if torch.is_tensor(value))
-    true = torch.tensor(exact["lambdas"])
-    return {"λ": max(((torch.tensor(r["lambdas"]) - true).abs() / true.abs()).max().item() for r in eight_bit)}
+        if "8bit" in optim:
+            assert "torch.uint8" in result["state_dtypes"], f"{optim} has no 8-bit state"
+        deviations[optim] = ((torch.tensor(result["lambdas"]) - true).abs() / true.abs()).max().item()
+    return deviations
 
 
 def step_losses(ranks: list[dict]) -> torch.Tensor:
@@ -150,16 +169,17 @@ def run_engines(names, folder: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", help="run the engines whose name begins with this")
+    parser.add_argument("--only", help="run what has a name that begins with this; `optimizers` for those alone")
     args = parser.parse_args()
     names = [name for name in ENGINES if not args.only or name.startswith(args.only)]
     if any(name.startswith("zero") for name in names) and importlib.util.find_spec("deepspeed") is None:
         sys.exit("deepspeed is not importable: run `make engines`, or choose others with --only")
     with tempfile.TemporaryDirectory() as folder:
         results = run_engines(names, Path(folder)) if names else {}
-        if not args.only or "8-bit".startswith(args.only):
-            print("8-bit Adam …", file=sys.stderr, flush=True)
-            results["8-bit Adam ×1"] = run_8bit(Path(folder) / "8bit")
+        if not args.only or "optimizers".startswith(args.only):
+            print("optimizers …", file=sys.stderr, flush=True)
+            for optim, value in run_optimizers(Path(folder) / "optimizers").items():
+                results[f"{optim} ×1"] = {"λ": value}
     print("| engine | losses | λ | model |\n|---|---|---|---|")
     for name, quantities in results.items():
         cells = [f"{quantities[q]:.1e}" if q in quantities else "–" for q in ("losses", "λ", "model")]

@@ -155,6 +155,7 @@ FEATURES = {
     "off-policy mask": {"off_policy_mask_threshold": 0.02},
     "delta": {"delta": 1.1},
     "sequence": {"importance_sampling_level": "sequence"},
+    "vLLM ratio": {},
 }
 
 
@@ -178,7 +179,12 @@ def test_weights_scale_the_policy_term_alone(feature, loss_type, regulation):
     plain = build(GRPOTrainer, config(GRPOConfig, batch, **options | {"beta": 0.0}), batch)
     plain.model.train()
     plain.current_gradient_accumulation_steps = 1
+    if feature == "vLLM ratio":  # as TRL leaves it in the inputs after scoring with vLLM
+        generator = torch.Generator().manual_seed(1)
+        shape = inputs["completion_ids"].shape
+        inputs["importance_sampling_ratio"] = torch.rand(shape, generator=generator) + 0.5
     for each in (trainer, plain):
+        each.use_vllm = feature == "vLLM ratio"
         each.beta = options.get("beta", 0.0)  # the reference log-probabilities are given: no reference model
     weights = torch.tensor(sum(reference.length_weights(LENGTHS, LAMBDA, "lambda"), []))
     if loss_type == "sapo":
