@@ -24,7 +24,7 @@ demo: $(STAMP) ## train a tiny language model offline with a learning λ, two CP
 		recipes/train.py --config recipes/configs/playground.yaml
 
 test: lint ## lint and run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
