@@ -114,6 +114,48 @@ def run_engine(name: str, folder: Path, single: dict, **options) -> dict[str, fl
     }
 
 
+RESUMED = {
+    "fsdp2 ×2": {"TEST_FSDP_STATE_DICT": "FULL_STATE_DICT"},
+    "fsdp2 ×2, sharded checkpoint": {"TEST_FSDP_STATE_DICT": "SHARDED_STATE_DICT"},
+    "zero2 ×2": {},
+    "zero3 ×2": {},
+}
+
+
+def run_resume(name: str, folder: Path) -> dict[str, float]:
+    """
+    Stop after two of four steps, resume from the checkpoint, and compare with going through.
+
+    Returns:
+        `dict[str, float]`: largest relative deviation of λ and of the model; λ's optimizer state must be the same to
+        the last bit.
+    """
+    engine = ENGINES[name.split(",")[0]]
+    output = folder / "output"
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": str(output)}
+    results = []
+    for part in ("through", "resumed"):
+        job = make_job(engine.processes, engine.job, **options)
+        if part == "resumed":
+            job["resume"] = str(output / "checkpoint-2")
+        command = list(engine.command) if engine.command else None
+        results.append(
+            launch([job], folder / part, engine.processes, command=command, env=engine.env | RESUMED[name])[0]
+        )
+    through, resumed = results
+    for mine, theirs in zip(resumed, through, strict=True):
+        assert mine["wrapper"] == engine.wrapper
+        assert all(torch.equal(mine["lambda_state"][key], value) for key, value in theirs["lambda_state"].items())
+    mine, theirs = torch.tensor(resumed[0]["lambdas"]), torch.tensor(through[0]["lambdas"][2:])
+    return {
+        "λ": ((mine - theirs).abs() / theirs.abs()).max().item(),
+        "model": max(
+            ((resumed[0]["model"][key] - value).abs().max() / value.abs().max()).item()
+            for key, value in through[0]["model"].items()
+        ),
+    }
+
+
 OPTIMIZERS = {
     # name -> (options, whether λ gets a companion)
     "adamw_8bit": ({}, False),
@@ -169,13 +211,16 @@ def run_engines(names, folder: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", help="run what has a name that begins with this; `optimizers` for those alone")
+    parser.add_argument("--only", help="run what has a name that begins with this, or `resume`, or `optimizers`")
     args = parser.parse_args()
     names = [name for name in ENGINES if not args.only or name.startswith(args.only)]
     if any(name.startswith("zero") for name in names) and importlib.util.find_spec("deepspeed") is None:
         sys.exit("deepspeed is not importable: run `make engines`, or choose others with --only")
     with tempfile.TemporaryDirectory() as folder:
         results = run_engines(names, Path(folder)) if names else {}
+        for number, name in enumerate(RESUMED if not args.only or "resume".startswith(args.only) else ()):
+            print(f"{name}, resumed …", file=sys.stderr, flush=True)
+            results[f"{name}, resumed"] = run_resume(name, Path(folder) / f"resume{number}")
         if not args.only or "optimizers".startswith(args.only):
             print("optimizers …", file=sys.stderr, flush=True)
             for optim, value in run_optimizers(Path(folder) / "optimizers").items():

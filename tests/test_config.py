@@ -30,6 +30,7 @@ DEFAULTS = {
     "regulation_min": 1.0,
     "regulation_max": 1.4,
     "regulation_inside_clip": False,
+    "token_metrics": True,
 }
 
 
@@ -130,6 +131,13 @@ def test_refusals_inside_the_clip_say_what_to_use(options, message):
         with pytest.raises(ValueError, match=re.escape(message)) as error:
             LambdaGRPOConfig(**BASE, **INSIDE, **options)
     assert "Use regulation_inside_clip=False, or" in str(error.value)
+
+
+def test_fields_assigned_later_are_checked_by_validate():
+    config = LambdaGRPOConfig(**BASE, aggregation="grpo")
+    config.loss_type = "grpo"
+    with pytest.raises(ValueError, match="loss_type='grpo' brings its own reduction"):
+        config.validate()
 
 
 def test_accepted_inside_the_clip():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from launch import launch
 from support import Batch, build_model, config, train
 from trl import GRPOConfig, GRPOTrainer
+from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.lambda_parameter import LambdaParameter
@@ -123,6 +124,30 @@ def test_not_finite_on_one_rank_only(tmp_path):
         assert [entry["lambda/skipped"] for entry in rank["history"] if "loss" in entry] == [0, 1, 1, 1]
 
 
+def test_a_log_on_one_rank_alone_does_not_wait_for_the_others(tmp_path):
+    """As with GRPOTrainer: a callback may log on the main process, at any time."""
+    job = {
+        "trainer": "lambda",
+        "options": BOTH | {"per_device_train_batch_size": 6, "max_steps": 4, "logging_steps": 4},
+    }
+    (ranks,) = launch([job | {"log_on_rank_0": True}], tmp_path, 2, timeout=120)
+    assert ranks[0]["lambdas"] == ranks[1]["lambdas"] and len(ranks[0]["lambdas"]) == 4
+
+
+def test_metrics_of_two_ranks_are_those_of_one_process(tmp_path):
+    options = BOTH | {"max_steps": 2, "logging_steps": 2, "learning_rate": 0.0, "lambda_learning_rate": 1e-30}
+    jobs = [{"trainer": "lambda", "options": options | {"per_device_train_batch_size": n}} for n in (6, 3)]
+    jobs[1]["options"]["gradient_accumulation_steps"] = 2
+    one = run_job({"trainer": "lambda", "options": options | {"per_device_train_batch_size": 12}})
+    for ranks in launch(jobs, tmp_path, 2):
+        for rank in ranks:
+            mine, theirs = ([entry for entry in r["history"] if "loss" in entry][0] for r in (rank, one))
+            names = [key for key in theirs if key.startswith(("token_weight/", "length_weight/", "share/length"))]
+            assert len(names) >= 10
+            for name in names:
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+
+
 def test_a_rank_without_a_gradient_joins_the_reduce():
     parameter = make_parameter()
     parameter.reduce_gradient(Accelerator(cpu=True))
@@ -142,6 +167,9 @@ def test_the_companion_takes_fp16_loss_scaling_out(scale):
         loss = parameter.probe_scale((parameter.tensor * factor).sum())
         assert loss.item() == 0.5 * factor
         (loss * scale).backward()
+    with torch.no_grad():  # an evaluation between the steps has losses, and no backward pass
+        for _ in range(3):
+            parameter.probe_scale(parameter.tensor.sum())
     parameter.reduce_gradient(accelerator)
     assert parameter.tensor.grad.item() == 0.75
     parameter.finish_step()

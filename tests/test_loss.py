@@ -125,6 +125,7 @@ def test_inside_the_clip_without_old_log_probabilities():
     loss = trainer.compute_loss(trainer.model, without)
     torch.testing.assert_close(loss, with_old)
     assert_gradients_close(gradients(trainer, [loss])[0], grads)
+    trainer.reduce_metrics("train")
     trainer.log({})
     logged = trainer.state.log_history[-1]
     # On policy nothing else is clipped, so that TRL's own count is the oracle.
@@ -265,6 +266,72 @@ def test_the_micro_batch_is_left_as_it_was():
     second = trainer.compute_loss(trainer.model, inputs)
     second.backward()  # not a second time through the first graph
     assert first.item() == second.item()
+
+
+@pytest.mark.parametrize("delta", [None, 1.25])
+def test_clipped_by_regulation_is_counted_off_policy_too(delta):
+    batch = Batch()
+    trainer = lambda_trainer(batch, token_regulation="sigmoid", regulation_inside_clip=True, delta=delta)
+    inputs = scored(trainer, noise=0.05)
+    trainer.compute_loss(trainer.model, inputs)
+    trainer.reduce_metrics("train")
+    trainer.log({})
+    old, current = inputs["old_per_token_logps"], off_policy_logps(trainer, inputs, 0.0)
+    counted, tokens = 0, 0
+    for row, completion in enumerate(batch.completions):
+        for t in range(len(completion)):
+            advantage, logp = inputs["advantages"][row].item(), current[row, t].item()
+            v = reference.probability_weight(logp, "sigmoid")
+            zero = [
+                reference.clipped_inside(logp, old[row, t].item(), advantage, weight, delta=delta)[1] == 0.0
+                for weight in (v, 1.0)
+            ]
+            counted += zero[0] and not zero[1]
+            tokens += 1
+    logged = trainer.state.log_history[-1]["token_weight/clipped_by_regulation"]
+    assert logged == pytest.approx(counted / tokens) and counted > 0
+
+
+class ScoresATeacher(LambdaGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        off_policy_logps(self, inputs, 0.0)  # another model's log-probabilities, without gradient
+        return super()._compute_loss(model, inputs)
+
+
+class AsksTwice(LambdaGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        super()._compute_loss(model, inputs)
+        return super()._compute_loss(model, inputs)
+
+
+def test_tokens_are_weighted_once():
+    batch = Batch()
+    losses = []
+    for trainer_class in (LambdaGRPOTrainer, ScoresATeacher):
+        trainer = build(trainer_class, config(LambdaGRPOConfig, batch, token_regulation="sigmoid"), batch)
+        losses.append(trainer.compute_loss(trainer.model, scored(trainer)).item())
+    assert losses[0] == losses[1]
+    trainer = build(AsksTwice, config(LambdaGRPOConfig, batch, token_regulation="sigmoid"), batch)
+    with pytest.raises(RuntimeError, match="log-probabilities twice"):
+        trainer.compute_loss(trainer.model, scored(trainer))
+
+
+class TokenAdvantages(LambdaGRPOTrainer):
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        output["advantages"] = output["advantages"].unsqueeze(1).expand(output["completion_ids"].shape).contiguous()
+        return output
+
+
+@pytest.mark.parametrize("regulation", [None, "sigmoid"])
+def test_advantages_per_token_are_weighted_as_advantages_per_response(regulation):
+    batch = Batch()
+    losses = []
+    for trainer_class in (LambdaGRPOTrainer, TokenAdvantages):
+        args = config(LambdaGRPOConfig, batch, token_regulation=regulation, lambda_init=LAMBDA)
+        trainer = build(trainer_class, args, batch)
+        losses.append(trainer.compute_loss(trainer.model, scored(trainer)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
 def test_a_loss_that_does_not_read_the_weights_raises(monkeypatch):

@@ -32,6 +32,14 @@ def test_adam_eps_where_there_is_none():
         trainer.create_optimizer()
 
 
+def test_a_field_assigned_after_the_config_was_built():
+    batch = Batch()
+    args = config(LambdaGRPOConfig, batch, aggregation="grpo")
+    args.loss_type = "grpo"  # f and TRL's own division by length at once
+    with pytest.raises(ValueError, match="loss_type='grpo' brings its own reduction"):
+        LambdaGRPOTrainer(NO_MODEL, batch.reward, args, batch.dataset(), rollout_func=batch.rollout)
+
+
 def test_liger_where_it_bypasses_the_loss(monkeypatch):
     monkeypatch.setattr(_refusals, "liger_bypasses_loss", lambda trainer_class: True)
     monkeypatch.setattr(LambdaGRPOConfig, "use_liger_kernel", True)

@@ -6,10 +6,11 @@ import math
 import pytest
 import reference
 import torch
-from support import LENGTHS, Batch, build, build_model, config, train
+from support import LENGTHS, Batch, build, build_model, build_tokenizer, config, prompt, train
 from trl import GRPOConfig
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+from trl_lambda.lambda_parameter import base_learning_rate, schedule_factor
 
 # Six rows per micro-batch, two micro-batches per optimizer step.
 CUT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
@@ -22,6 +23,7 @@ def run(batch=None, **options):
 # ---- The parameter group ----
 
 
+@pytest.mark.filterwarnings("ignore:Adafactor may normalise")
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
 def test_groups_partition_all_trainable_parameters(optim):
     batch = Batch()
@@ -41,6 +43,12 @@ def test_groups_partition_all_trainable_parameters(optim):
     if optim.startswith("adamw") or optim == "rmsprop":
         assert own["eps"] == 1.0 and all(group["eps"] < 1e-6 for group in model_groups)
     assert trainer.create_optimizer() is optimizer and len(optimizer.param_groups) == 3
+
+
+def test_an_optimizer_that_normalises_without_an_eps_warns():
+    with pytest.warns(UserWarning, match="Adafactor may normalise its steps .* lambda_learning_rate=0.1"):
+        result = run(optim="adafactor", learning_rate=1e-3)
+    assert abs(result.lambdas[0]) == pytest.approx(0.1, rel=1e-2)  # what the warning says
 
 
 def test_members_without_lambda_add_no_group():
@@ -82,6 +90,24 @@ def test_main_group_and_companion_take_the_same_steps():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     apart = run(model=model, trainer_options={"optimizers": (optimizer, None)}, **options)
     assert apart.lambdas == joined.lambdas and len(set(joined.lambdas)) == 4
+
+
+def test_a_companion_follows_a_schedule_that_is_no_lambda_lr():
+    """`ReduceLROnPlateau` keeps no initial rate: the factor is against the rate that the user's optimizer had."""
+    model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    options = {"max_steps": 2, "learning_rate": 1e-6, "lambda_adam_eps": 1e6}
+    result = run(model=model, trainer_options={"optimizers": (optimizer, plateau)}, **options)
+    steps = torch.tensor([0.0, *result.lambdas]).diff().abs()
+    assert (steps < 0.1 * max(map(abs, result.lambda_grads)) / 1e6 * 1.01).all() and (steps > 0).all()
+    optimizer.param_groups[0]["lr"] = 1e-4
+    assert schedule_factor(plateau, 1e-3) == pytest.approx(0.1)
+    assert base_learning_rate(optimizer, 7.0) == 1e-4 and base_learning_rate(object(), 7.0) == 7.0
+    stepped = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(1)], lr=0.5), step_size=1, gamma=0.5)
+    stepped.optimizer.step()
+    stepped.step()
+    assert schedule_factor(stepped, base_learning_rate(stepped.optimizer, 7.0)) == 0.5
 
 
 def test_a_companion_is_restored_too(tmp_path):
@@ -169,6 +195,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     assert result.lambdas[0] == result.lambdas[1] != result.lambdas[2]
     assert math.isfinite(result.lambdas[2])
     assert [entry["lambda/skipped"] for entry in result.logs] == [0, 1, 1]
+    assert [entry["lambda/grad"] is None for entry in result.logs] == [False, True, False]
 
 
 def test_lambda_is_not_part_of_the_model():
@@ -201,24 +228,31 @@ def test_lambda_moves_to_where_length_is_worth_something(aggregation, sign):
 # ---- Metrics ----
 
 
+def prompt_ids(row: int) -> list[int]:
+    return build_tokenizer()(prompt(row // 4))["input_ids"]
+
+
+def logps_of(model, prompt: list[int], completion: list[int]) -> list[float]:
+    logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+
+
 def test_metrics():
     batch = Batch()
     result = run(batch, lambda_init=2.0, token_regulation="sigmoid", **CUT, logging_steps=2, max_steps=2)
     log = result.logs[0]
     assert {"lambda/value", "lambda/grad", "lambda/skipped"} <= log.keys()
-    assert log["lambda/value"] == pytest.approx(sum(result.lambdas) / 2)
+    assert log["lambda/value"] == result.lambdas[-1]  # the last, not the mean of the interval
     v, lengths = [], sum(LENGTHS, [])
     f = sum(reference.length_weights(LENGTHS, 2.0, "lambda"), [])
-    model, tokenizer = build_model(), result.trainer.processing_class
+    model = build_model()
     mass = []
     ordered = sorted(lengths)
     edges = [ordered[math.ceil(12 * q / 4) - 1] for q in (1, 2, 3)]
     rewards = torch.tensor(batch.rewards).view(3, 4)
     advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()
     for row, completion in enumerate(batch.completions):
-        prompt = tokenizer(batch.dataset()["prompt"][row // 4])["input_ids"]
-        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        logps = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
+        logps = logps_of(model, prompt_ids(row), completion)
         weights = [reference.probability_weight(x, "sigmoid") for x in logps]
         v += weights
         quartile = sum(lengths[row] > edge for edge in edges)
@@ -227,7 +261,37 @@ def test_metrics():
     assert log["token_weight/min"] == pytest.approx(min(v)) and log["token_weight/max"] == pytest.approx(max(v))
     shares = [log[f"share/length_q{q}"] for q in (1, 2, 3, 4)]
     assert shares == pytest.approx(reference.loss_shares(mass), rel=2e-3)  # λ has moved a little in the second step
-    assert sum(log[f"share/probability_q{q}"] for q in (1, 2, 3, 4)) == pytest.approx(1.0, rel=1e-5)
+
+
+def test_share_by_probability_quartile():
+    """Quarters of the tokens by probability, least probable first, from plain lists; a token on an edge is split."""
+    batch = Batch()
+    log = run(batch, lambda_init=2.0, token_regulation="sigmoid").logs[0]
+    f = sum(reference.length_weights(LENGTHS, 2.0, "lambda"), [])
+    model, rewards = build_model(), torch.tensor(batch.rewards).view(3, 4)
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten().tolist()
+    tokens = []
+    for row, completion in enumerate(batch.completions):
+        logps = logps_of(model, prompt_ids(row), completion)
+        tokens += [(abs(advantages[row]) * f[row] * reference.probability_weight(x, "sigmoid"), x) for x in logps]
+    quarter, parts = len(tokens) / 4, []
+    for place, (mass, _) in enumerate(sorted(tokens, key=lambda token: token[1])):
+        inside = [max(0.0, min(place + 1, (q + 1) * quarter) - max(place, q * quarter)) for q in range(4)]
+        parts += [(mass * part, q) for q, part in enumerate(inside)]
+    expected = reference.loss_shares(parts)
+    # Tokens whose -log π differs by less than 0.85 % count as one: those around an edge.
+    # The package finds its edges in a histogram, whose bins span 3.4 % of -log π each.
+    assert [log[f"share/probability_q{q}"] for q in (1, 2, 3, 4)] == pytest.approx(expected, rel=3.4e-2)
+    assert max(expected) - min(expected) > 0.05
+
+
+@pytest.mark.parametrize(("member", "loss_type"), [("grpo", "grpo"), ("grpo", "sapo"), ("dapo", "dapo")])
+def test_shares_are_of_the_loss_whoever_reduces_it(member, loss_type):
+    """The same loss by TRL's own reduction and by ours has the same shares."""
+    ours = run(aggregation=member, loss_type="sapo" if loss_type == "sapo" else "dapo").logs[0]
+    theirs = run(aggregation=None, loss_type=loss_type, token_regulation="linear", regulation_alpha=0.0).logs[0]
+    for q in (1, 2, 3, 4):
+        assert theirs[f"share/length_q{q}"] == pytest.approx(ours[f"share/length_q{q}"], rel=1e-5)
 
 
 def test_tr_grpo_logs_its_weights_and_no_lambda():

@@ -76,11 +76,13 @@ def test_lambda_zero_is_dapo_bit_for_bit(case, aggregation, scope):
     assert torch.equal(length_weights(lengths, 0.0, aggregation=aggregation, scope=scope), dapo)
 
 
-@pytest.mark.parametrize("case", ["paper", "unequal", "sixty-four", "one response"])
+@pytest.mark.parametrize("case", CASES)
 def test_power_minus_one_is_grpo(case):
+    """Up to rows without tokens, which GRPO counts as rows and power does not."""
     lengths = torch.tensor(groups(case))
+    counted = lengths.numel() / (lengths > 0).sum()
     power = length_weights(lengths, -1.0, aggregation="power")
-    torch.testing.assert_close(power, length_weights(lengths, aggregation="grpo"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(power, counted * length_weights(lengths, aggregation="grpo"), rtol=1e-6, atol=0)
 
 
 def test_power_share_is_length_to_the_one_plus_lambda():
@@ -181,6 +183,19 @@ def test_weights_are_finite_and_differentiable_when_h_to_the_lambda_overflows():
     assert weights[0, -1].item() == pytest.approx(81)
     weights.sum().backward()
     assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("lam", [-5000.0, -150.0, -40.0, 60.0, 5000.0])
+@pytest.mark.parametrize("ties", [2, 5])
+def test_ties_at_the_top_have_no_gradient_however_large_lambda_is(lam, ties):
+    """The tied rows share everything: their weights are constants in λ."""
+    top, rest = (3, 9000) if lam < 0 else (9000, 3)
+    lengths = torch.tensor([[top] * ties + [rest] * (8 - ties)])
+    parameter = torch.tensor([lam], requires_grad=True)
+    weights = length_weights(lengths, parameter, aggregation="lambda")
+    torch.testing.assert_close(weights[0, :ties], torch.full((ties,), 8 / ties))
+    (weights * torch.arange(1.0, 9.0)).sum().backward()
+    assert abs(parameter.grad.item()) < 1e-3
 
 
 def test_sequence_mean_weights_turn_a_mean_of_means_into_a_token_mean():

@@ -67,6 +67,17 @@ class KillAt(TrainerCallback):
             threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
+class LogOnRank0(TrainerCallback):
+    """What a user's callback may do."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.trainer.log({"mine": 1.0})
+
+
 def not_finite_at(trainer_class: type, rank: int, step: int) -> type:
     """A trainer whose dL/dλ is NaN on one rank in one step."""
 
@@ -98,6 +109,8 @@ def run_job(job: dict) -> dict:
     if "not_finite" in job:
         trainer_class = not_finite_at(trainer_class, **job["not_finite"])
     trainer = build(trainer_class, args, batch, model, noise=job.get("noise", 0.0), **trainer_options)
+    if job.get("log_on_rank_0"):
+        trainer.add_callback(LogOnRank0(trainer))
     if "kill_at" in job:
         trainer.add_callback(KillAt(*job["kill_at"]))
     run = watch(trainer)

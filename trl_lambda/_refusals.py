@@ -37,6 +37,7 @@ def refuse_unsupported(trainer_class: type, args: object, config_class: type) ->
             f"args must be a {name} for {trainer_class.__name__}, got {type(args).__name__}: replace it by "
             f"trl_lambda.{name}, which takes the same arguments."
         )
+    args.validate()
     if patched_by_unsloth(trainer_class):
         raise ValueError(
             "Unsloth has replaced GRPOTrainer's loss, and its kernels give λ and the token weights no effect. Import "

@@ -27,7 +27,7 @@ METHODS = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "create_optimizer": (),
-    "log": ("logs", "start_time"),
+    "evaluation_loop": (),
     "_save": ("output_dir", "state_dict"),
     "_save_optimizer_and_scheduler": ("output_dir",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
@@ -85,7 +85,13 @@ def check_contract(trainer_class: type = GRPOTrainer, version: str = trl.__versi
         `RuntimeError`: a name, a signature or the order of `_compute_loss` is not as relied on.
     """
     tested = f"tested with TRL {OLDEST_TESTED} to {NEWEST_TESTED}"
-    violations = contract_violations(trainer_class)
+    try:
+        violations = contract_violations(trainer_class)
+    except OSError as error:
+        raise RuntimeError(
+            f"trl_lambda reads the source of TRL {version} to know that its weights will be used, and there is none "
+            f"({error}). Install TRL with its source files."
+        ) from error
     if violations:
         raise RuntimeError(
             f"trl_lambda cannot weight the loss of TRL {version}: {'; '.join(violations)}. It is {tested}: install a "

@@ -13,29 +13,46 @@ class WeightedInputs(dict):
 
     def __init__(self, inputs: dict):
         super().__init__(inputs)
-        self.unweighted_advantages: torch.Tensor = inputs["advantages"]
-        self.length_weight = torch.ones_like(self.unweighted_advantages)
+        advantages: torch.Tensor = inputs["advantages"]
+        self.unweighted_advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages  # (B, 1 or T)
+        self.length_weight: torch.Tensor | None = None  # (B,)
         self.length_bins: torch.Tensor | None = None
         self._pending: set[str] = {"advantages"}
         self._complete = False
 
     def scale_advantages(self, weights: torch.Tensor) -> None:
-        """Multiply by weights of shape (B,) or (B, T)."""
+        """Multiply advantages of shape (B,) or (B, T) by weights of shape (B,) or (B, T)."""
         advantages = super().__getitem__("advantages")
         if weights.dim() > advantages.dim():
             advantages = advantages.unsqueeze(1)
+        elif weights.dim() < advantages.dim():
+            weights = weights.unsqueeze(1)
         super().__setitem__("advantages", advantages * weights)
 
-    def scale_ratio(self, logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Put weights (B, T) into the importance ratio by way of the old log-probabilities; returns log ρ without."""
+    def log_ratio(self, logps: torch.Tensor) -> torch.Tensor:
+        """log ρ of the tokens, (B, T), a constant: 0 where TRL takes the old log-probabilities from this very pass."""
+        old = super().get("old_per_token_logps")
+        return torch.zeros_like(logps) if old is None else logps.detach() - old
+
+    def scale_ratio(self, logps: torch.Tensor, weights: torch.Tensor) -> None:
+        """Put weights (B, T) into the importance ratio by way of the old log-probabilities."""
         old = super().get("old_per_token_logps")
         old = logps.detach() if old is None else old
         super().__setitem__("old_per_token_logps", old - weights.log())
         self._pending.add("old_per_token_logps")
-        return logps.detach() - old
 
     def complete(self) -> None:
-        """All weights are in."""
+        """
+        All weights are in.
+
+        Raises:
+            `RuntimeError`: they were in already: the loss has asked for log-probabilities twice.
+        """
+        if self._complete:
+            raise RuntimeError(
+                "The loss asked for the policy's log-probabilities twice, and would have weighted its tokens twice. "
+                "trl_lambda does not support this TRL or this subclass of its trainer."
+            )
         self._complete = True
 
     def check_consumed(self) -> None:

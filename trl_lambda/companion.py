@@ -1,5 +1,6 @@
 """When λ's parameter group needs an optimizer of its own, and which one."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ def lambda_eps(args: LambdaGRPOConfig, optimizer: torch.optim.Optimizer) -> floa
         raise ValueError(
             f"lambda_adam_eps={args.lambda_adam_eps} has no effect: {type(optimizer).__name__} has no scalar eps. "
             "Leave it at its default."
+        )
+    if not isinstance(optimizer, torch.optim.SGD):
+        warnings.warn(
+            f"{type(optimizer).__name__} may normalise its steps and has no scalar eps to prevent it: λ can then move "
+            f"by about lambda_learning_rate={args.lambda_learning_rate} in each step, whatever its gradient. Use an "
+            "Adam-like optim or SGD, or a smaller lambda_learning_rate.",
+            UserWarning,
+            stacklevel=2,
         )
     return None
 

@@ -1,12 +1,20 @@
-"""What the weighted loss does, as numbers: where Σ|w·A| goes by length and by probability, and how even f is.
+"""What the weighted loss does, as numbers: where Σ|w·A| goes by length and by probability, how even f is, what is
+clipped, and the correlation of advantage and length that λ follows.
 
-Pure functions on tensors, and `LossTally`, which adds up a logging interval on the device and reduces it once.
+Pure functions on tensors; `LossTally` in `loss_tally.py` adds their sums up over a logging interval.
 """
 
+import itertools
+import math
+from bisect import bisect_left
+
 import torch
-from accelerate import Accelerator
 
 QUARTILES = 4
+# Bins of -log π, evenly spaced in log(-log π): 0.85 % each. Below the least and above the most one bin takes all.
+SURPRISE_BINS, _LEAST_SURPRISE, _MOST_SURPRISE = 2048, 1e-6, 32.0
+# Equal rewards leave advantages that differ by rounding, at most this part of the largest.
+_ROUNDING = 1e-5
 
 
 def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
@@ -60,8 +68,102 @@ def mass_by_bin(mass: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
     return total.index_add(0, bins.flatten(), mass.flatten().float())
 
 
+def probability_bins(logps: torch.Tensor) -> torch.Tensor:
+    """
+    Bin of each token's probability, 0 for the most probable: a bin spans 0.85 % of -log π.
+
+    Args:
+        logps (`torch.Tensor`): natural-log probabilities, any shape.
+
+    Returns:
+        `torch.Tensor`: long, same shape, values 0..2047.
+    """
+    width = math.log(_MOST_SURPRISE / _LEAST_SURPRISE) / SURPRISE_BINS
+    places = (logps.float().neg().clamp(min=_LEAST_SURPRISE) / _LEAST_SURPRISE).log() / width
+    return places.long().clamp(0, SURPRISE_BINS - 1)  # after the cast: a NaN is then a bin like any other
+
+
+def quartile_shares(counts: list[float], masses: list[float]) -> list[float]:
+    """
+    Part of all mass in each quarter of the values, from a histogram; a bin on an edge is split in proportion.
+
+    Args:
+        counts (`list[float]`): how many values each bin holds, lowest bin first.
+        masses (`list[float]`): their mass.
+
+    Returns:
+        `list[float]`: four parts, lowest quarter first; NaN without values or without mass.
+    """
+    below, mass_below = list(itertools.accumulate(counts)), list(itertools.accumulate(masses))
+    if not below[-1] or not mass_below[-1]:
+        return [float("nan")] * QUARTILES
+    cuts = [0.0]
+    for quarter in range(1, QUARTILES):
+        edge = below[-1] * quarter / QUARTILES
+        i = bisect_left(below, edge)
+        cuts.append(mass_below[i] - masses[i] * (below[i] - edge) / counts[i])
+    return [(high - low) / mass_below[-1] for low, high in itertools.pairwise([*cuts, mass_below[-1]])]
+
+
+def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the correlation of advantage and length within groups, and the mean length by sign of A, are ratios of.
+
+    Only rows with tokens count, and only groups in which their advantages differ by more than rounding: elsewhere A is
+    0 and says nothing about length.
+
+    Args:
+        lengths (`torch.Tensor`): own tokens |o|, (P, G), 0 for a row without any.
+        advantages (`torch.Tensor`): A, (P, G), unweighted.
+
+    Returns:
+        `torch.Tensor`: (3,): Σ a·l, Σ a², Σ l² with a and l centred on their group's mean.
+        `torch.Tensor`: (2, 2): by A > 0 and A < 0, the sum of lengths and the number of rows.
+    """
+    present = lengths > 0
+    lengths, advantages = lengths.float() * present, advantages.float() * present
+    count = present.sum(dim=1, keepdim=True).clamp(min=1)
+    a = (advantages - advantages.sum(dim=1, keepdim=True) / count) * present
+    differ = a.abs().amax(dim=1, keepdim=True) > _ROUNDING * advantages.abs().amax(dim=1, keepdim=True)
+    a = a * differ
+    centred = (lengths - lengths.sum(dim=1, keepdim=True) / count) * present * differ
+    by_sign = torch.stack([(advantages > 0) & differ, (advantages < 0) & differ])
+    rows_by_sign = torch.stack([(by_sign * lengths).sum(dim=(1, 2)), by_sign.sum(dim=(1, 2))], dim=1)
+    return torch.stack([(a * centred).sum(), a.square().sum(), centred.square().sum()]), rows_by_sign
+
+
+def clipped_tokens(
+    ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> torch.Tensor:
+    """
+    Which tokens have no gradient in min(ρA, clip(ρ, 1 - ε_low, 1 + ε_high)A), the first ρ at most δ if given.
+
+    Args:
+        ratio (`torch.Tensor`): ρ, shape (B, T) or (B, 1).
+        advantages (`torch.Tensor`): A, shape (B, 1) or (B, T).
+        epsilon_low, epsilon_high (`float`): the clip is [1 - epsilon_low, 1 + epsilon_high].
+        delta (`float`, *optional*): bound of the two-sided clip.
+
+    Returns:
+        `torch.Tensor`: bool, broadcast of both shapes.
+    """
+    high = 1 + epsilon_high
+    delta = math.inf if delta is None else delta
+    negative = (ratio < 1 - epsilon_low) | (ratio > max(delta, high))
+    return ((ratio > min(delta, high)) & (advantages > 0)) | (negative & (advantages < 0))
+
+
 def clipped_by_weight(
-    log_ratio: torch.Tensor, weights: torch.Tensor, advantages: torch.Tensor, epsilon_low: float, epsilon_high: float
+    log_ratio: torch.Tensor,
+    weights: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
 ) -> torch.Tensor:
     """
     Which tokens lose their gradient only because v stands inside the clip: vρ is clipped and ρ is not.
@@ -71,102 +173,14 @@ def clipped_by_weight(
         weights (`torch.Tensor`): v, shape (B, T).
         advantages (`torch.Tensor`): A, shape (B, 1) or (B, T).
         epsilon_low, epsilon_high (`float`): the clip is [1 - epsilon_low, 1 + epsilon_high].
+        delta (`float`, *optional*): upper bound of the ratio for A < 0, of two-sided clipping.
 
     Returns:
         `torch.Tensor`: bool, shape (B, T).
     """
 
     def clipped(ratio: torch.Tensor) -> torch.Tensor:
-        return ((ratio > 1 + epsilon_high) & (advantages > 0)) | ((ratio < 1 - epsilon_low) & (advantages < 0))
+        return clipped_tokens(ratio, advantages, epsilon_low, epsilon_high, delta)
 
     ratio = log_ratio.exp()
     return clipped(ratio * weights) & ~clipped(ratio)
-
-
-class LossTally:
-    """
-    Sums over the micro-batches of a logging interval, kept on the device: no synchronisation before `flush`.
-
-    A share is a ratio of sums over all tokens of all micro-batches and processes, not a mean of ratios.
-    """
-
-    def __init__(self):
-        self._sums: dict[str, torch.Tensor] = {}
-        self._minima: dict[str, torch.Tensor] = {}
-
-    def add_length_weights(self, weights: torch.Tensor) -> None:
-        """Take in f of a whole generation batch, shape (P, G), the same on every process."""
-        weights = weights.detach().float()
-        has_tokens = weights > 0
-        ess = effective_sample_size(weights)
-        known = ~ess.isnan()
-        self._add("length_weight/ess", torch.stack([ess.nan_to_num().sum(), known.sum()]))
-        self._least("length_weight/min", weights.masked_fill(~has_tokens, torch.inf).min())
-        self._least("length_weight/max", -weights.max())
-
-    def add_token_weights(self, weights: torch.Tensor, mask: torch.Tensor) -> None:
-        """Take in v of a micro-batch and its mask of own tokens, both (B, T)."""
-        own = mask.bool()
-        self._add("token_weight/mean", torch.stack([(weights * own).sum(), own.sum()]))
-        self._least("token_weight/min", weights.masked_fill(~own, torch.inf).min())
-        self._least("token_weight/max", -weights.masked_fill(~own, -torch.inf).max())
-
-    def add_clipped(self, clipped: torch.Tensor, mask: torch.Tensor) -> None:
-        """Take in which tokens are clipped because of v, and the mask of own tokens, both (B, T)."""
-        self._add("token_weight/clipped_by_regulation", torch.stack([(clipped * mask).sum(), mask.sum()]))
-
-    def add_shares(
-        self, mass: torch.Tensor, length_bins: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor
-    ) -> None:
-        """
-        Take in |w·A| of a micro-batch.
-
-        Args:
-            mass (`torch.Tensor`): |w·A|, shape (B, T).
-            length_bins (`torch.Tensor`): quartile of each response's length in its generation batch, (B,).
-            logps (`torch.Tensor`): log-probabilities, (B, T); their quartiles are those of this micro-batch.
-            mask (`torch.Tensor`): own tokens, (B, T).
-        """
-        own = mask.bool()
-        mass = mass.detach() * own
-        self._add("share/length", mass_by_bin(mass, length_bins.unsqueeze(1).expand_as(mass)))
-        bins = quartile_index(logps.detach().float(), own).masked_fill(~own, 0)
-        self._add("share/probability", mass_by_bin(mass, bins))
-
-    def flush(self, accelerator: Accelerator) -> dict[str, float]:
-        """
-        Reduce over the processes, empty the tally and return the metrics. Every process must call it.
-
-        Returns:
-            `dict[str, float]`: metric name -> value; NaN for a ratio over nothing.
-        """
-        if not self._sums:
-            return {}
-        sums = torch.cat(list(self._sums.values()))
-        sums = accelerator.reduce(sums, reduction="sum").tolist()
-        metrics = {}
-        for name, local in self._sums.items():
-            values, sums = sums[: local.numel()], sums[local.numel() :]
-            if name.startswith("share/"):
-                metrics |= {f"{name}_q{q + 1}": _ratio(value, sum(values)) for q, value in enumerate(values)}
-            else:
-                metrics[name] = _ratio(*values)
-        if self._minima:
-            minima = accelerator.gather(torch.stack(list(self._minima.values())).unsqueeze(0)).amin(dim=0).tolist()
-            for name, least in zip(self._minima, minima, strict=True):
-                value = -least if name.endswith("/max") else least
-                metrics[name] = value if abs(value) != float("inf") else float("nan")
-        self._sums, self._minima = {}, {}
-        return metrics
-
-    def _add(self, name: str, values: torch.Tensor) -> None:
-        values = values.float()
-        self._sums[name] = self._sums[name] + values if name in self._sums else values
-
-    def _least(self, name: str, value: torch.Tensor) -> None:
-        value = value.float()
-        self._minima[name] = torch.minimum(self._minima[name], value) if name in self._minima else value
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")

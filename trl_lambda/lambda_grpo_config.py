@@ -21,8 +21,8 @@ _INSTEAD = {
     "grpo": "loss_type='dapo' with aggregation='grpo' (the same loss), or aggregation=None",
     "dr_grpo": "loss_type='dapo' with aggregation='dr_grpo' (the same loss), or aggregation=None",
     "bnpo": "loss_type='dapo' with aggregation='dapo' (the token mean of the whole batch), or aggregation=None",
-    "luspo": "loss_type='dapo' with importance_sampling_level='sequence' and aggregation='dapo' (LUSPO up to a "
-    "constant factor), or aggregation=None",
+    "luspo": "loss_type='dapo' with importance_sampling_level='sequence' and aggregation='dapo' (LUSPO divided by the "
+    "batch's mean length), or aggregation=None",
 }
 # Surrogates with the PPO clip, the only one that the paper's Eq. 9 puts the token weight into.
 CLIPPED_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
@@ -48,7 +48,8 @@ class LambdaGRPOConfig(GRPOConfig):
 
         aggregation (`str` or `None`, *optional*, defaults to `"lambda"`):
             How much a response counts for its length. `"lambda"`: G · softmax of h^λ over the group, the paper's;
-            `"power"`: (|o|/μ)^λ with the token mass preserved, which contains GRPO (λ = -1) and DAPO (λ = 0);
+            `"power"`: (|o|/μ)^λ with the token mass preserved, which is DAPO at λ = 0 and, where every response has
+            tokens, GRPO at λ = -1;
             `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members; `None`: TRL's own reduction for `loss_type`.
         aggregation_scope (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: token mean over the generation batch, as TRL does; `"prompt"`: token mean of each prompt, then
@@ -87,6 +88,12 @@ class LambdaGRPOConfig(GRPOConfig):
         regulation_inside_clip (`bool`, *optional*, defaults to `False`):
             `True`: min(vρA, clip(vρ)A), Eq. 9 of arXiv 2511.00066 as its reviews read it; with ε = 0.2 every token
             with v > 1.2 and A > 0 then has no gradient. `False`: v·min(ρA, clip(ρ)A).
+
+        > Metrics
+
+        token_metrics (`bool`, *optional*, defaults to `True`):
+            Whether to log the metrics that look at every token, `token_weight/*`, `clipped/*` and `share/*`. Those of
+            responses and of λ are logged in any case.
 
     Raises:
         `ValueError`: a value is out of range, or an option cannot be honoured in this combination; the message names
@@ -153,6 +160,12 @@ class LambdaGRPOConfig(GRPOConfig):
             "False: it multiplies the clipped surrogate."
         },
     )
+    token_metrics: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to log the metrics that look at every token, 'token_weight/*', 'clipped/*' and 'share/*'."
+        },
+    )
 
     @property
     def has_lambda(self) -> bool:
@@ -163,12 +176,23 @@ class LambdaGRPOConfig(GRPOConfig):
         # The command line passes "none" as a string.
         self.aggregation = _none_from_text(self.aggregation)
         self.token_regulation = _none_from_text(self.token_regulation)
+        self.validate()
+        self._warn_about_score_function()
+        super().__post_init__()
+
+    def validate(self) -> None:
+        """
+        Check every added field, and the fields of `GRPOConfig` that it goes with. The trainer does so again, for
+        fields that were assigned later.
+
+        Raises:
+            `ValueError`: as for the class.
+        """
         self._check_length_weight()
         self._check_token_weight()
         self._check_unused()
         if self.regulation_inside_clip:
             self._check_inside_clip()
-        super().__post_init__()
 
     def _check_length_weight(self) -> None:
         if self.aggregation is not None and self.aggregation not in LENGTH_AGGREGATIONS:
@@ -197,9 +221,6 @@ class LambdaGRPOConfig(GRPOConfig):
             self._check_bounds()
         if self.aggregation == "lambda":
             check_length_scale(self.length_scale, max(self.num_generations, self.num_generations_eval or 1))
-            self._warn_about_score_function()
-        elif self.has_lambda:
-            self._warn_about_score_function()
 
     def _check_bounds(self) -> None:
         bounds = self.lambda_bounds
@@ -209,14 +230,14 @@ class LambdaGRPOConfig(GRPOConfig):
             raise ValueError(f"lambda_init={self.lambda_init} must lie in lambda_bounds={bounds}.")
 
     def _warn_about_score_function(self) -> None:
-        if self.lambda_learnable and self.loss_type in SCORE_FUNCTION_LOSS_TYPES:
+        if self.has_lambda and self.lambda_learnable and self.loss_type in SCORE_FUNCTION_LOSS_TYPES:
             warnings.warn(
                 f"loss_type={self.loss_type!r} with a learnable λ: the value of this surrogate is A·log π times a "
                 "constant, of which only the gradient in the policy is meaningful, and λ descends on the value. Its "
                 "sign then follows the responses' log-likelihood, not their advantage alone. Use loss_type='dapo' or "
                 "'sapo', or lambda_learnable=False, for a λ that can be read as a length preference.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _check_token_weight(self) -> None:

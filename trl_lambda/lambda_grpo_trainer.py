@@ -6,18 +6,23 @@ at its sign only, so that a positive factor on the advantage is that factor on t
 entropy bonus and auxiliary losses are added by TRL afterwards and stay unweighted.
 """
 
+import math
+
 import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from ._completion_table import CompletionTable
 from ._lambda_checkpoint import LambdaCheckpointMixin
 from ._refusals import check_columns, refuse_unsupported
 from ._trl_contract import check_contract
 from ._weighted_inputs import WeightedInputs, own_tokens
 from .companion import companion_class, engine_owns_optimizer, lambda_eps
-from .diagnostics import LossTally, clipped_by_weight, quartile_index
-from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
-from .lambda_parameter import LambdaParameter, schedule_factor
+from .diagnostics import clipped_by_weight, clipped_tokens, quartile_index
+from .lambda_grpo_config import CLIPPED_LOSS_TYPES, LambdaGRPOConfig, TRGRPOConfig
+from .lambda_parameter import LambdaParameter, base_learning_rate, schedule_factor
+from .loss_tally import LossTally
+from .model_card import LAMBDA_PAPER, TR_PAPER, ModelCardMixin
 from .weights import length_weights, probability_weights, sequence_mean_weights
 
 # Entries added to the scored batch. Dimension 0 is this process's rows, so that TRL's shuffle and split keep them
@@ -26,7 +31,7 @@ LENGTHS_KEY = "generation_batch_lengths"
 ROW_KEY = "generation_batch_row"
 
 
-class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
+class LambdaGRPOTrainer(LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
     """
     `GRPOTrainer` with the aggregation ``Σ_i f_i(λ) Σ_t v(π_it) ℓ_it / Σ_i |o_i|`` of TRL's own token losses ℓ.
 
@@ -46,6 +51,7 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "lambda-grpo"]
     _name = "LambdaGRPO"
+    _paper = LAMBDA_PAPER
     _config_class = LambdaGRPOConfig
 
     def __init__(
@@ -96,6 +102,13 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
                 device=self.accelerator.device,
             )
             self.add_callback(_LambdaStep(self))
+        if self._weighted:
+            self.add_callback(_ReduceMetrics(self))
+        columns = {"length_weight": args.aggregation, "mean_token_weight": args.token_regulation}
+        columns = tuple(name for name, member in columns.items() if member is not None)
+        self._completion_table: CompletionTable | None = None
+        if self.log_completions and columns:
+            self._completion_table = CompletionTable(columns, self._logs["prompt"].maxlen, self.accelerator.device)
 
     @property
     def lambda_value(self) -> float | None:
@@ -108,11 +121,21 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self._weighted:
             lengths = self.accelerator.gather(own_tokens(output).sum(dim=1, dtype=torch.int32))
+            group_size = self.num_generations if self.model.training else self.num_generations_eval
             rows = output["completion_mask"].size(0)
             start = self.accelerator.process_index * rows
-            output[LENGTHS_KEY] = lengths.expand(rows, -1)
+            output[LENGTHS_KEY] = lengths.view(-1, group_size).expand(rows, -1, -1)
             output[ROW_KEY] = torch.arange(start, start + rows, device=lengths.device)
+            self._note_responses(output["advantages"], lengths.view(-1, group_size))
         return output
+
+    def _note_responses(self, advantages: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Take a new generation batch into the metrics: this process's advantages, and all lengths, (P, G)."""
+        mode = "train" if self.model.training else "eval"
+        if advantages.dim() == 1:  # a subclass may have one per token
+            self._tally[mode].add_responses(lengths, self.accelerator.gather(advantages).view_as(lengths))
+        if self._completion_table is not None:
+            self._completion_table.append_rows(mode, lengths.numel(), self._logs["extra"])
 
     # ---- The loss ----
 
@@ -135,12 +158,11 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
 
     def _weight_responses(self, inputs: WeightedInputs) -> None:
         """Multiply f into the advantages, from the lengths of the whole generation batch and λ as it is now."""
-        training = self.model.training
-        group_size = self.num_generations if training else self.num_generations_eval
-        lengths = inputs[LENGTHS_KEY][0].view(-1, group_size)  # (P, G)
-        own = inputs[ROW_KEY]  # (B,)
+        lengths, own = inputs[LENGTHS_KEY][0], inputs[ROW_KEY]  # (P, G), (B,)
         inputs.length_bins = quartile_index(lengths, lengths > 0).flatten()[own]
-        if self.args.aggregation is None:
+        if self.args.aggregation is None:  # TRL's own reduction; the diagnostics count its weight all the same
+            member = "grpo" if self.loss_type in ("grpo", "sapo") else "dapo"
+            inputs.length_weight = length_weights(lengths, aggregation=member).flatten()[own]
             return
         weights = length_weights(
             lengths,
@@ -150,7 +172,7 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
             length_scale=self.args.length_scale,
             max_completion_length=self.max_completion_length,
         )
-        self._tally["train" if training else "eval"].add_length_weights(weights)
+        self._tally["train" if self.model.training else "eval"].add_length_weights(weights)
         inputs.length_weight = weights.detach().flatten()[own]
         if self.loss_type == "sapo":
             weights = sequence_mean_weights(weights, lengths)
@@ -158,16 +180,14 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._loss_inputs is not None:
+        # While training, a call without gradient is of another model, or of this one for another purpose.
+        if self._loss_inputs is not None and (torch.is_grad_enabled() or not self.model.training):
             self._weight_tokens(self._loss_inputs, outputs[0])
         return outputs
 
     def _weight_tokens(self, inputs: WeightedInputs, logps: torch.Tensor) -> None:
         """Multiply v into the advantages, or into the ratio, now that the current log-probabilities exist."""
-        tally = self._tally["train" if self.model.training else "eval"]
-        mask = own_tokens(inputs)
-        mass = inputs.unweighted_advantages.abs() * inputs.length_weight
-        mass = mass.unsqueeze(1).expand_as(logps)
+        weights, log_ratio = None, inputs.log_ratio(logps)
         if self.args.token_regulation is not None:
             weights = probability_weights(
                 logps,
@@ -178,24 +198,60 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
                 min=self.args.regulation_min,
                 max=self.args.regulation_max,
             )
-            tally.add_token_weights(weights, mask)
-            mass = mass * weights
             if self.args.regulation_inside_clip:
-                log_ratio = inputs.scale_ratio(logps, weights)
-                advantages = inputs.unweighted_advantages.unsqueeze(1)
-                clipped = clipped_by_weight(log_ratio, weights, advantages, self.epsilon_low, self.epsilon_high)
-                tally.add_clipped(clipped, mask)
+                inputs.scale_ratio(logps, weights)
             else:
                 inputs.scale_advantages(weights)
-        tally.add_shares(mass, inputs.length_bins, logps, mask)
+        self._note_tokens(inputs, logps.detach(), weights, log_ratio)
         inputs.complete()
 
-    def log(self, logs, start_time=None):
-        """Log, with the weights' metrics of the interval reduced over the processes: call it on all of them."""
+    @torch.no_grad()
+    def _note_tokens(
+        self, inputs: WeightedInputs, logps: torch.Tensor, weights: torch.Tensor | None, log_ratio: torch.Tensor
+    ) -> None:
+        """Take the tokens of a micro-batch into the metrics; v, log-probabilities and log ρ (without v) are (B, T)."""
+        args, mask, advantages = self.args, own_tokens(inputs), inputs.unweighted_advantages
         mode = "train" if self.model.training else "eval"
+        tally = self._tally[mode]
+        if self._completion_table is not None:
+            row_values = {} if args.aggregation is None else {"length_weight": inputs.length_weight}
+            if weights is not None:
+                row_values["mean_token_weight"] = (weights * mask).sum(dim=1) / mask.sum(dim=1)
+            self._completion_table.fill(mode, inputs[ROW_KEY], row_values)
+        if not args.token_metrics:
+            return
+        mass = (advantages.abs() * inputs.length_weight.unsqueeze(1)).expand_as(logps)
+        if weights is not None:
+            bounds = (args.regulation_min, args.regulation_max) if args.token_regulation == "sigmoid" else None
+            tally.add_token_weights(weights, mask, bounds)
+            mass = mass * weights
+        if self.loss_type in (*CLIPPED_LOSS_TYPES, "luspo"):
+            clip = (self.epsilon_low, self.epsilon_high, args.delta)
+            if args.regulation_inside_clip:
+                clipped = clipped_by_weight(log_ratio, weights, advantages, *clip)
+                tally.add_clipped_by_regulation(clipped, mask)
+                log_ratio = log_ratio + weights.log()
+            if self.importance_sampling_level == "sequence":
+                log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+            tally.add_clipped(clipped_tokens(log_ratio.exp(), advantages, *clip), advantages, mask)
+        tally.add_shares(mass, inputs.length_bins, logps, mask)
+
+    def reduce_metrics(self, mode: str) -> None:
+        """
+        Reduce the weights' metrics since the last call over the processes, for the next `log`.
+
+        It is called where all processes come by, before each log and after each evaluation, because `log` itself may
+        be called on one of them alone.
+        """
         for name, value in self._tally[mode].flush(self.accelerator).items():
             self._metrics[mode][name].append(value)
-        super().log(logs, start_time)
+        if self._completion_table is not None:
+            self._completion_table.write(self.accelerator, self._logs["extra"])
+
+    def evaluation_loop(self, *args, **kwargs):
+        output = super().evaluation_loop(*args, **kwargs)
+        self.reduce_metrics("eval")
+        return output
 
     # ---- λ's parameter group ----
 
@@ -212,6 +268,7 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
         optimizer_class, options = companion_class(args, self.model, user_built=self._user_built_optimizer)
         parameter.make_companion(optimizer_class, options, learning_rate=args.lambda_learning_rate)
         parameter.set_eps(lambda_eps(args, parameter.companion))
+        parameter.model_learning_rate = base_learning_rate(optimizer, args.learning_rate)
         return optimizer
 
     def training_step(self, *args, **kwargs):
@@ -219,7 +276,7 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, GRPOTrainer):
         if parameter is None or not parameter.learnable:
             return super().training_step(*args, **kwargs)
         if parameter.companion is not None:  # before an engine may advance the schedule inside backward
-            parameter.companion_factor = schedule_factor(self.lr_scheduler, self.args.learning_rate)
+            parameter.companion_factor = schedule_factor(self.lr_scheduler, parameter.model_learning_rate)
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             parameter.reduce_gradient(self.accelerator)
@@ -234,6 +291,7 @@ class TRGRPOTrainer(LambdaGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "tr-grpo"]
     _name = "TRGRPO"
+    _paper = TR_PAPER
     _config_class = TRGRPOConfig
 
 
@@ -256,7 +314,22 @@ class _LambdaStep(TrainerCallback):
         if parameter.learnable and not self.trainer.accelerator.optimizer_step_was_skipped:
             parameter.step_companion()
         parameter.finish_step()
-        metrics["lambda/value"].append(parameter.value)
+        # A state and a count: the last one is meant, not TRL's mean over the logging interval.
+        metrics["lambda/value"] = [parameter.value]
         if parameter.learnable:
-            metrics["lambda/grad"].append(parameter.last_grad)
-            metrics["lambda/skipped"].append(parameter.skipped)
+            metrics["lambda/grad"].append(parameter.last_grad if math.isfinite(parameter.last_grad) else math.nan)
+            metrics["lambda/skipped"] = [parameter.skipped]
+
+
+class _ReduceMetrics(TrainerCallback):
+    """Reduce the weights' metrics on all processes when a log is due."""
+
+    def __init__(self, trainer: LambdaGRPOTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log:
+            self.trainer.reduce_metrics("train")
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.reduce_metrics("train")

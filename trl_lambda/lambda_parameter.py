@@ -47,6 +47,7 @@ class LambdaParameter:
         self.max_grad_norm = max_grad_norm
         self.companion: torch.optim.Optimizer | None = None
         self.companion_factor = 1.0
+        self.model_learning_rate = 0.0
         self.last_grad = 0.0
         self.skipped = 0
         self._learning_rate = 0.0
@@ -108,6 +109,8 @@ class LambdaParameter:
         """
         if self._scale_probe is None:
             self._scale_probe = torch.zeros((), device=loss.device, requires_grad=True)
+        if not torch.is_grad_enabled():  # evaluation has no backward pass
+            return loss
         self._micro_batches += 1
         return loss + (self._scale_probe - self._scale_probe.detach())
 
@@ -122,7 +125,8 @@ class LambdaParameter:
         grad = self.tensor.grad if self.tensor.grad is not None else torch.zeros_like(self.tensor)
         if self._scale_probe is not None and self._scale_probe.grad is not None:
             grad = grad / (self._scale_probe.grad / self._micro_batches)
-            self._scale_probe.grad, self._micro_batches = None, 0
+            self._scale_probe.grad = None
+        self._micro_batches = 0
         self.tensor.grad = accelerator.reduce(grad, reduction="mean")
 
     def prepare_step(self) -> None:
@@ -159,22 +163,34 @@ def has_scalar_eps(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer.defaults.get("eps"), float)
 
 
-def schedule_factor(scheduler: Any, learning_rate: float) -> float:
+def base_learning_rate(optimizer: Any, default: float) -> float:
+    """
+    The learning rate that schedules start from: the first group's initial one.
+
+    Args:
+        optimizer: The trainer's optimizer, or an engine's placeholder for one that it builds itself.
+        default (`float`): for such a placeholder.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return default
+    group = optimizer.param_groups[0]
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def schedule_factor(scheduler: Any, base: float) -> float:
     """
     What a learning rate scheduler multiplies the base learning rate by at this step.
 
     Args:
         scheduler: A torch scheduler, or a wrapper of accelerate or an engine around one.
-        learning_rate (`float`): the model's base learning rate, for a scheduler that does not keep it.
+        base (`float`): the first group's learning rate before any schedule.
 
     Returns:
         `float`: exact for a `LambdaLR`, which most of transformers' schedules are; else the ratio of the first group's
-        learning rate to its initial one.
+        learning rate to `base`, 1 where that is 0.
     """
     while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "scheduler"):
         scheduler = scheduler.scheduler
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return float(scheduler.lr_lambdas[0](scheduler.last_epoch))
-    group = scheduler.optimizer.param_groups[0]
-    initial = group.get("initial_lr", learning_rate)
-    return float(group["lr"]) / initial if initial else 1.0
+    return float(scheduler.optimizer.param_groups[0]["lr"]) / base if base else 1.0

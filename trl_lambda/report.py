@@ -1,19 +1,44 @@
-"""A run as pictures (PNG) and as a few lines of text. matplotlib is an extra: `pip install "trl-lambda[plots]"`."""
+"""
+A run as a picture (PNG), a page (HTML) and a few lines of text. matplotlib is an extra: `pip install
+"trl-lambda[plots]"`.
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+    python -m trl_lambda.report OUTPUT_DIR --html
+"""
+
+import argparse
+import base64
+import html
+import logging
+import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-LogHistory = Sequence[Mapping[str, Any]]
+from transformers import TrainerCallback
 
-# One panel each: name, unit on the axis, key of the training metric, key of the held-out metric.
-_PANELS = (
-    ("Length weight λ", "λ (no unit)", "lambda/value", None),
-    ("Mean reward", "reward per completion", "reward", "eval_reward"),
-    ("Mean completion length", "tokens", "completions/mean_length", "eval_completions/mean_length"),
-)
+from ._report_heatmap import heatmap
+from ._report_history import LogHistory, RunLog, check_history, read_log_history, read_run, series, summarize_run
+from ._report_panels import PANELS, finish_panel
+
+__all__ = ["ReportCallback", "heatmap", "plot_run", "read_log_history", "require_matplotlib", "summarize_run"]
+logger = logging.getLogger(__name__)
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1500px; margin: 1.5em auto; padding: 0 1em; color: #222 }}
+img {{ max-width: 100%; height: auto }}
+table {{ border-collapse: collapse }} td, th {{ text-align: left; padding: .1em 1.2em .1em 0 }}
+td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
+</style></head><body>
+<h1>{title}</h1>
+<table>{summary}</table>
+<p><img alt="Panels of the run: {panels}" src="data:image/png;base64,{png}"></p>
+<details><summary>Last logged value of every metric</summary>
+<table><tr><th>metric</th><th>value</th><th>step</th></tr>{metrics}</table></details>
+</body></html>
+"""
 
 
 def require_matplotlib() -> None:
@@ -29,159 +54,204 @@ def require_matplotlib() -> None:
         raise ImportError('plots need matplotlib: pip install "trl-lambda[plots]"') from error
 
 
-def read_log_history(folder: str | Path) -> LogHistory:
+def plot_run(
+    run: LogHistory | str | Path,
+    path: str | Path,
+    *,
+    title: str | None = None,
+    aggregation: str | None = None,
+    length_scale: float = 1 / 9,
+) -> Path:
     """
-    Read the log history that `Trainer` saved in an output folder.
-
-    Args:
-        folder (`str` or `Path`):
-            Holds `trainer_state.json`, itself or in its newest `checkpoint-N`.
-
-    Returns:
-        `list[dict]`: one entry per logged step, as in `trainer.state.log_history`.
-
-    Raises:
-        ValueError: if there is no such file, or it does not hold a log history.
-    """
-    folder = Path(folder)
-    checkpoints = [path for path in folder.glob("checkpoint-*/trainer_state.json") if _step_of(path) >= 0]
-    candidates = [folder / "trainer_state.json", *sorted(checkpoints, key=_step_of, reverse=True)]
-    state_file = next((path for path in candidates if path.is_file()), None)
-    if state_file is None:
-        raise ValueError(f"run is {str(folder)!r}, where no trainer_state.json is, nor in a checkpoint-N in it.")
-    try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither UTF-8 nor JSON: a write that was cut short, another program's file
-        raise ValueError(f"{state_file} is damaged: {error}.") from error
-    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-        raise ValueError(f"{state_file} holds no log_history; accepted is a file that Trainer wrote.")
-    return state["log_history"]
-
-
-def _step_of(state_file: Path) -> int:
-    """Return N of `checkpoint-N/trainer_state.json`, or -1 where N is not a number."""
-    number = state_file.parent.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else -1
-
-
-def _series(history: LogHistory, key: str | None) -> tuple[list[int], list[float]]:
-    """Return the optimizer steps at which `key` was logged and its values; TRL logs None where nothing was valid."""
-    points = [
-        (entry["step"], float(entry[key]))
-        for entry in history
-        if isinstance(entry.get(key), (int, float)) and math.isfinite(entry[key])
-    ]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _running_mean(values: list[float], window: int) -> list[float]:
-    """Return the mean of each value and up to `window - 1` values before it."""
-    return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
-
-
-def _draw_panel(axes: Any, history: LogHistory, title: str, unit: str, key: str, eval_key: str | None) -> None:
-    """Draw one metric: training as a line, held-out as markers; told apart by shape and lightness, not by colour."""
-    steps, values = _series(history, key)
-    window = max(1, len(values) // 10)
-    if key == "lambda/value":
-        axes.axhline(0.0, color="0.6", linewidth=0.8, linestyle="--")  # λ = 0 is the token mean
-        axes.plot(steps, values, color="black", linewidth=1.8)
-    elif window == 1:
-        axes.plot(steps, values, color="black", linewidth=1.8, label="training")
-    else:
-        axes.plot(steps, values, color="0.75", linewidth=0.9, label="training, as logged")
-        axes.plot(steps, _running_mean(values, window), color="black", linewidth=1.8, label=f"mean of {window} logs")
-    if len(values) == 1:
-        axes.plot(steps, values, color="black", marker=".")  # a line through one point is invisible
-    eval_steps, eval_values = _series(history, eval_key)
-    if eval_values:
-        axes.plot(eval_steps, eval_values, "o", color="black", markerfacecolor="white", markersize=7, label="held-out")
-    if axes.get_legend_handles_labels()[0]:
-        # Above the panel: inside it any corner may hold data.
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=8)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_ylabel(unit)
-    axes.grid(True, color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def plot_run(run: LogHistory | str | Path, path: str | Path) -> Path:
-    """
-    Draw λ, mean reward and mean completion length over the optimizer steps of a run.
+    Draw what a run logged: reward, λ, where the loss went by length and by probability, entropy, length.
 
     Args:
         run (`list[dict]`, `str` or `Path`):
-            A log history, such as `trainer.state.log_history`, or the output folder of a run. The panel of λ is left
-            out where the run has none.
+            A log history, such as `trainer.state.log_history`, or the output folder of a run, which may still be
+            going on. A panel is left out where the run has nothing for it.
         path (`str` or `Path`):
-            PNG file to write; its folder is made if need be.
+            File to write: a PNG, or one self-contained page if it ends in `.html`. Its folder is made if need be.
+        title (`str`, *optional*):
+            What names the run above the panels; the folder's name and its `aggregation` if not given.
+        aggregation (`str`, *optional*):
+            `"lambda"` or `"power"`: which f the panel of f over length shows. Read from the folder's `lambda.json` if
+            not given; without either that panel is left out.
+        length_scale (`float`, *optional*, defaults to `1/9`):
+            r of `"lambda"`, where `aggregation` is given.
 
     Returns:
         `Path`: the file written.
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if `run` holds no log history, or one without any of the three metrics.
+        ValueError: if `run` holds no log history, or one without any of the metrics.
     """
     require_matplotlib()
+    log = read_run(run) if isinstance(run, (str, Path)) else RunLog(run)
+    if title is not None:
+        log = replace(log, title=title)
+    if aggregation is not None:
+        log = replace(log, aggregation=aggregation, length_scale=length_scale)
+    return _write_report(log, [Path(path)])[0]
+
+
+def _write_report(log: RunLog, paths: list[Path]) -> list[Path]:
+    """Draw once and write each of `paths`, a page where the name says so, else the picture."""
+    check_history(log.history)
+    png = _draw(log)
+    for path in paths:
+        _write(path, _page(log, png) if path.suffix.lower() == ".html" else png)
+    return paths
+
+
+def _draw(log: RunLog) -> bytes:
+    """
+    Draw the panels that have data and return the PNG.
+
+    Raises:
+        ValueError: if none has.
+    """
     # The Agg canvas directly: pyplot would change the caller's backend and keep the figure alive.
+    from io import BytesIO
+
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    history = read_log_history(run) if isinstance(run, (str, Path)) else run
-    if not isinstance(history, Sequence) or not all(isinstance(entry, Mapping) for entry in history):
-        raise ValueError(f"run is a {type(run).__name__}; accepted: a log history (list of dicts) or a folder.")
-    if not all(isinstance(entry.get("step"), int) for entry in history):
-        raise ValueError("run has an entry without a step; accepted is a log history as Trainer keeps it.")
-    panels = [panel for panel in _PANELS if _series(history, panel[2])[0]]
+    panels = [panel for panel in PANELS if panel.has_data(log)]
     if not panels:
-        keys = ", ".join(panel[2] for panel in _PANELS)
-        raise ValueError(f"run has {len(history)} entries and nothing to draw; needed is at least one of: {keys}.")
-    figure = Figure(figsize=(7.5, 2.6 * len(panels) + 0.4), dpi=120, layout="constrained")
+        keys = ", ".join(dict.fromkeys(key for panel in PANELS for key in panel.needs))
+        raise ValueError(f"run has {len(log.history)} entries and nothing to draw; needed is at least one of: {keys}.")
+    columns = min(len(panels), 3 if len(panels) > 4 else 2)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.9 * columns + 0.3, 2.75 * rows + 0.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, panel in zip(rows, panels, strict=True):
-        _draw_panel(axes, history, *panel)
-    rows[-1].set_xlabel("optimizer step")
-    rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    figure.align_ylabels(rows)
-    path = Path(path)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    grid = figure.add_gridspec(rows, columns)
+    for number, panel in enumerate(panels):
+        axes = figure.add_subplot(grid[number // columns, number % columns])
+        finish_panel(axes, panel, log)
+        if panel.over_steps:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    if log.title:
+        figure.suptitle(log.title, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _page(log: RunLog, png: bytes) -> bytes:
+    """Return the page: the summary, the picture inside it, and the last value of every metric."""
+    picture = base64.b64encode(png).decode("ascii")
+    summary = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+        for name, text in summarize_run(log.history)
+    )
+    last = {key: series(log.history, key) for key in sorted({key for entry in log.history for key in entry})}
+    metrics = "".join(
+        f'<tr><td>{html.escape(key)}</td><td class="number">{values[-1]:.6g}</td>'
+        f'<td class="number">{steps[-1]}</td></tr>'
+        for key, (steps, values) in last.items()
+        if values and key != "step"
+    )
+    panels = ", ".join(panel.title for panel in PANELS if panel.has_data(log))
+    title = html.escape(log.title or "Run")
+    page = _PAGE.format(title=title, summary=summary, panels=html.escape(panels), png=picture, metrics=metrics)
+    return page.encode("utf-8")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write by way of a temporary file: whoever looks while a run goes on sees the whole old or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
-    return path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def summarize_run(history: LogHistory) -> list[tuple[str, str]]:
+class ReportCallback(TrainerCallback):
     """
-    Say how rewards and completion length changed: on held-out data if the run was evaluated, else in training.
+    Write the picture of the run while it goes on: `report.png`, and on request `report.html`, in `output_dir`.
+
+    A picture that cannot be written is warned about once; training goes on.
 
     Args:
-        history (`list[dict]`):
-            `trainer.state.log_history`.
+        every (`int`, *optional*):
+            Write after every so many logs of training, besides the end. Only at the end if not given.
+        html (`bool`, *optional*, defaults to `False`):
+            Also write one self-contained page.
 
-    Returns:
-        `list[tuple[str, str]]`: for every reward function and for the length, what it is and how it changed, such as
-        `("held-out reward exact_answer", "0.310 -> 0.642 (step 0 -> 100)")`; what was never logged is left out.
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if `every` is below 1.
     """
-    evaluated = any("eval_reward" in entry for entry in history)
-    prefix, split = ("eval_", "held-out") if evaluated else ("", "training")
-    start, end, length = f"{prefix}rewards/", "/mean", f"{prefix}completions/mean_length"
-    keys = dict.fromkeys(key for entry in history for key in entry)  # in the order of their first appearance
-    lines = [
-        (f"{split} reward {key.removeprefix(start).removesuffix(end)}", _change(history, key))
-        for key in keys
-        if key.startswith(start) and key.endswith(end)
-    ]
-    lines.append((f"{split} mean length", _change(history, length, " tokens")))
-    return [(name, text) for name, text in lines if text]
+
+    def __init__(self, every: int | None = None, html: bool = False):
+        require_matplotlib()
+        if every is not None and every < 1:
+            raise ValueError(f"every={every} must be >= 1, or None for the end only.")
+        self.every = every
+        self.names = ("report.png", "report.html") if html else ("report.png",)
+        self._logs = 0
+        self._warned = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Count logs of training and write after every `every` of them."""
+        if self.every is None or "loss" not in (logs or {}):
+            return
+        self._logs += 1
+        if self._logs % self.every == 0:
+            self._write_all(args, state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the finished run."""
+        self._write_all(args, state)
+
+    def _write_all(self, args: Any, state: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        options = {name: getattr(args, name, None) for name in ("aggregation", "token_regulation")}
+        title = f"{folder.resolve().name}: " + ", ".join(f"{option}={value}" for option, value in options.items())
+        log = RunLog(state.log_history, title, options["aggregation"], getattr(args, "length_scale", 1 / 9))
+        try:
+            _write_report(log, [folder / name for name in self.names])
+        except (OSError, ValueError) as error:
+            if not self._warned:
+                logger.warning("no report: %s", " ".join(str(error).split()))
+            self._warned = True
 
 
-def _change(history: LogHistory, key: str, unit: str = "") -> str:
-    """Return the first and the last logged value with their steps, or '' where the metric was never logged."""
-    steps, values = _series(history, key)
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.3f}{unit} (step {steps[0]})"
-    return f"{values[0]:.3f} -> {values[-1]:.3f}{unit} (step {steps[0]} -> {steps[-1]})"
+def main(arguments: list[str] | None = None) -> None:
+    """Write the report of a run from its folder; what the user can mend is told in one line, without a traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trl_lambda.report", description="Draw a finished or running run from its output folder."
+    )
+    parser.add_argument("output_dir", help="the run's output_dir, with trainer_state.json, checkpoints or event files")
+    parser.add_argument("--png", help="picture to write (default: OUTPUT_DIR/report.png)")
+    parser.add_argument(
+        "--html", nargs="?", const="", help="also write one self-contained page (default: OUTPUT_DIR/report.html)"
+    )
+    parser.add_argument("--title", help="what names the run (default: the folder's name)")
+    options = parser.parse_args(arguments)
+    folder = Path(options.output_dir)
+    paths = [Path(options.png or folder / "report.png")]
+    if options.html is not None:
+        paths.append(Path(options.html or folder / "report.html"))
+    try:
+        if not folder.is_dir():
+            raise ValueError(f"{options.output_dir!r} is no folder; accepted: the output_dir of a run.")
+        require_matplotlib()
+        log = read_run(folder)
+        written = _write_report(log if options.title is None else replace(log, title=options.title), paths)
+        lines = summarize_run(log.history)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    print("\n".join(f"{name:<34} {text}" for name, text in lines + [("written", str(path)) for path in written]))
+
+
+if __name__ == "__main__":
+    main()

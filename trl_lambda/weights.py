@@ -41,7 +41,8 @@ def length_weights(
         "power"    f_i = (|o_i|/μ)^λ · S / Σ_j |o_j|·(|o_j|/μ)^λ
 
     What is preserved: Σ_i f_i for `"lambda"` (it equals the number of the group's rows with tokens), the token mass
-    Σ_i |o_i| f_i = S for `"power"`. λ = 0 is `"dapo"` in both, bit for bit; power λ = -1 is `"grpo"`.
+    Σ_i |o_i| f_i = S for `"power"`. λ = 0 is `"dapo"` in both, bit for bit; power λ = -1 is `"grpo"` where every row
+    has tokens (and else N / (rows with tokens) times it).
 
     Args:
         lengths (`torch.Tensor`):
@@ -121,14 +122,15 @@ def _softmax_weights(
     mean = rows.sum(dim=1, keepdim=True) / count
     deviation = (rows - mean) * has_tokens
     std = (deviation.square().sum(dim=1, keepdim=True) / count).sqrt()
-    h = 1 + length_scale * deviation / (std + _SIGMA_EPSILON)
-    # h^λ can leave the float range (h near 0, λ very negative). Held at its square root, the softmax is one-hot long
-    # before and the gradient, which carries h^λ as a factor, stays finite.
-    g = (lam * h.log()).clamp(max=math.log(torch.finfo(rows.dtype).max) / 2).exp()
-    g = g.masked_fill(~has_tokens, -torch.inf)
-    top = g.detach().amax(dim=1, keepdim=True)
-    exp = (g - top.masked_fill(top == -torch.inf, 0)).exp()
-    return exp * count / exp.sum(dim=1, keepdim=True).clamp(min=torch.finfo(exp.dtype).tiny)
+    log_h = (1 + length_scale * deviation / (std + _SIGMA_EPSILON)).log()
+    # The softmax of g = h^λ is taken of g_i - g_top = g_top · ((h_i/h_top)^λ - 1), so that equal lengths cancel
+    # exactly, in value and gradient, however large h^λ is. g_top is held at the square root of the float range: a
+    # softmax with gaps of that size is one-hot.
+    top = (lam.detach() * log_h).masked_fill(~has_tokens, -torch.inf).argmax(dim=1, keepdim=True)
+    log_top = log_h.gather(1, top)
+    g_top = (lam * log_top).clamp(max=math.log(torch.finfo(rows.dtype).max) / 2).exp()
+    exp = (g_top * torch.expm1(lam * (log_h - log_top))).exp() * has_tokens
+    return exp * count / _one_where_zero(exp.sum(dim=1, keepdim=True))
 
 
 def _power_weights(
