@@ -10,9 +10,7 @@ given in the same way. Whatever `LambdaGRPOConfig` and `trl.ModelConfig` know is
 """
 
 import difflib
-import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -21,8 +19,6 @@ from typing import Any, NoReturn
 
 import transformers
 import yaml
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
 from packaging.version import Version
 from transformers import AutoConfig, ProgressCallback
 from trl import (
@@ -30,7 +26,6 @@ from trl import (
     ModelConfig,
     ScriptArguments,
     TrlParser,
-    get_dataset,
     get_peft_config,
     get_quantization_config,
 )
@@ -42,7 +37,14 @@ from trl.rewards import (
 )
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda._lambda_files import read_lambda_file
 from trl_lambda.report import plot_run, require_matplotlib, summarize_run
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:  # run as a script, Python puts this file's own folder there instead
+    sys.path.insert(0, ROOT)
+
+from recipes.loading import import_function, load_splits  # noqa: E402
 
 REWARD_FUNCS: dict[str, Callable] = {
     "accuracy_reward": accuracy_reward,
@@ -56,9 +58,16 @@ MATH_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward")
 @dataclass
 class LambdaGRPOScriptArguments(ScriptArguments):
     """
-    Script arguments: TRL's, and rewards and the picture.
+    Script arguments: TRL's, and what prepares the dataset, rewards and the picture.
+
+    `dataset_train_split` and `dataset_test_split` may name several splits, joined by `+`.
 
     Args:
+        dataset_preparation (`str`, *optional*):
+            Dotted path to a function of one row, such as `recipes.preparations.gsm8k`, that can be imported from the
+            current directory. Its parameters are the columns that it needs, what it returns replaces all columns.
+        dataset_test_config (`str`, *optional*):
+            Configuration that the test split is in, where it is not `dataset_config`.
         reward_model_name_or_path (`str`, *optional*):
             Reward model: hub id or local folder.
         reward_funcs (`list[str]`, *optional*):
@@ -71,6 +80,18 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             Show reward, length and λ beside the progress bar, in place of a line of all metrics per logged step.
     """
 
+    dataset_preparation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path to a function of one row, such as `recipes.preparations.gsm8k`, that can be imported "
+            "from the current directory. Its parameters are the columns that it needs, what it returns replaces all "
+            "columns."
+        },
+    )
+    dataset_test_config: str | None = field(
+        default=None,
+        metadata={"help": "Configuration that the test split is in, where it is not dataset_config."},
+    )
     reward_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Reward model: hub id or local folder."}
     )
@@ -163,63 +184,12 @@ def load_rewards(script_args: LambdaGRPOScriptArguments) -> list[str | Callable]
     for name in script_args.reward_funcs or []:
         if name in MATH_REWARDS and importlib.util.find_spec("math_verify") is None:
             raise ValueError(f'reward_funcs has {name!r}, which needs math-verify: pip install "trl[math_verify]"')
-        rewards.append(REWARD_FUNCS[name] if name in REWARD_FUNCS else import_reward(name))
+        accepted = f"{', '.join(REWARD_FUNCS)}, or a dotted path to a function"
+        known = name in REWARD_FUNCS
+        rewards.append(REWARD_FUNCS[name] if known else import_function("reward_funcs has", name, accepted))
     if not rewards:
         raise ValueError("no reward: set reward_funcs, reward_model_name_or_path, or both.")
     return rewards
-
-
-def import_reward(name: str) -> Callable:
-    """
-    Import a reward function by its dotted path, from the current directory too.
-
-    Raises:
-        ValueError: if `name` is not a dotted path, cannot be imported, or is not callable.
-    """
-    accepted = f"accepted: {', '.join(REWARD_FUNCS)}, or a dotted path to a function"
-    module_name, _, function_name = name.rpartition(".")
-    if not module_name:
-        raise ValueError(f"reward_funcs has {name!r}; {accepted}.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward_funcs has {name!r}, which cannot be imported ({error}); {accepted}.") from error
-    if not callable(function):
-        raise ValueError(f"reward_funcs has {name!r}, which is a {type(function).__name__}; {accepted}.")
-    return function
-
-
-def load_splits(script_args: ScriptArguments, mixture: DatasetMixtureConfig, evaluate: bool) -> tuple[Any, Any]:
-    """
-    Load the training split and, if `evaluate`, the held-out one (else `None`); a mixture goes before a single name.
-
-    Raises:
-        ValueError: if the dataset cannot be loaded, lacks a split, or a split lacks the `prompt` column.
-    """
-    name = script_args.dataset_name
-    if not mixture.datasets and not name:
-        raise ValueError("no dataset: set dataset_name to a hub name or a local folder, or set datasets.")
-    label = "datasets" if mixture.datasets else f"dataset_name is {name!r}"
-    try:
-        if mixture.datasets:
-            dataset = get_dataset(mixture)
-        else:
-            dataset = load_dataset(name, name=script_args.dataset_config, streaming=script_args.dataset_streaming)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ValueError(f"{label}, which cannot be loaded: {error}") from error
-    wanted = {"dataset_train_split": script_args.dataset_train_split}
-    if evaluate:
-        wanted["dataset_test_split"] = script_args.dataset_test_split
-    for argument, split in wanted.items():
-        if split not in dataset:
-            raise ValueError(f"{argument} is {split!r}; {label}, which has: {', '.join(map(str, dataset))}.")
-        columns = dataset[split].column_names  # None for some streamed datasets
-        if columns is not None and "prompt" not in columns:
-            raise ValueError(f"{label}: split {split!r} has no 'prompt' column; it has: {', '.join(columns)}.")
-    splits = [dataset[split] for split in wanted.values()]
-    return splits[0], splits[1] if evaluate else None
 
 
 def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
@@ -236,6 +206,22 @@ def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
         AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path is {name!r}, which cannot be loaded: {error}") from error
+
+
+def check_resume(args: LambdaGRPOConfig) -> None:
+    """
+    Check that the checkpoint to resume from is there, and λ in it, before anything large is loaded.
+
+    Raises:
+        ValueError: if it is no folder, or has no λ where the run needs one.
+    """
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None:
+        return
+    if not Path(checkpoint, "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint is {checkpoint!r}; accepted: the folder of a checkpoint.")
+    if args.has_lambda:
+        read_lambda_file(checkpoint)
 
 
 def make_trainer(
@@ -255,6 +241,7 @@ def make_trainer(
         require_matplotlib()
     rewards = load_rewards(script_args)
     check_model(model_args, training_args.trust_remote_code)
+    check_resume(training_args)
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -292,10 +279,16 @@ def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -
     args = trainer.args
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the log history, for `trl_lambda.report`
+    on_hub = script_args.dataset_name if not Path(script_args.dataset_name or "").exists() else None
+    trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=on_hub)
     if trainer.accelerator.is_main_process:
         history, output_dir = trainer.state.log_history, Path(args.output_dir)
         lines = [*summarize_run(history), lambda_line(args, trainer.lambda_value)]
-        files = [("model", output_dir), ("lambda", output_dir / "lambda.json")]
+        files = [
+            ("model", output_dir),
+            ("lambda", output_dir / "lambda.json"),
+            ("model card", output_dir / "README.md"),
+        ]
         if script_args.plot:
             files.append(("plot", plot_run(history, output_dir / "run.png")))
         files = [(name, path) for name, path in files if path.exists()]
@@ -304,7 +297,7 @@ def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -
         print("Files written")
         print("\n".join(f"  {name:<34} {path}" for name, path in files), flush=True)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.push_to_hub(dataset_name=on_hub)
     if Version(transformers.__version__) >= Version("5.18.0"):  # older ones have no `end`
         trainer.end()
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from trl import ModelConfig
 
 from recipes import train
 from trl_lambda import LambdaGRPOConfig
@@ -65,7 +64,7 @@ def test_the_summary_says_what_the_log_says(run):
     assert f"held-out reward exact_answer {before[reward]:.3f} -> {after[reward]:.3f} (step 0 -> 2)" in text
     assert f"held-out mean length {before[length]:.3f} -> {after[length]:.3f} tokens (step 0 -> 2)" in text
     assert f"lambda 0.000 -> {lam:.3f} (learned)" in text
-    for name in ("", "/lambda.json", "/run.png"):
+    for name in ("", "/lambda.json", "/README.md", "/run.png"):
         assert f" {output_dir}{name}\n" in text
 
 
@@ -166,6 +165,14 @@ def test_a_dataset_without_the_rewards_column_is_refused(tmp_path: Path, monkeyp
     assert "'solution'" in line and "exact_answer" in line
 
 
+def test_a_checkpoint_that_is_not_there_or_has_no_lambda_is_refused(tmp_path: Path, monkeypatch):
+    line = error_of([*BASE, "--resume_from_checkpoint", str(tmp_path)], monkeypatch)
+    assert line == f"error: resume_from_checkpoint is {str(tmp_path)!r}; accepted: the folder of a checkpoint."
+    (tmp_path / "trainer_state.json").write_text("{}")
+    line = error_of([*BASE, "--resume_from_checkpoint", str(tmp_path)], monkeypatch)
+    assert "lambda.json is missing" in line and "To start λ afresh" in line
+
+
 def test_plot_without_matplotlib_is_refused_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes the import fail
     assert 'pip install "trl-lambda[plots]"' in error_of(BASE, monkeypatch)
@@ -177,13 +184,6 @@ def test_maths_rewards_without_math_verify_are_refused(name, monkeypatch):
     assert f"reward_funcs has '{name}', which needs math-verify" in error_of(
         [*BASE, "--reward_funcs", name], monkeypatch
     )
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_parses_into_its_dataclasses(path: Path):
-    script_args, training_args, model_args, _ = train.parse(["--config", str(path)])
-    assert isinstance(training_args, LambdaGRPOConfig) and isinstance(model_args, ModelConfig)
-    assert script_args.reward_funcs and script_args.dataset_name and model_args.model_name_or_path
 
 
 def test_the_playground_config_is_what_its_comment_says():

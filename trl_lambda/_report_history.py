@@ -80,7 +80,7 @@ def read_run(folder: str | Path) -> RunLog:
             continue
         try:
             content = read_lambda_file(candidate)
-            member, length_scale = content["aggregation"], float(content.get("length_scale", length_scale))
+            member, length_scale = content["aggregation"], float(content.get("length_scale") or length_scale)
             title = f"{title}: aggregation={member}"
             break
         except (ValueError, TypeError) as error:

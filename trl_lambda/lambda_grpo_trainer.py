@@ -49,7 +49,7 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
         `RuntimeError`: the installed TRL does not have what the weights go through.
     """
 
-    _tag_names = ["trl", "grpo", "lambda-grpo"]
+    _tag_names = ["trl", "grpo"]  # the model card adds what the options are
     _name = "LambdaGRPO"
     _paper = LAMBDA_PAPER
     _config_class = LambdaGRPOConfig
@@ -289,7 +289,6 @@ class TRGRPOTrainer(LambdaGRPOTrainer):
     [`TRGRPOConfig`], which leaves TRL's reduction as it is.
     """
 
-    _tag_names = ["trl", "grpo", "tr-grpo"]
     _name = "TRGRPO"
     _paper = TR_PAPER
     _config_class = TRGRPOConfig

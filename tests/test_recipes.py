@@ -1,0 +1,296 @@
+"""Every recipe: parsed into its dataclasses, and run for two steps with local stand-ins for model and dataset."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from stand_ins import write_datasets, write_model
+from support import train as train_prepared
+from transformers import BitsAndBytesConfig
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from recipes import train
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+ENGINES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+RECIPES = [path for path in CONFIGS if path.stem != "playground"]  # which needs no stand-in: test_train_script.py
+ON_CPU = ["--use_cpu", "--bf16", "false", "--dtype", "float32"]
+# What a recipe needs beside a CPU and is switched off here; everything else in the file stays.
+WITHOUT = {
+    "gsm8k_qwen2.5-1.5b_qlora": ["--load_in_4bit", "false"],
+    "math_qwen2.5-3b_vllm_colocate": ["--use_vllm", "false", "--vllm_enable_sleep_mode", "false"],
+    "math_qwen2.5-7b_vllm_server": ["--use_vllm", "false"],
+}
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+def comment(path: Path) -> str:
+    """The comment that a file opens with, its marks removed and its continued lines joined."""
+    lines = path.read_text().partition("\n\n")[0].splitlines()
+    assert all(line.startswith("#") for line in lines), path
+    return "\n".join(line[1:].strip() for line in lines).replace("\\\n", " ")
+
+
+def launch_command(path: Path) -> list[str]:
+    """The command of a recipe's opening comment, without what sets its environment."""
+    line = re.search(r"^(?:\w+=\S+ )*(accelerate launch .*)$", comment(path), re.MULTILINE)
+    return shlex.split(line[1])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory) -> dict[str, str]:
+    return write_datasets(tmp_path_factory.mktemp("datasets"))
+
+
+def parse(path: Path, *overrides: str):
+    # The GPU that bf16 asks for is not here; nothing else is overridden.
+    return train.parse(["--config", str(path), "--use_cpu", "--bf16", "false", *overrides])
+
+
+def two_steps(path: Path, model: str, datasets: dict[str, str], output_dir: Path) -> list[str]:
+    """The overrides for two steps of a recipe on this machine."""
+    dataset = datasets[yaml.safe_load(path.read_text())["dataset_name"]]
+    names = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", str(output_dir)]
+    return [*names, "--max_steps", "2", *ON_CPU, *WITHOUT.get(path.stem, [])]
+
+
+def logs(trainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+# ---- Parsing ----
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_a_recipe_opens_with_purpose_hardware_memory_and_its_command(path: Path):
+    text = comment(path)
+    for heading in ("Purpose:", "Hardware:", "Memory:", "Command, from the repository root:"):
+        assert heading in text, heading
+    assert path.stem == "playground" or "estimated" in text
+    command = launch_command(path)
+    assert command[-2:] == ["--config", str(path.relative_to(ROOT))] and command[-3] == "recipes/train.py"
+    assert all(len(line) <= 119 for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipe_parses_and_keeps_the_packages_defaults_of_lambda(path: Path):
+    script_args, args, model_args, _ = parse(path)
+    raw = yaml.safe_load(path.read_text())
+    assert isinstance(args, LambdaGRPOConfig) and isinstance(model_args, ModelConfig)
+    assert args.output_dir == f"runs/{path.stem}" and script_args.reward_funcs == ["accuracy_reward"]
+    # The command line takes values as text: here they arrive as what they are.
+    assert args.learning_rate == raw["learning_rate"] and isinstance(args.learning_rate, float)
+    for field in [field for field in raw if field.startswith(("lambda_", "regulation_", "length_scale"))]:
+        pytest.fail(f"{field} is set: a recipe uses the package's defaults, so that its arms need one override")
+    assert args.loss_type == "dapo" and args.report_to == []
+    assert (get_peft_config(model_args) is not None) == ("lora" in path.stem)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if "trgrpo" not in path.stem], ids=name)
+def test_the_fixed_arms_are_one_override_of_the_same_file(path: Path):
+    assert parse(path)[1].has_lambda
+    for member in ("grpo", "dapo", "dr_grpo", "power"):
+        args = parse(path, "--aggregation", member)[1]
+        assert args.aggregation == member and args.has_lambda == (member == "power")
+
+
+def test_the_arms_of_the_token_weight_are_one_override_of_the_same_file():
+    path = next(path for path in RECIPES if "trgrpo" in path.stem)
+    args = parse(path)[1]
+    assert args.aggregation is None and args.token_regulation == "sigmoid"
+    constants = (args.regulation_slope, args.regulation_center, args.regulation_min, args.regulation_max)
+    assert constants == (9.0, 0.25, 1.0, 1.4) and args.regulation_alpha is None
+    assert parse(path, "--token_regulation", "linear")[1].token_regulation == "linear"
+    assert parse(path, "--token_regulation", "none")[1].token_regulation is None
+    assert parse(path, "--aggregation", "lambda")[1].has_lambda
+    # 64 prompts × 8 completions a generation and 256 completions an optimizer step on four GPUs.
+    assert args.steps_per_generation * args.per_device_train_batch_size * 4 == 512
+    assert args.gradient_accumulation_steps * args.per_device_train_batch_size * 4 == 256
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.startswith("math")], ids=name)
+def test_the_maths_recipes_share_one_batch_whatever_the_number_of_gpus(path: Path):
+    args = parse(path)[1]
+    command = launch_command(path)
+    gpus = int(command[command.index("--num_processes") + 1]) if "--num_processes" in command else 1
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus == 256
+    assert args.max_steps == 160 and args.learning_rate == 1e-6 and args.beta == 0.0
+
+
+def test_the_4_bit_recipe_builds_its_quantization():
+    path = next(path for path in RECIPES if "qlora" in path.stem)
+    quantization = get_quantization_config(parse(path, "--dtype", "bfloat16")[2])
+    assert isinstance(quantization, BitsAndBytesConfig)
+    assert quantization.load_in_4bit and quantization.bnb_4bit_quant_type == "nf4"
+    assert quantization.bnb_4bit_use_double_quant
+
+
+def test_the_vllm_recipes_name_their_mode_and_the_servers_command_serves_their_model():
+    modes = {path.stem: parse(path)[1] for path in RECIPES if "vllm" in path.stem}
+    assert {args.vllm_mode for args in modes.values()} == {"colocate", "server"}
+    assert all(args.use_vllm and args.vllm_importance_sampling_correction for args in modes.values())
+    path = next(path for path in RECIPES if "vllm_server" in path.stem)
+    served = re.search(r"trl vllm-serve --model (\S+) .*--max_model_len (\d+)", comment(path))
+    assert served[1] == parse(path)[2].model_name_or_path
+    assert int(served[2]) > parse(path)[1].max_completion_length
+
+
+# ---- accelerate ----
+
+
+@pytest.mark.parametrize("path", ENGINES, ids=name)
+def test_an_accelerate_config_loads(path: Path):
+    config = load_config_from_file(str(path))  # refuses unknown keys
+    engines = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == engines[path.stem] and config.mixed_precision == "bf16" and not config.use_cpu
+    known = {action.dest for action in launch_command_parser()._actions}
+    engine = (config.fsdp_config or {}) | (config.deepspeed_config or {})
+    assert set(engine) <= known, set(engine) - known  # accelerate itself would ignore a misspelt one
+    assert engine.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(path.stem)
+    assert engine.get("fsdp_version") == {"fsdp2": 2}.get(path.stem)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipes_launch_command_is_one_that_accelerate_takes(path: Path):
+    _, _, *arguments = launch_command(path)
+    args = launch_command_parser().parse_args(arguments)
+    assert Path(args.config_file) in [engine.relative_to(ROOT) for engine in ENGINES]
+    assert args.training_script == "recipes/train.py"
+
+
+# ---- Two steps ----
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name)
+def test_a_recipe_runs_two_steps_on_stand_ins(path: Path, model, datasets, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    script_args, args, model_args, mixture = train.parse(
+        ["--config", str(path), *two_steps(path, model, datasets, tmp_path), "--disable_tqdm", "true"]
+    )
+    trainer = train.make_trainer(script_args, args, model_args, mixture)
+    trainer.train()
+    train.finish(trainer, script_args)
+    assert trainer.state.global_step == 2
+    rewards = [*logs(trainer, "reward"), *logs(trainer, "eval_reward")]
+    assert any(0 < reward < 1 for reward in rewards), "the reward saw no right answer, or no wrong one"
+    assert len(logs(trainer, "eval_reward")) == 2  # before training and after it
+    weights = "adapter_model.safetensors" if model_args.use_peft else "model.safetensors"
+    for file in (weights, "README.md", "run.png"):
+        assert (tmp_path / file).is_file(), file
+    if args.aggregation == "lambda":
+        lam = json.loads((tmp_path / "lambda.json").read_text())
+        assert lam["global_step"] == 2 and 0 < abs(lam["lambda"]) < 0.5
+        assert f"lambda 0.000 -> {lam['lambda']:.3f} (learned)" in re.sub(r" +", " ", capsys.readouterr().out)
+    else:
+        assert not (tmp_path / "lambda.json").exists()
+        assert all(1.0 <= mean <= 1.4 for mean in logs(trainer, "token_weight/mean"))
+
+
+def test_the_maths_recipes_run_on_gsm8k_by_three_overrides(model, datasets, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = next(path for path in RECIPES if path.stem == "math_qwen2.5-3b")
+    options = re.search(r"On GSM8K: add `([^`]+)`", " ".join(comment(path).split()))[1]
+    overrides = shlex.split(options.replace("openai/gsm8k", datasets["openai/gsm8k"]))
+    script_args, _, _, mixture = parse(path, *overrides)
+    rows, held_out = train.load_splits(script_args, mixture, evaluate=True)
+    assert {row["solution"] for row in rows} == {row["solution"] for row in held_out} == {"72", "1000"}
+
+
+def test_a_recipes_own_command_runs_in_a_process_of_its_own(model, datasets, tmp_path):
+    """accelerate, its YAML and the script together, as the comment has them, on this machine's CPU."""
+    path = next(path for path in RECIPES if path.stem == "gsm8k_qwen2.5-1.5b_lora")
+    _, _, *arguments = launch_command(path)
+    engine = ["--cpu", "--mixed_precision", "no", "--num_cpu_threads_per_process", "1", "--dynamo_backend", "no"]
+    overrides = two_steps(path, model, datasets, tmp_path)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *engine, *arguments, *overrides]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "Summary of 2 optimizer steps" in process.stdout
+    assert re.search(r"2/2 .*reward=\d\.\d+", process.stderr)  # the progress bar, with its estimate
+    assert json.loads((tmp_path / "lambda.json").read_text())["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("stem", "package"), [("gsm8k_qwen2.5-1.5b_qlora", "bitsandbytes"), ("math_qwen2.5-3b_vllm_colocate", "vllm")]
+)
+def test_a_missing_package_ends_in_one_line_that_names_it(stem, package, model, datasets, tmp_path, monkeypatch):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "recipes" / "configs" / f"{stem}.yaml"
+    options = two_steps(path, model, datasets, tmp_path)
+    options = options[: len(options) - len(WITHOUT[stem])]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), *options])
+    with pytest.raises(SystemExit) as error:
+        train.main()
+    assert re.match(rf"error: .*{package}", str(error.value.code), re.IGNORECASE) and "\n" not in error.value.code
+
+
+# ---- recipes/README.md ----
+
+README = (ROOT / "recipes" / "README.md").read_text()
+
+
+def test_the_readme_lists_every_recipe_with_the_engine_and_the_memory_of_its_file():
+    rows = dict(re.findall(r"^\| `(\S+)\.yaml` (\|.*)$", README, re.MULTILINE))
+    assert rows.keys() == {path.stem for path in CONFIGS}
+    for path in RECIPES:
+        *_, memory, engine, _ = (cell.strip() for cell in rows[path.stem].split("|"))
+        command = launch_command(path)
+        assert f"recipes/accelerate/{engine.strip('`')}" == command[command.index("--config_file") + 1]
+        assert f"about {memory} " in comment(path).replace(",", " ")
+
+
+def test_every_row_of_options_is_a_configuration():
+    table = README.partition("## Which option is which paper")[2].partition("\n## ")[0]
+    options = re.findall(r"^\| .* \| .* \| `(.+)` \|$", table, re.MULTILINE)
+    assert len(options) == len(re.findall(r"^\| ", table, re.MULTILINE)) - 1 >= 15  # every row but the heading
+    for text in options:
+        chosen = eval(f"dict({text})")
+        args = LambdaGRPOConfig("unused", use_cpu=True, bf16=False, **chosen)
+        assert all(getattr(args, field) == value for field, value in chosen.items())
+
+
+def test_the_readmes_command_is_one_that_accelerate_and_the_script_take():
+    command = re.search(r"^accelerate launch (.*?[^\\])$", README.replace("\\\n", " "), re.MULTILINE)[1]
+    args = launch_command_parser().parse_args(shlex.split(command))
+    assert (ROOT / args.config_file).is_file() and args.training_script == "recipes/train.py"
+    parsed = train.parse([*args.training_script_args, "--use_cpu", "--bf16", "false"])[1]
+    assert parsed.gradient_accumulation_steps * parsed.per_device_train_batch_size * args.num_processes == 64
+
+
+def test_every_logged_metric_is_explained():
+    logged = set()
+    for options in (
+        {"token_regulation": "sigmoid", "regulation_inside_clip": True},
+        {"token_regulation": "sigmoid", "loss_type": "sapo"},
+        {"aggregation": "grpo", "loss_type": "cispo"},
+        {"aggregation": "grpo", "loss_type": "vespo"},
+    ):
+        run = train_prepared(LambdaGRPOTrainer, LambdaGRPOConfig, max_steps=1, **options)
+        logged |= {key for entry in run.trainer.state.log_history for key in entry}
+    assert {"lambda/value", "token_weight/clipped_by_regulation", "share/probability_q4"} <= logged
+    explained = README.partition("## What is logged")[2]
+    names = set(re.findall(r"`([^`]+)`", explained))
+    names |= {name.replace("<function>", "reward") for name in names}  # the test's reward function is called so
+    names |= {re.sub(r"(min|max|mean)_length", r"\1_terminated_length", name) for name in names}
+    names |= {re.sub(r"_q1$", f"_q{q}", name) for name in names for q in (2, 3)}
+    assert logged <= names, logged - names
