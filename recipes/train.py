@@ -290,7 +290,7 @@ def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -
             ("model card", output_dir / "README.md"),
         ]
         if script_args.plot:
-            files.append(("plot", plot_run(history, output_dir / "run.png")))
+            files.append(("plot", plot_run(output_dir, output_dir / "run.png")))
         files = [(name, path) for name, path in files if path.exists()]
         print(f"\nSummary of {trainer.state.global_step} optimizer steps")
         print("\n".join(f"  {name:<34} {text}" for name, text in lines))

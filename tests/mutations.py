@@ -85,15 +85,15 @@ MUTANTS = (
     Mutant(
         "λ has the wrong sign",
         "weights.py",
-        "g = (lam * h.log())",
-        "g = (-lam * h.log())",
+        "torch.expm1(lam * (log_h - log_top))",
+        "torch.expm1(-lam * (log_h - log_top))",
         ("test_weights.py",),
     ),
     Mutant(
         "the softmax is of log g",
         "weights.py",
-        ".max) / 2).exp()\n",
-        ".max) / 2)\n",
+        "(g_top * torch.expm1(lam * (log_h - log_top))).exp()",
+        "(lam * (log_h - log_top)).exp()",
         ("test_weights.py",),
     ),
     Mutant(
@@ -172,6 +172,27 @@ MUTANTS = (
         "self._learning_rate * self.companion_factor",
         "self._learning_rate",
         ("test_trainer.py",),
+    ),
+    Mutant(
+        "evaluation counts in the fp16 loss scale",
+        "lambda_parameter.py",
+        "if not torch.is_grad_enabled():",
+        "if False:",
+        ("test_faults.py",),
+    ),
+    Mutant(
+        "every call for log-probabilities weights the tokens",
+        "lambda_grpo_trainer.py",
+        "if self._loss_inputs is not None and (torch.is_grad_enabled() or not self.model.training):",
+        "if self._loss_inputs is not None:",
+        ("test_loss.py",),
+    ),
+    Mutant(
+        "fields assigned after the configuration was built are not checked",
+        "_refusals.py",
+        "    args.validate()\n",
+        "",
+        ("test_refusals.py",),
     ),
     Mutant(
         "fp16 loss scaling stays in the companion's gradient",

@@ -248,16 +248,22 @@ def ours(history: list[dict]) -> dict[str, float]:
 
 
 def test_metrics_do_not_depend_on_how_the_rows_are_cut(tmp_path):
-    linear = {"token_regulation": "linear", "regulation_alpha": 0.6}  # smallest and largest v differ by process
-    both = ("two processes", "two processes, accumulated")
-    ranks = [job(cut) for cut in both] + [job(cut, **linear) for cut in both]
-    results = [ours(result[0]["history"]) for result in launch(ranks, tmp_path, processes=2)]
-    for options, split, metrics in (({}, results[:2], 3 + 2 + 3 + 8 + 5), (linear, results[2:], 3 + 2 + 3 + 8 + 3)):
-        whole, accumulated = (ours(run_job(job(cut, **options))["history"]) for cut in ("whole", "accumulated"))
+    plain = {}, {"seed": 0}
+    # Another weight and other completions: the smallest v is on the first process, the largest on the second.
+    linear = {"token_regulation": "linear", "regulation_alpha": 0.6}, {"seed": 2}
+    jobs = {
+        (cut, number): job(cut, **options) | {"batch": batch}
+        for number, (options, batch) in enumerate((plain, linear))
+        for cut in CUTS
+    }
+    ranks = {key: value for key, value in jobs.items() if "processes" in key[0]}
+    split = [ours(result[0]["history"]) for result in launch(list(ranks.values()), tmp_path, processes=2)]
+    for number, metrics in ((0, 3 + 2 + 3 + 8 + 5), (1, 3 + 2 + 3 + 8 + 3)):
+        whole, accumulated = (ours(run_job(jobs[cut, number])["history"]) for cut in ("whole", "accumulated"))
         assert len(whole) == metrics
         assert 0.05 < whole["clipped/advantage_positive"] < 0.95 and 0.05 < whole["clipped/advantage_negative"] < 0.95
         assert abs(whole["advantage/length_correlation"]) > 0.1
-        for other in (accumulated, *split):
+        for other in (accumulated, *split[2 * number : 2 * number + 2]):
             assert other == {name: pytest.approx(value, rel=1e-4, abs=1e-6) for name, value in whole.items()}
 
 

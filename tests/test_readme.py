@@ -39,8 +39,8 @@ def test_versions():
 
 def test_every_logged_metric_is_defined():
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_lambda").glob("*.py"))
-    logged = set(re.findall(r'"((?:lambda|length_weight|token_weight)/[a-z_]+)"', source))
-    assert len(logged) == 10
+    logged = set(re.findall(r'"((?:advantage|clipped|lambda|length_weight|token_weight)/[a-z_]+)"', source))
+    assert len(logged) == 17
     for name in logged:
         prefix, leaf = name.split("/")
         assert f"`{name}`" in README or (f"`{prefix}/" in README and f"`/{leaf}`" in README), name

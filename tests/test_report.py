@@ -1,48 +1,73 @@
-"""Pictures of a run: what is drawn, where from, and what is refused."""
+"""The picture of a run: what is drawn, where from, and what is refused."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from support import Batch, build, config
+from transformers import TrainerControl, TrainerState
 
-from trl_lambda import report
-from trl_lambda.report import plot_run, read_log_history, summarize_run
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, report
+from trl_lambda._report_panels import PANELS
+from trl_lambda.report import ReportCallback, main, plot_run, read_log_history, summarize_run
+from trl_lambda.weights import length_weights
+
+
+def entry(step: int) -> dict:
+    return {
+        "step": step,
+        "loss": 0.1,
+        "reward": 0.25 + 0.01 * step,
+        "rewards/exact/mean": 0.25 + 0.01 * step,
+        "rewards/format/mean": 0.9,
+        "completions/mean_length": 12.0 + 0.1 * step,
+        "completions/min_length": 4.0,
+        "completions/max_length": 44.0,
+        "lambda/value": 0.05 * step,
+        "lambda/grad": -0.02,
+        "advantage/length_correlation": 0.3,
+        "advantage/positive_mean_length": 15.0,
+        "advantage/negative_mean_length": 11.0,
+        "entropy": 0.5,
+        "token_weight/at_min": 0.1,
+        "token_weight/at_max": 0.6,
+        **{f"share/length_q{q}": q / 10 for q in (1, 2, 3, 4)},
+        **{f"share/probability_q{q}": 0.25 for q in (1, 2, 3, 4)},
+    }
+
 
 HISTORY = [
     {"step": 0, "eval_reward": 0.25, "eval_completions/mean_length": 12.0},
-    *[
-        {
-            "step": step,
-            "reward": 0.25 + 0.01 * step,
-            "completions/mean_length": 12.0 + 0.1 * step,
-            "lambda/value": 0.002 * step,
-        }
-        for step in range(1, 31)
-    ],
+    *map(entry, range(1, 31)),
     {"step": 30, "eval_reward": 0.5, "eval_completions/mean_length": 15.0},
     {"step": 30, "train_runtime": 9.0, "train_loss": 0.0},
 ]
 
 
-def without(key: str) -> list[dict]:
-    return [{name: value for name, value in entry.items() if name != key} for entry in HISTORY]
+def without(*prefixes: str) -> list[dict]:
+    return [{key: value for key, value in row.items() if not key.startswith(prefixes)} for row in HISTORY]
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The series handed to each panel, by title, seen where they are read from the log."""
+    """The axes of each panel, by title."""
     seen = {}
-    draw = report._draw_panel
+    finish = report.finish_panel
 
-    def spy(axes, history, title, *rest):
-        draw(axes, history, title, *rest)
-        seen[title] = axes
+    def spy(axes, panel, run):
+        finish(axes, panel, run)
+        seen[panel.title] = axes
 
-    monkeypatch.setattr(report, "_draw_panel", spy)
+    monkeypatch.setattr(report, "finish_panel", spy)
     return seen
 
 
@@ -50,45 +75,136 @@ def points(line) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True)]
 
 
-def test_three_panels_show_the_logged_values(tmp_path: Path, drawn):
-    path = plot_run(HISTORY, tmp_path / "new" / "run.png")
+def labels(axes) -> list[str]:
+    return axes.get_legend_handles_labels()[1]
+
+
+def test_all_panels_show_the_logged_values(tmp_path: Path, drawn):
+    path = plot_run(HISTORY, tmp_path / "new" / "run.png", aggregation="lambda")
     assert path == tmp_path / "new" / "run.png"
-    assert path.read_bytes().startswith(b"\x89PNG")
-    lam, reward, length = drawn.values()
-    assert (30, 0.06) in [(x, pytest.approx(y)) for x, y in points(lam.lines[1])]
+    assert path.read_bytes().startswith(b"\x89PNG") and [file.name for file in path.parent.iterdir()] == ["run.png"]
+    assert list(drawn) == [panel.title for panel in PANELS]
+    reward = drawn["Reward"]
     assert points(reward.lines[0]) == [(step, pytest.approx(0.25 + 0.01 * step)) for step in range(1, 31)]
     assert points(reward.lines[1])[-1] == (30, pytest.approx(0.54))  # mean of the last three: .53, .54, .55
     assert points(reward.lines[2]) == [(0, 0.25), (30, 0.5)]
-    assert points(length.lines[2]) == [(0, 12.0), (30, 15.0)]
-    assert [axes.get_ylabel() for axes in drawn.values()] == ["λ (no unit)", "reward per completion", "tokens"]
-    assert length.get_xlabel() == "optimizer step"
+    assert labels(reward) == ["training, as logged", "mean of 3 logs", "held-out"]
+    assert points(drawn["Length preference λ"].lines[1])[-1] == (30, pytest.approx(1.5))
+    assert points(drawn["Gradient of λ"].lines[1])[0] == (1, -0.02)
+    assert labels(drawn["Reward by function"]) == ["exact", "format"]
+    sign = drawn["Mean length by sign of the advantage"]
+    assert [points(line)[0][1] for line in sign.lines] == [15.0, 11.0] and "A > 0" in labels(sign)[0]
+    length = drawn["Completion length"]
+    assert points(length.lines[1]) == [(0, 12.0), (30, 15.0)] and length.get_ylim()[0] == 0
 
 
-def test_a_run_without_lambda_has_no_lambda_panel(tmp_path: Path, drawn):
-    plot_run(without("lambda/value"), tmp_path / "run.png")
-    assert list(drawn) == ["Mean reward", "Mean completion length"]
+def test_shares_are_stacked_from_the_lowest_quarter(tmp_path: Path, drawn):
+    plot_run(HISTORY, tmp_path / "run.png")
+    shares = drawn["Share of the loss by response length"]
+    tops = [area.get_paths()[0].vertices[:, 1].max() for area in shares.collections]
+    assert tops == pytest.approx([0.1, 0.3, 0.6, 1.0])
+    assert labels(shares)[0] == "shortest quarter" and shares.get_ylim() == (0, 1)
+
+
+def test_the_length_weight_is_drawn_for_lambda_at_start_midway_and_end(tmp_path: Path, drawn):
+    plot_run(HISTORY, tmp_path / "run.png", aggregation="power")
+    axes = drawn["Length weight f over the run's lengths"]
+    assert labels(axes) == ["λ = 0.05 at start", "λ = 0.75 midway", "λ = 1.50 at end"]
+    for line, lam in zip(axes.lines[1:], (0.05, 0.75, 1.5), strict=True):
+        lengths, weights = map(torch.tensor, line.get_data())
+        assert (lengths[0], lengths[-1]) == (4, 44)  # the run's own shortest and longest
+        expected = length_weights(lengths.unsqueeze(0), lam, aggregation="power")[0]
+        torch.testing.assert_close(weights, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
+    assert axes.get_xlabel() == "response length (tokens)"
+
+
+def test_a_lambda_that_stands_still_is_one_curve(tmp_path: Path, drawn):
+    fixed = [row | {"lambda/value": 2.0} if "loss" in row else row for row in HISTORY]
+    plot_run(fixed, tmp_path / "run.png", aggregation="lambda")
+    assert labels(drawn["Length weight f over the run's lengths"]) == ["λ = 2.00 at end"]
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "gone"),
+    [
+        (("lambda/",), {"Length preference λ", "Gradient of λ", "Length weight f over the run's lengths"}),
+        (("lambda/grad",), {"Gradient of λ"}),
+        (("completions/max_length",), {"Length weight f over the run's lengths"}),
+        (("share/length_q2",), {"Share of the loss by response length"}),
+        (("rewards/format",), {"Reward by function"}),
+        (("token_weight/", "entropy"), {"Tokens at the bounds of v", "Entropy of the policy"}),
+    ],
+)
+def test_what_was_not_logged_has_no_panel(tmp_path: Path, drawn, prefixes, gone):
+    plot_run(without(*prefixes), tmp_path / "run.png", aggregation="lambda")
+    assert set(drawn) == {panel.title for panel in PANELS} - gone
+
+
+def test_no_panel_is_empty_and_every_axis_has_its_unit(tmp_path: Path, drawn):
+    for history in (HISTORY, HISTORY[:2], HISTORY[:1], without("loss", "reward")):
+        drawn.clear()
+        plot_run(history, tmp_path / "run.png", aggregation="lambda")
+        assert drawn
+        for title, axes in drawn.items():
+            data = [line for line in axes.lines if len(line.get_xdata()) and not line.get_label().startswith("λ = 0:")]
+            assert data or axes.collections or axes.patches, title
+            assert axes.get_xlabel() and axes.get_ylabel()
+
+
+def test_nothing_overlaps(tmp_path: Path, drawn):
+    """Titles and legends of the whole picture, in pixels: apart from each other, from all axes, and inside."""
+    named = [
+        {key.replace("exact", "a_reward_function_with_a_long_name"): value for key, value in row.items()}
+        for row in HISTORY
+    ]
+    plot_run(named, tmp_path / "run.png", aggregation="lambda", title="a run: aggregation=lambda")
+    figure = drawn["Reward"].figure
+    boxes = []
+    for axes in drawn.values():
+        boxes += [axes.title.get_window_extent(), axes.get_window_extent()]
+        if axes.get_legend():
+            boxes.append(axes.get_legend().get_window_extent())
+        boxes += [axes.xaxis.label.get_window_extent(), axes.yaxis.label.get_window_extent()]
+    assert len(boxes) > 50
+    for i, box in enumerate(boxes):
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
+        for other in boxes[i + 1 :]:
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            along = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert across < 1.5 or along < 1.5, (box, other)
+    assert figure.bbox.x1 <= 1600  # a laptop's screen
 
 
 def test_missing_values_are_skipped(tmp_path: Path, drawn):
     history = [{"step": 1, "reward": None}, {"step": 2, "reward": float("nan")}, {"step": 3, "reward": 0.5}]
     plot_run(history, tmp_path / "run.png")
-    assert points(drawn["Mean reward"].lines[0]) == [(3, 0.5)]
+    assert points(drawn["Reward"].lines[0]) == [(3, 0.5)]
 
 
-def test_the_picture_is_readable_without_colour(tmp_path: Path):
-    pixels = np.asarray(Image.open(plot_run(HISTORY, tmp_path / "run.png")).convert("RGB")).astype(int)
-    assert np.abs(pixels.max(-1) - pixels.min(-1)).max() == 0  # nothing is told by hue
+def test_the_quarters_are_told_apart_in_grey(tmp_path: Path, drawn):
+    plot_run(HISTORY, tmp_path / "run.png")
+    grounds = [area.get_facecolor()[0][:3] for area in drawn["Share of the loss by response length"].collections]
+    grey = [0.299 * red + 0.587 * green + 0.114 * blue for red, green, blue in grounds]
+    assert grey == sorted(grey, reverse=True) and min(a - b for a, b in zip(grey, grey[1:], strict=False)) > 0.1
+    pixels = np.asarray(Image.open(tmp_path / "run.png").convert("L"))
     assert pixels.min() < 60 and (pixels < 128).mean() > 0.005  # and something is drawn
 
 
-def test_pyplot_is_left_alone(tmp_path: Path):
-    code = (
-        "import sys; from trl_lambda.report import plot_run; "
-        "assert 'matplotlib' not in sys.modules; "
-        "plot_run([{'step': 1, 'reward': 0.5}], sys.argv[1]); "
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.png")], check=True)
+# ---- One page ----
+
+
+def test_the_page_holds_everything_itself(tmp_path: Path):
+    path = plot_run(HISTORY, tmp_path / "run.html", title="arm <1>")
+    page = path.read_text(encoding="utf-8")
+    assert "<h1>arm &lt;1&gt;</h1>" in page and "<td>0.250 -&gt; 0.500 (step 0 -&gt; 30)</td>" not in page
+    assert "<th>held-out mean length</th><td>12.000 -&gt; 15.000 tokens (step 0 -&gt; 30)</td>" in page
+    assert '<td>lambda/value</td><td class="number">1.5</td><td class="number">30</td>' in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    png = base64.b64decode(re.search(r"base64,([^\"]+)", page).group(1))
+    assert Image.open(BytesIO(png)).size[0] > 900
+
+
+# ---- From a folder ----
 
 
 def write_state(folder: Path, history: list[dict]) -> None:
@@ -106,11 +222,37 @@ def test_a_folder_is_read_from_its_newest_checkpoint_unless_it_has_its_own_state
     assert read_log_history(tmp_path / "run") == HISTORY
 
 
+def test_a_resumed_run_is_read_where_it_has_come_furthest(tmp_path: Path):
+    write_state(tmp_path / "run", HISTORY[:4])
+    write_state(tmp_path / "run" / "checkpoint-20", HISTORY[:21])
+    assert read_log_history(tmp_path / "run") == HISTORY[:21]
+
+
+def write_lambda(folder: Path, text: str) -> None:
+    (folder / "lambda.json").write_text(text)
+
+
+def test_the_member_of_f_is_read_from_lambda_json(tmp_path: Path, drawn, caplog):
+    write_state(tmp_path / "run" / "checkpoint-30", HISTORY)
+    plot_run(tmp_path / "run", tmp_path / "run.png")
+    assert "Length weight f over the run's lengths" not in drawn
+    content = {"lambda": 1.5, "skipped": 0, "aggregation": "power", "length_scale": 1 / 9}
+    write_lambda(tmp_path / "run" / "checkpoint-30", json.dumps(content))
+    plot_run(tmp_path / "run", tmp_path / "run.png")
+    axes = drawn["Length weight f over the run's lengths"]
+    assert axes.figure.get_suptitle() == "run: aggregation=power" and not caplog.messages
+    drawn.clear()
+    write_lambda(tmp_path / "run" / "checkpoint-30", "{")
+    plot_run(tmp_path / "run", tmp_path / "run.png")
+    assert "Reward" in drawn and "Length weight f over the run's lengths" not in drawn
+    assert len(caplog.messages) == 1 and "lambda.json is damaged" in caplog.messages[0]
+
+
 @pytest.mark.parametrize(
     ("run", "message"),
     [
         ([], "run has 0 entries and nothing to draw"),
-        ([{"step": 1, "loss": 0.1}], "run has 1 entries and nothing to draw; needed is at least one of: lambda/value"),
+        ([{"step": 1, "loss": 0.1}], "run has 1 entries and nothing to draw; needed is at least one of: reward, "),
         ([{"reward": 0.5}], "run has an entry without a step"),
         ([["step", 1]], "run is a list; accepted: a log history"),
         ({"log_history": HISTORY}, "run is a dict; accepted: a log history"),
@@ -173,3 +315,136 @@ def test_with_evaluation_the_summary_is_of_held_out_data_only():
 
 def test_a_run_that_logged_nothing_has_no_summary():
     assert summarize_run([]) == []
+
+
+# ---- The command ----
+
+
+def test_the_command_writes_both_and_leaves_pyplot_alone(tmp_path: Path):
+    write_state(tmp_path / "run", HISTORY)
+    code = """
+import runpy, sys
+import trl_lambda
+assert "matplotlib" not in sys.modules
+runpy.run_module("trl_lambda.report", run_name="__main__")
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    arguments = [sys.executable, "-c", code, str(tmp_path / "run"), "--html"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and done.stderr == ""
+    assert (tmp_path / "run" / "report.png").is_file() and (tmp_path / "run" / "report.html").is_file()
+    assert "held-out mean length" in done.stdout and str(tmp_path / "run" / "report.html") in done.stdout
+
+
+def test_the_command_writes_where_it_is_told(tmp_path: Path, capsys):
+    write_state(tmp_path / "run", HISTORY)
+    main([str(tmp_path / "run"), "--png", str(tmp_path / "a.png"), "--html", str(tmp_path / "b.html"), "--title", "x"])
+    assert (tmp_path / "a.png").is_file() and "<h1>x</h1>" in (tmp_path / "b.html").read_text(encoding="utf-8")
+    assert "report" not in capsys.readouterr().out
+
+
+BAD_STATES = [
+    b"",
+    b"{",
+    b"\xff\xfe",
+    b"[]",
+    b'{"log_history": []}',
+    b'{"log_history": [1]}',
+    b'{"log_history": [{"a": 1}]}',
+    b'{"log_history": [{"step": 1, "reward": "x"}]}',
+]
+
+
+@pytest.mark.parametrize("content", [None, *BAD_STATES])
+def test_a_bad_folder_is_one_line_and_no_traceback(tmp_path: Path, content, capsys):
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path)])
+    assert stopped.value.code.startswith("error: ") and "\n" not in stopped.value.code  # printed, and exit code 1
+    assert capsys.readouterr().out == "" and not list(tmp_path.glob("*report*"))
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(tmp_path / "nowhere")])
+    assert stopped.value.code == (
+        f"error: {str(tmp_path / 'nowhere')!r} is no folder; accepted: the output_dir of a run."
+    )
+
+
+# ---- The callback ----
+
+
+def arguments(folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(output_dir=str(folder), aggregation="lambda", token_regulation=None, length_scale=0.1)
+
+
+def test_the_callback_writes_every_so_many_logs_and_at_the_end(tmp_path: Path, monkeypatch):
+    written = []
+    monkeypatch.setattr(report, "_write_report", lambda log, paths: written.append((len(log.history), log, paths)))
+    callback, state, control = ReportCallback(every=3, html=True), TrainerState(), TrainerControl()
+    for step in range(1, 8):
+        state.log_history.append(entry(step))
+        callback.on_log(arguments(tmp_path), state, control, logs=entry(step))
+        callback.on_log(arguments(tmp_path), state, control, logs={"eval_reward": 1.0})  # not a log of training
+    assert [logs for logs, _, _ in written] == [3, 6]
+    callback.on_train_end(arguments(tmp_path), state, control)
+    logs, log, paths = written[-1]
+    assert logs == 7 and paths == [tmp_path / "report.png", tmp_path / "report.html"]
+    assert log.title == f"{tmp_path.name}: aggregation=lambda, token_regulation=None"
+    assert (log.aggregation, log.length_scale) == ("lambda", 0.1)
+    state.is_world_process_zero = False
+    callback.on_train_end(arguments(tmp_path), state, control)
+    assert len(written) == 3
+
+
+def test_the_callback_in_a_run(tmp_path: Path):
+    batch = Batch()
+    args = config(LambdaGRPOConfig, batch, max_steps=2, output_dir=str(tmp_path / "arm"))
+    trainer = build(LambdaGRPOTrainer, args, batch, callbacks=[ReportCallback(every=2, html=True)])
+    trainer.train()
+    assert {path.name for path in (tmp_path / "arm").glob("*report*")} == {"report.png", "report.html"}
+    page = (tmp_path / "arm" / "report.html").read_text(encoding="utf-8")
+    assert "<h1>arm: aggregation=lambda, token_regulation=None</h1>" in page
+    assert "Length weight f over the run&#x27;s lengths" in page
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_training(tmp_path: Path, caplog):
+    (tmp_path / "file").write_text("")
+    callback, state = ReportCallback(every=1), TrainerState()
+    state.log_history.append(entry(1))
+    for _ in range(2):
+        callback.on_log(arguments(tmp_path / "file" / "folder"), state, TrainerControl(), logs=entry(1))
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no report: ")
+
+
+@pytest.mark.parametrize("every", [0, -1])
+def test_every_is_checked(every):
+    with pytest.raises(ValueError, match=f"every={every} must be >= 1"):
+        ReportCallback(every=every)
+
+
+def test_the_callback_needs_the_extra_before_training_begins(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'pip install "trl-lambda\[plots\]"'):
+        ReportCallback()
+
+
+def test_a_run_without_the_extras_trains_as_before(tmp_path: Path):
+    """In a process of its own, in which matplotlib, tensorboard, trackio and wandb cannot be imported."""
+    code = """
+import sys
+for name in ("matplotlib", "tensorboard", "trackio", "wandb"):
+    sys.modules[name] = None
+import conftest
+from support import train
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+result = train(LambdaGRPOTrainer, LambdaGRPOConfig, max_steps=2)
+assert "advantage/length_correlation" in result.logs[0]
+print(result.losses)
+"""
+    here = Path(__file__).parent
+    environment = {"PYTHONPATH": f"{here}:{here.parent}", "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
