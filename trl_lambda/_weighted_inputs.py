@@ -2,6 +2,11 @@
 
 import torch
 
+# Entries added to the scored batch. Dimension 0 is this process's rows, so that TRL's shuffle and split keep them
+# right: the lengths of the whole generation batch, once per row, and the row's own place in it.
+LENGTHS_KEY = "generation_batch_lengths"
+ROW_KEY = "generation_batch_row"
+
 
 class WeightedInputs(dict):
     """

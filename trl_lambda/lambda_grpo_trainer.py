@@ -12,26 +12,20 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from ._completion_table import CompletionTable
 from ._lambda_checkpoint import LambdaCheckpointMixin
+from ._loss_metrics import LossMetricsMixin
 from ._refusals import check_columns, refuse_unsupported
 from ._trl_contract import check_contract
-from ._weighted_inputs import WeightedInputs, own_tokens
+from ._weighted_inputs import LENGTHS_KEY, ROW_KEY, WeightedInputs, own_tokens
 from .companion import companion_class, engine_owns_optimizer, lambda_eps
-from .diagnostics import clipped_by_weight, clipped_tokens, quartile_index
-from .lambda_grpo_config import CLIPPED_LOSS_TYPES, LambdaGRPOConfig, TRGRPOConfig
+from .diagnostics import quartile_index
+from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
 from .lambda_parameter import LambdaParameter, base_learning_rate, schedule_factor
-from .loss_tally import LossTally
 from .model_card import LAMBDA_PAPER, TR_PAPER, ModelCardMixin
 from .weights import length_weights, probability_weights, sequence_mean_weights
 
-# Entries added to the scored batch. Dimension 0 is this process's rows, so that TRL's shuffle and split keep them
-# right: the lengths of the whole generation batch, once per row, and the row's own place in it.
-LENGTHS_KEY = "generation_batch_lengths"
-ROW_KEY = "generation_batch_row"
 
-
-class LambdaGRPOTrainer(LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
+class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
     """
     `GRPOTrainer` with the aggregation ``Σ_i f_i(λ) Σ_t v(π_it) ℓ_it / Σ_i |o_i|`` of TRL's own token losses ℓ.
 
@@ -78,7 +72,6 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
         self._lambda: LambdaParameter | None = None
         self._weighted = args.aggregation is not None or args.token_regulation is not None
         self._loss_inputs: WeightedInputs | None = None
-        self._tally = {"train": LossTally(), "eval": LossTally()}
         super().__init__(
             model=model,
             reward_funcs=reward_funcs,
@@ -102,13 +95,7 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
                 device=self.accelerator.device,
             )
             self.add_callback(_LambdaStep(self))
-        if self._weighted:
-            self.add_callback(_ReduceMetrics(self))
-        columns = {"length_weight": args.aggregation, "mean_token_weight": args.token_regulation}
-        columns = tuple(name for name, member in columns.items() if member is not None)
-        self._completion_table: CompletionTable | None = None
-        if self.log_completions and columns:
-            self._completion_table = CompletionTable(columns, self._logs["prompt"].maxlen, self.accelerator.device)
+        self._start_metrics()
 
     @property
     def lambda_value(self) -> float | None:
@@ -128,14 +115,6 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
             output[ROW_KEY] = torch.arange(start, start + rows, device=lengths.device)
             self._note_responses(output["advantages"], lengths.view(-1, group_size))
         return output
-
-    def _note_responses(self, advantages: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Take a new generation batch into the metrics: this process's advantages, and all lengths, (P, G)."""
-        mode = "train" if self.model.training else "eval"
-        if advantages.dim() == 1:  # a subclass may have one per token
-            self._tally[mode].add_responses(lengths, self.accelerator.gather(advantages).view_as(lengths))
-        if self._completion_table is not None:
-            self._completion_table.append_rows(mode, lengths.numel(), self._logs["extra"])
 
     # ---- The loss ----
 
@@ -205,54 +184,6 @@ class LambdaGRPOTrainer(LambdaCheckpointMixin, ModelCardMixin, GRPOTrainer):
         self._note_tokens(inputs, logps.detach(), weights, log_ratio)
         inputs.complete()
 
-    @torch.no_grad()
-    def _note_tokens(
-        self, inputs: WeightedInputs, logps: torch.Tensor, weights: torch.Tensor | None, log_ratio: torch.Tensor
-    ) -> None:
-        """Take the tokens of a micro-batch into the metrics; v, log-probabilities and log ρ (without v) are (B, T)."""
-        args, mask, advantages = self.args, own_tokens(inputs), inputs.unweighted_advantages
-        mode = "train" if self.model.training else "eval"
-        tally = self._tally[mode]
-        if self._completion_table is not None:
-            row_values = {} if args.aggregation is None else {"length_weight": inputs.length_weight}
-            if weights is not None:
-                row_values["mean_token_weight"] = (weights * mask).sum(dim=1) / mask.sum(dim=1)
-            self._completion_table.fill(mode, inputs[ROW_KEY], row_values)
-        if not args.token_metrics:
-            return
-        mass = (advantages.abs() * inputs.length_weight.unsqueeze(1)).expand_as(logps)
-        if weights is not None:
-            bounds = (args.regulation_min, args.regulation_max) if args.token_regulation == "sigmoid" else None
-            tally.add_token_weights(weights, mask, bounds)
-            mass = mass * weights
-        if self.loss_type in (*CLIPPED_LOSS_TYPES, "luspo"):
-            clip = (self.epsilon_low, self.epsilon_high, args.delta)
-            if args.regulation_inside_clip:
-                clipped = clipped_by_weight(log_ratio, weights, advantages, *clip)
-                tally.add_clipped_by_regulation(clipped, mask)
-                log_ratio = log_ratio + weights.log()
-            if self.importance_sampling_level == "sequence":
-                log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-            tally.add_clipped(clipped_tokens(log_ratio.exp(), advantages, *clip), advantages, mask)
-        tally.add_shares(mass, inputs.length_bins, logps, mask)
-
-    def reduce_metrics(self, mode: str) -> None:
-        """
-        Reduce the weights' metrics since the last call over the processes, for the next `log`.
-
-        It is called where all processes come by, before each log and after each evaluation, because `log` itself may
-        be called on one of them alone.
-        """
-        for name, value in self._tally[mode].flush(self.accelerator).items():
-            self._metrics[mode][name].append(value)
-        if self._completion_table is not None:
-            self._completion_table.write(self.accelerator, self._logs["extra"])
-
-    def evaluation_loop(self, *args, **kwargs):
-        output = super().evaluation_loop(*args, **kwargs)
-        self.reduce_metrics("eval")
-        return output
-
     # ---- λ's parameter group ----
 
     def create_optimizer(self, *args, **kwargs):
@@ -318,17 +249,3 @@ class _LambdaStep(TrainerCallback):
         if parameter.learnable:
             metrics["lambda/grad"].append(parameter.last_grad if math.isfinite(parameter.last_grad) else math.nan)
             metrics["lambda/skipped"] = [parameter.skipped]
-
-
-class _ReduceMetrics(TrainerCallback):
-    """Reduce the weights' metrics on all processes when a log is due."""
-
-    def __init__(self, trainer: LambdaGRPOTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_log:
-            self.trainer.reduce_metrics("train")
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.trainer.reduce_metrics("train")
