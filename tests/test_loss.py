@@ -193,12 +193,7 @@ def test_weights_scale_the_policy_term_alone(feature, loss_type, regulation):
         weights = weights * lengths / lengths.mean()
     advantages = inputs["advantages"] * weights
     if regulation is not None:  # the policy's own log-probabilities, from TRL
-        logps = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-        )[0]
+        logps = off_policy_logps(trainer, inputs, 0.0)
         v = torch.tensor([[reference.probability_weight(x, regulation) for x in row] for row in logps.tolist()])
         advantages = advantages.unsqueeze(1) * v
     loss = trainer.compute_loss(trainer.model, inputs)

@@ -206,7 +206,9 @@ def test_one_transfer_per_log():
 
 
 def test_tensorboard(tmp_path):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is in the dev extra"
+    )
     result = run(report_to="tensorboard", output_dir=str(tmp_path), max_steps=2, eval_strategy="steps", eval_steps=1,
                  trainer_options={"eval_dataset": Batch().dataset()}, **ON)  # fmt: skip
     log = events.EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
@@ -217,7 +219,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_a_run_is_drawn_from_its_event_files_alone(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="tensorboard is in the dev extra")
     result = run(report_to="tensorboard", output_dir=str(tmp_path), max_steps=3, eval_strategy="steps", eval_steps=3,
                  trainer_options={"eval_dataset": Batch().dataset()}, **ON)  # fmt: skip
     assert not (tmp_path / "trainer_state.json").exists()
@@ -234,7 +236,7 @@ def test_a_run_is_drawn_from_its_event_files_alone(tmp_path):
 
 
 def test_damaged_event_files_are_one_clear_line(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="tensorboard is in the dev extra")
     (tmp_path / "events.out.tfevents.1.host.1.0").write_bytes(b"no event at all")
     with pytest.raises(ValueError, match="no event file") as error:
         plot_run(tmp_path, tmp_path / "report.png")
@@ -243,7 +245,7 @@ def test_damaged_event_files_are_one_clear_line(tmp_path):
 
 def test_trackio(tmp_path, monkeypatch):
     """Its own database, in a process of its own: trackio keeps its folder and its server from the first use on."""
-    pytest.importorskip("trackio")
+    pytest.importorskip("trackio", reason="trackio is in the dev extra")
     code = """
 import sys
 import conftest
@@ -273,7 +275,7 @@ print("LOGS", json.dumps(result.logs))
 
 
 def test_wandb_offline(tmp_path):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb is no dependency of any extra")
     code = """
 import sys
 import conftest
