@@ -11,6 +11,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.playground.make_base_model import (
+    BASE_MODELS,
     CHARACTERS,
     MODEL_DIR,
     choose,
@@ -167,21 +168,22 @@ def test_choose_takes_the_nearest_that_carries_a_length_signal():
     good = {"accuracy_sampled": 0.36, "length_reward_correlation": 0.3, "share_long": 0.5}
     nearer_without_signal = {**good, "accuracy_sampled": 0.30, "length_reward_correlation": 0.1}
     nearer_of_one_style = {**good, "accuracy_sampled": 0.31, "share_long": 0.9}
-    assert choose([nearer_without_signal, good, nearer_of_one_style]) is good
+    spec = BASE_MODELS["demo"]
+    assert choose([nearer_without_signal, good, nearer_of_one_style], spec) is good
     with pytest.raises(RuntimeError, match="no checkpoint is usable"):
-        choose([nearer_without_signal])
+        choose([nearer_without_signal], spec)
 
 
 def test_training_batches_leave_out_held_out_problems_and_prompts(tokenizer):
     rng = random.Random(5)
     first = next(training_batches(tokenizer, random.Random(5), set()))
     texts = tokenizer.batch_decode(first["input_ids"], skip_special_tokens=True)
-    held_out = {("running_sum", numbers_of(text.split("=")[0])) for text in texts}
+    held_out = {numbers_of(text.split("=")[0]) for text in texts}
     second = next(training_batches(tokenizer, rng, held_out))
     for ids, labels in zip(second["input_ids"], second["labels"], strict=True):
         text = tokenizer.decode(ids, skip_special_tokens=True)
         prompt, _, completion = text.partition("=")
-        assert ("running_sum", numbers_of(prompt)) not in held_out
+        assert numbers_of(prompt) not in held_out
         assert tokenizer.decode(labels[labels != -100]) == completion + tokenizer.eos_token
 
 
@@ -237,6 +239,12 @@ def test_measure_leaves_the_global_random_state_alone(model, tokenizer):
 
 
 def test_the_readme_gives_the_measured_figures():
+    readme = (MODEL_DIR.parent / "README.md").read_text()
     recorded = json.loads((MODEL_DIR / "measured.json").read_text())["tasks"]["running_sum"]
-    table = re.findall(r"^\| .+ \| ([\d.]+) \|$", (MODEL_DIR.parent / "README.md").read_text(), re.MULTILINE)
+    demo, _, _ = readme.partition("## The five tasks")
+    table = re.findall(r"^\| .+ \| ([\d.]+) \|$", demo, re.MULTILINE)
     assert len(table) == 7 and set(map(float, table)) <= set(recorded.values())
+    columns = ("accuracy_sampled", "accuracy_greedy", "mean_length", "length_reward_correlation")
+    for task in TASKS:
+        recorded = json.loads((MODEL_DIR.parent / "models" / task / "measured.json").read_text())["tasks"][task]
+        assert f"| `{task}` | {' | '.join(f'{recorded[name]:.3f}' for name in columns)} |" in readme

@@ -1,10 +1,12 @@
 """
-Make the playground's tokenizer and base model: `python -m recipes.playground.make_base_model`.
+Make the playground's base models and their tokenizers: `python -m recipes.playground.make_base_model [NAME ...]`.
 
-The model learns both ways of answering every task from supervised examples. Arithmetic appears abruptly, so it is
-measured often, and the checkpoint kept is the one that answers right part of the time and more often at length: what a
-length preference can be learned from. Seeds are fixed, but other hardware, thread counts or library versions round
-differently, so a run elsewhere gives a similar model, not the same bytes; `measured.json` says what this one does.
+A model learns both ways of answering its task from supervised examples. Arithmetic appears abruptly, so it is measured
+often, and the checkpoint kept is the one that answers right part of the time and whose rewards go with length as the
+task means them to: what a length preference can be learned from. `demo` is the model of `recipes/configs/`; the
+others, named for their tasks, are those of `recipes/arena`, a fifth of its size. Seeds are fixed, but other hardware,
+thread counts or library versions round differently, so a run elsewhere gives a similar model, not the same bytes;
+`measured.json` says what this one does.
 """
 
 import argparse
@@ -13,7 +15,9 @@ import platform
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import tokenizers
@@ -26,29 +30,90 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 from recipes.playground.measure import measure
 from recipes.playground.tasks import TASKS, Problem, make_splits
 
-MODEL_DIR = Path(__file__).parent / "base_model"
+PLAYGROUND = Path(__file__).parent
+MODEL_DIR = PLAYGROUND / "base_model"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]
-CHARACTERS = "0123456789+-=;,:?ABCD"  # one letter per task; 24 tokens with the special ones
+CHARACTERS = "0123456789+-=;,:?ABCD"  # of the demo; 24 tokens with the special ones
+ARENA_CHARACTERS = "0123456789+-=;?.&|~^ABCDEKNabc"  # one letter per task; 33 tokens with the special ones
 SEED = 7
 BATCH_SIZE = 32  # rows; with 128 the same accuracy took more than twice the rows
-STEPS = 3200  # optimizer steps of the whole schedule, which ends early: see `pretrain`
-LEARNING_RATE = 2e-3  # peak of the one-cycle schedule
-FIRST_MEASURE, MEASURE_EVERY = 800, 40  # optimizer steps
-TARGET_ACCURACY, ACCURACY_RANGE = 0.30, (0.20, 0.40)  # sampled at temperature 1
-MIN_CORRELATION = 0.25  # of reward and length within a group
 MIN_STYLE_SHARE = 0.25  # of either way of answering
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class BaseModel:
+    """
+    How a base model is made, and which of its checkpoints is chosen.
+
+    Args:
+        task (`str`): what it is taught, a name in `TASKS`.
+        folder (`Path`): where it is written.
+        characters (`str`): its vocabulary beside the special tokens.
+        hidden_size (`int`), num_layers (`int`): its size; the feed-forward layer is four times as wide.
+        steps (`int`): optimizer steps of the whole schedule, which ends early: see `pretrain`.
+        learning_rate (`float`): peak of the one-cycle schedule.
+        first_measure (`int`), measure_every (`int`): when it is measured, in optimizer steps.
+        target_accuracy (`float`), accuracy_range (`tuple`): sampled at temperature 1.
+        correlation_range (`tuple`): of reward and length within a group.
+        styles_by_equals_sign (`bool`): whether a long answer is one with `=` in it, so that style shares can be told.
+    """
+
+    task: str
+    folder: Path
+    characters: str = ARENA_CHARACTERS
+    hidden_size: int = 64
+    num_layers: int = 3
+    steps: int = 6400
+    learning_rate: float = 3e-3
+    first_measure: int = 400
+    measure_every: int = 40
+    target_accuracy: float = 0.35
+    accuracy_range: tuple[float, float] = (0.20, 0.50)
+    correlation_range: tuple[float, float] = (-1.0, 1.0)
+    styles_by_equals_sign: bool = True
+
+
+def _arena_model(task: str, **settings: Any) -> BaseModel:
+    return BaseModel(task, PLAYGROUND / "models" / task, **settings)
+
+
+BASE_MODELS: dict[str, BaseModel] = {
+    "demo": BaseModel(
+        "running_sum",
+        MODEL_DIR,
+        characters=CHARACTERS,
+        hidden_size=128,
+        num_layers=4,
+        steps=3200,
+        learning_rate=2e-3,
+        first_measure=800,
+        target_accuracy=0.30,
+        accuracy_range=(0.20, 0.40),
+        correlation_range=(0.25, 1.0),
+    ),
+    "running_sum": _arena_model("running_sum", target_accuracy=0.30, correlation_range=(0.2, 1.0)),
+    "slippery_chain": _arena_model("slippery_chain", correlation_range=(-1.0, -0.2)),
+    "idle_filler": _arena_model("idle_filler", correlation_range=(-0.06, 0.06), styles_by_equals_sign=False),
+    "knights_and_knaves": _arena_model("knights_and_knaves"),
+    "checked_sum": _arena_model("checked_sum"),
+}
+
+
+def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """
     Build the character-level tokenizer.
 
+    Args:
+        characters (`str`):
+            The characters it knows.
+
     Returns:
-        `PreTrainedTokenizerFast`: 24 tokens, with padding on the left, as generation needs it.
+        `PreTrainedTokenizerFast`: one token per character and three special ones, with padding on the left, as
+        generation needs it.
     """
     # Byte-level BPE without merges: one token per character, and a tokenizer of the kind that Qwen2 models have, since
     # AutoTokenizer of transformers 5 reads no other kind for them. It leaves out characters it does not know.
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS])}
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *characters])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,13 +137,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int) -> Qwen2ForCausalLM:
     """
-    Build the untrained model, of about one million parameters.
+    Build the untrained model: four heads per layer, tied embeddings.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
             Gives the vocabulary size and the ids of the padding and end tokens.
+        hidden_size (`int`):
+            Width; the feed-forward layer is four times as wide.
+        num_layers (`int`):
+            Number of layers.
 
     Returns:
         `Qwen2ForCausalLM`: in fp32, without dropout.
@@ -86,9 +155,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
@@ -103,10 +172,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def training_batches(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, held_out: set
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, held_out: set, task: str = "running_sum"
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
-    Draw supervised batches without end: every task, each problem answered the short or the long way with equal odds.
+    Draw supervised batches without end, each problem answered the short or the long way with equal odds.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
@@ -114,7 +183,9 @@ def training_batches(
         rng (`random.Random`):
             Source of problems and styles.
         held_out (`set`):
-            Pairs of task and problem key that must not be trained on.
+            Keys of problems that must not be trained on.
+        task (`str`):
+            A name in `TASKS`.
 
     Yields:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, and `labels` for the completion, each (B, T).
@@ -122,9 +193,8 @@ def training_batches(
     while True:
         texts: list[tuple[str, str]] = []
         while len(texts) < BATCH_SIZE:
-            task = rng.choice(list(TASKS))
             problem = TASKS[task](rng)
-            if (task, problem.key) not in held_out:
+            if problem.key not in held_out:
                 texts.append((problem.prompt, rng.choice((problem.short, problem.long))))
         full = [prompt + completion + tokenizer.eos_token for prompt, completion in texts]
         batch = tokenizer(full, padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False)
@@ -134,13 +204,26 @@ def training_batches(
         yield {**batch, "labels": labels}
 
 
-def choose(history: list[dict]) -> dict:
+def is_usable(entry: dict, spec: BaseModel) -> bool:
+    """Whether a measurement lies in the ranges that `spec` sets, with both ways of answering present."""
+    within = [
+        (entry["accuracy_sampled"], spec.accuracy_range),
+        (entry["length_reward_correlation"], spec.correlation_range),
+    ]
+    if spec.styles_by_equals_sign:
+        within.append((entry["share_long"], (MIN_STYLE_SHARE, 1 - MIN_STYLE_SHARE)))
+    return all(low <= value <= high for value, (low, high) in within)
+
+
+def choose(history: list[dict], spec: BaseModel) -> dict:
     """
-    Choose the measurement whose sampled accuracy is nearest to the target among those that carry a length signal.
+    Choose the measurement whose sampled accuracy is nearest to the target among those that are usable.
 
     Args:
         history (`list[dict]`):
             Measurements with `accuracy_sampled`, `length_reward_correlation` and `share_long`.
+        spec (`BaseModel`):
+            Target and ranges.
 
     Returns:
         `dict`: one entry of `history`.
@@ -148,21 +231,16 @@ def choose(history: list[dict]) -> dict:
     Raises:
         RuntimeError: if none is good enough, with the nearest miss.
     """
-    low, high = ACCURACY_RANGE
-    good = [
-        entry
-        for entry in history
-        if low <= entry["accuracy_sampled"] <= high
-        and entry["length_reward_correlation"] >= MIN_CORRELATION
-        and MIN_STYLE_SHARE <= entry["share_long"] <= 1 - MIN_STYLE_SHARE
-    ]
-    nearest = min(good or history, key=lambda entry: abs(entry["accuracy_sampled"] - TARGET_ACCURACY))
+    good = [entry for entry in history if is_usable(entry, spec)]
+    nearest = min(good or history, key=lambda entry: abs(entry["accuracy_sampled"] - spec.target_accuracy))
     if not good:
         raise RuntimeError(f"no checkpoint is usable; the nearest to the target accuracy is {nearest}.")
     return nearest
 
 
-def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[dict, list[dict]]:
+def pretrain(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, spec: BaseModel, seed: int
+) -> tuple[dict, list[dict]]:
     """
     Train on both styles, measure until the accuracy leaves its range, and load the best weights back into the model.
 
@@ -171,20 +249,24 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
             Changed in place.
         tokenizer (`PreTrainedTokenizerFast`):
             The playground's tokenizer.
+        spec (`BaseModel`):
+            Task, schedule and what is looked for.
         seed (`int`):
             Seed of the batches.
 
     Returns:
-        `tuple[dict, list[dict]]`: the measurement chosen and all of them, made on the validation splits.
+        `tuple[dict, list[dict]]`: the measurement chosen and all of them, made on the validation split.
     """
-    splits = {task: make_splits(task) for task in TASKS}
-    validation = [problem for task in TASKS for problem in splits[task]["validation"][:128]]
-    held_out = {(t, p.key) for t in TASKS for split in ("validation", "test") for p in splits[t][split]}
-    batches = training_batches(tokenizer, random.Random(seed), held_out)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
+    splits = make_splits(spec.task)
+    validation = splits["validation"][:128]
+    held_out = {problem.key for split in ("validation", "test") for problem in splits[split]}
+    batches = training_batches(tokenizer, random.Random(seed), held_out, spec.task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, spec.learning_rate, total_steps=spec.steps, pct_start=0.1
+    )
     history, checkpoints = [], {}
-    progress = tqdm(range(1, STEPS + 1), desc="pre-training", unit="step")
+    progress = tqdm(range(1, spec.steps + 1), desc=f"pre-training on {spec.task}", unit="step")
     for step in progress:
         model.train()
         loss = model(**next(batches)).loss
@@ -193,17 +275,17 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-        if step >= FIRST_MEASURE and step % MEASURE_EVERY == 0:
+        if step >= spec.first_measure and step % spec.measure_every == 0:
             figures = measure(model, tokenizer, validation, num_samples=4, seed=seed)
             history.append({"step": step, "loss": round(loss.item(), 4), **figures})
             checkpoints[step] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             progress.set_postfix(accuracy=figures["accuracy_sampled"], corr=figures["length_reward_correlation"])
             # Past the range there is nothing left to choose. Decaying the learning rate within it instead delays the
             # abrupt rise: a schedule of 1800 steps ended at 0.10.
-            if figures["accuracy_sampled"] > ACCURACY_RANGE[1]:
+            if figures["accuracy_sampled"] > spec.accuracy_range[1]:
                 break
     progress.close()
-    chosen = choose(history)
+    chosen = choose(history, spec)
     model.load_state_dict(checkpoints[chosen["step"]])
     return chosen, history
 
@@ -217,24 +299,25 @@ def final_figures(
     return {**sampled, "accuracy_greedy": greedy["accuracy_sampled"], "mean_length_greedy": greedy["mean_length"]}
 
 
-def main() -> None:
-    """Train, choose, measure and write the base model."""
-    parser = argparse.ArgumentParser(description="Make the playground's tokenizer and base model.")
-    parser.add_argument("--output_dir", type=Path, default=MODEL_DIR, help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=SEED, help="seed of weights and batches (default: %(default)s)")
-    args = parser.parse_args()
+def make(spec: BaseModel, seed: int, folder: Path) -> dict:
+    """
+    Train, choose, measure and write one base model.
+
+    Returns:
+        `dict`: what `measured.json` holds: figures on the test split, seed, size, versions, course of the training.
+    """
     start = time.perf_counter()
-    torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    chosen, history = pretrain(model, tokenizer, args.seed)
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(spec.characters)
+    model = make_model(tokenizer, spec.hidden_size, spec.num_layers)
+    chosen, history = pretrain(model, tokenizer, spec, seed)
     measured = {
-        "tasks": {t: final_figures(model, tokenizer, make_splits(t)["test"], args.seed) for t in TASKS},
+        "tasks": {spec.task: final_figures(model, tokenizer, make_splits(spec.task)["test"], seed)},
         "split": "test",
-        "seed": args.seed,
+        "seed": seed,
         "parameters": model.num_parameters(),
         "chosen_step": chosen["step"],
-        "schedule_steps": STEPS,
+        "schedule_steps": spec.steps,
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - start),
         "versions": {
@@ -243,10 +326,27 @@ def main() -> None:
         },
         "validation_history": history,
     }
-    model.save_pretrained(args.output_dir)
-    save_tokenizer(tokenizer, args.output_dir)
-    (args.output_dir / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in measured.items() if key != "validation_history"}, indent=2))
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    (folder / "measured.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    return measured
+
+
+def main() -> None:
+    """Make the models named on the command line, or all of them."""
+    parser = argparse.ArgumentParser(description="Make the playground's base models and their tokenizers.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BASE_MODELS)} (default: all)")
+    parser.add_argument("--output_dir", type=Path, help="folder to write into, one folder per name, in place of the "
+                        "playground's own")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of weights and batches (default: %(default)s)")
+    args = parser.parse_args()
+    for name in args.names or BASE_MODELS:
+        if name not in BASE_MODELS:
+            parser.error(f"unknown name {name!r}; accepted: {', '.join(BASE_MODELS)}")
+    for name in args.names or BASE_MODELS:
+        spec = BASE_MODELS[name]
+        measured = make(spec, args.seed, args.output_dir / name if args.output_dir else spec.folder)
+        print(json.dumps({key: value for key, value in measured.items() if key != "validation_history"}, indent=2))
 
 
 if __name__ == "__main__":

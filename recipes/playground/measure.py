@@ -1,12 +1,14 @@
 """Measure a model on playground problems: accuracy, length, style, and how far length goes with being right."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.playground.rewards import exact_answer
 from recipes.playground.tasks import Problem
 
-MAX_NEW_TOKENS = 48  # the longest right answer of any task takes 32 with its end token
+MAX_NEW_TOKENS = 48  # the longest answer taught takes 48 with its end token
 BATCH_SIZE = 512  # rows generated at once
 
 
@@ -29,8 +31,24 @@ def within_group_correlation(rewards: torch.Tensor, lengths: torch.Tensor) -> fl
     return float((rewards * lengths).sum() / scale) if scale > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class Samples:
+    """
+    Completions of some problems.
+
+    Args:
+        texts (`list[str]`): completions, (P * G,), the G of a problem one after another.
+        rewards (`torch.Tensor`): `exact_answer` of each, (P * G,).
+        lengths (`torch.Tensor`): tokens with the end token, (P * G,), float.
+    """
+
+    texts: list[str]
+    rewards: torch.Tensor
+    lengths: torch.Tensor
+
+
 @torch.no_grad()
-def measure(
+def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
@@ -38,9 +56,10 @@ def measure(
     num_samples: int,
     seed: int,
     greedy: bool = False,
-) -> dict[str, float]:
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> Samples:
     """
-    Sample completions at temperature 1 (or greedily) and measure them, without disturbing the global random state.
+    Sample completions at temperature 1 (or greedily), without disturbing the global random state.
 
     Args:
         model (`PreTrainedModel`):
@@ -55,10 +74,11 @@ def measure(
             Seed of the sampling.
         greedy (`bool`):
             Take the most probable token instead of sampling.
+        max_new_tokens (`int`):
+            Where a completion is cut.
 
     Returns:
-        `dict[str, float]`: `accuracy_sampled`, `mean_length` (tokens, with the end token), `share_long` (completions
-        that show their steps), `accuracy_short`, `accuracy_long`, `length_reward_correlation`.
+        `Samples`: P * G completions.
     """
     model.eval()
     prompts = [problem.prompt for problem in problems for _ in range(num_samples)]
@@ -71,13 +91,33 @@ def measure(
             batch = tokenizer(
                 prompts[start : start + BATCH_SIZE], padding=True, return_tensors="pt", return_token_type_ids=False
             ).to(model.device)
-            output = model.generate(**batch, **sampling, max_new_tokens=MAX_NEW_TOKENS)
+            output = model.generate(**batch, **sampling, max_new_tokens=max_new_tokens)
             completion = output[:, batch["input_ids"].shape[1] :]  # (B, T)
             lengths += (completion != tokenizer.pad_token_id).sum(1).tolist()
             texts += tokenizer.batch_decode(completion, skip_special_tokens=True)
-    rewards = torch.tensor(exact_answer(texts, solutions))  # (P * G,)
-    length = torch.tensor(lengths, dtype=torch.float32)  # (P * G,)
-    long = torch.tensor(["=" in text for text in texts])  # (P * G,)
+    rewards = torch.tensor(exact_answer(texts, solutions))
+    return Samples(texts, rewards, torch.tensor(lengths, dtype=torch.float32))
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    *,
+    num_samples: int,
+    seed: int,
+    greedy: bool = False,
+) -> dict[str, float]:
+    """
+    Sample completions as `sample` does and measure them.
+
+    Returns:
+        `dict[str, float]`: `accuracy_sampled`, `mean_length` (tokens, with the end token), `share_long` (completions
+        that show their steps), `accuracy_short`, `accuracy_long`, `length_reward_correlation`.
+    """
+    samples = sample(model, tokenizer, problems, num_samples=num_samples, seed=seed, greedy=greedy)
+    rewards, length = samples.rewards, samples.lengths
+    long = torch.tensor(["=" in text for text in samples.texts])  # (P * G,)
     figures = {
         "accuracy_sampled": rewards.mean(),
         "mean_length": length.mean(),

@@ -36,6 +36,5 @@ def exact_answer(completions: list[Any], solution: list[str], **kwargs: Any) -> 
         raise ValueError(f"solution has {len(solution)} entries for {len(completions)} completions; need one each.")
     answers = [_text(completion).rpartition("=")[2].strip() for completion in completions]
     return [
-        float(answer.isdecimal() and answer == str(right).strip())
-        for answer, right in zip(answers, solution, strict=True)
+        float(answer != "" and answer == str(right).strip()) for answer, right in zip(answers, solution, strict=True)
     ]
