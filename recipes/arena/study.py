@@ -6,8 +6,9 @@ The arena's runs: `python -m recipes.arena.study PART [PART ...]`, with the part
 - `main`: every arm with its rate on every task and test seed, four optimizer steps per generation batch;
 - `one_step`: a few arms with one optimizer step per generation batch.
 
-Runs go to worker processes of one thread each and come back as rows of `runs.csv` or `tuning.csv`. What is there is
-not run again, so a killed study goes on where it stopped; equal specs give equal rows on the same machine.
+`--smoke` does the same with few arms, tasks, seeds and steps, in a folder of its own. Runs go to worker processes of
+one thread each and come back as rows of `runs.csv` or `tuning.csv`. What is there is not run again, so a killed study
+goes on where it stopped; equal specs give equal rows on the same machine.
 """
 
 import argparse
@@ -16,11 +17,13 @@ import json
 import multiprocessing
 import os
 import statistics
+import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -28,7 +31,8 @@ from recipes.arena.arms import ARMS, LEARNED
 from recipes.arena.ledger import Ledger
 from recipes.arena.run import RunSpec, run
 
-ARENA = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results"
+SMOKE_RESULTS = Path("runs") / "arena_smoke"
 KEY = ("study", "task", "arm", "seed", "max_steps", "steps_per_generation", "learning_rate")
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
 TUNING_SEEDS = (101,)
@@ -41,33 +45,49 @@ ONE_STEP_ARMS = ("dapo", "grpo", "softmax", "power", "tr")
 MAX_RUNS_PER_PROCESS = 50  # a trainer leaves some memory behind
 
 
-def tuning_specs(tasks: Iterable[str] = TUNING_TASKS, max_steps: int = 100) -> list[RunSpec]:
-    """The tuning runs: the same grid and seeds for every arm."""
-    return [
-        RunSpec("tune", task, arm, seed, rate, max_steps, split="validation")
-        for task, seed, rate, arm in itertools.product(tasks, TUNING_SEEDS, LEARNING_RATES, ARMS)
-    ]
+@dataclass(frozen=True)
+class Plan:
+    """
+    What is run.
+
+    Args:
+        arms, tasks (`tuple[str, ...]`): names in `ARMS` and `TASKS`.
+        seeds (`tuple[int, ...]`): test seeds.
+        max_steps (`int`): optimizer steps of a run.
+        tuning_tasks (`tuple[str, ...]`): tasks that learning rates are chosen on, one rate per arm for all tasks.
+    """
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    tasks: tuple[str, ...] = TASKS
+    seeds: tuple[int, ...] = TEST_SEEDS
+    max_steps: int = 100
+    tuning_tasks: tuple[str, ...] = TUNING_TASKS
+
+    def tune(self) -> list[RunSpec]:
+        """The tuning runs: the same grid and seeds for every arm."""
+        return [
+            RunSpec("tune", task, arm, seed, rate, self.max_steps, split="validation")
+            for task, seed, rate, arm in itertools.product(self.tuning_tasks, TUNING_SEEDS, LEARNING_RATES, self.arms)
+        ]
+
+    def main(self, rates: dict[str, float]) -> list[RunSpec]:
+        """The comparison: task by task, seed by seed, so that a study that is cut short has whole seeds."""
+        return [
+            RunSpec("main", task, arm, seed, rates[arm], self.max_steps)
+            for task, seed, arm in itertools.product(self.tasks, self.seeds, self.arms)
+            if task != "idle_filler" or arm in IDLE_ARMS
+        ]
+
+    def one_step(self, rates: dict[str, float]) -> list[RunSpec]:
+        """One optimizer step per generation batch, so that no ratio ever differs from 1; twice as many batches."""
+        return [
+            RunSpec("one_step", task, arm, seed, rates[arm], self.max_steps // 2, steps_per_generation=1)
+            for task, seed, arm in itertools.product(self.tasks[:1], self.seeds, self.arms)
+            if arm in ONE_STEP_ARMS
+        ]
 
 
-def main_specs(
-    rates: dict[str, float], tasks: Iterable[str] = TASKS, seeds: Iterable[int] = TEST_SEEDS, max_steps: int = 100
-) -> list[RunSpec]:
-    """The comparison: task by task, seed by seed, so that a study that is cut short has whole seeds."""
-    return [
-        RunSpec("main", task, arm, seed, rates[arm], max_steps)
-        for task, seed in itertools.product(tasks, seeds)
-        for arm in (IDLE_ARMS if task == "idle_filler" else ARMS)
-    ]
-
-
-def one_step_specs(
-    rates: dict[str, float], tasks: Iterable[str] = TASKS[:1], seeds: Iterable[int] = TEST_SEEDS, max_steps: int = 50
-) -> list[RunSpec]:
-    """One optimizer step per generation batch, so no ratio ever differs from 1; half as many, twice the batches."""
-    return [
-        RunSpec("one_step", task, arm, seed, rates[arm], max_steps, steps_per_generation=1)
-        for task, seed, arm in itertools.product(tasks, seeds, ONE_STEP_ARMS)
-    ]
+SMOKE = Plan(("grpo", "dapo", "softmax", "power", "tr"), TASKS[:2], (0, 1), 20, TASKS[:1])
 
 
 def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
@@ -87,7 +107,10 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
     # Read by torch when a worker starts.
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), max_tasks_per_child=MAX_RUNS_PER_PROCESS, initializer=_calm
+        workers,
+        multiprocessing.get_context("spawn"),
+        max_tasks_per_child=MAX_RUNS_PER_PROCESS,
+        initializer=_start_worker,
     )
     progress = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="arena", unit="run", smoothing=0.05)
     with pool, progress:
@@ -99,8 +122,8 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
     return len(todo)
 
 
-def _calm() -> None:
-    """One thread, and no line of its own from every trainer that is built."""
+def _start_worker() -> None:
+    """One thread, no line of its own from every trainer that is built, and an end when the study is killed."""
     import warnings
 
     import torch
@@ -110,14 +133,22 @@ def _calm() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
+    threading.Thread(target=_follow_parent, daemon=True).start()
 
 
-def choose_rates(rows: list[dict[str, str]]) -> dict[str, float]:
+def _follow_parent() -> None:
+    """A pool's worker does not notice that its parent was killed: it would wait for work, for ever."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def choose_rates(rows: list[dict[str, str]], arms: Iterable[str]) -> dict[str, float]:
     """
     Choose each arm's learning rate: the highest training reward, averaged over tuning tasks and seeds.
 
     Args:
         rows (`list[dict[str, str]]`): rows of `tuning.csv`.
+        arms (`Iterable[str]`): the arms to choose for.
 
     Returns:
         `dict[str, float]`: learning rate by arm.
@@ -130,7 +161,7 @@ def choose_rates(rows: list[dict[str, str]]) -> dict[str, float]:
         cells[row["arm"], float(row["learning_rate"])][row["task"], row["seed"]] = float(row["auc"])
     whole = set.union(*(set(cell) for cell in cells.values())) if cells else set()
     chosen = {}
-    for arm in ARMS:
+    for arm in arms:
         means = {}
         for rate in LEARNING_RATES:
             cell = cells[arm, rate]
@@ -141,38 +172,41 @@ def choose_rates(rows: list[dict[str, str]]) -> dict[str, float]:
     return chosen
 
 
-def parts(args: argparse.Namespace) -> None:
-    """Do the parts named on the command line, in their order."""
-    tuning, runs = Ledger(args.results / "tuning.csv", KEY), Ledger(args.results / "runs.csv", KEY)
-    rates_file = args.results / "learning_rates.json"
-    limits: dict[str, Any] = {"max_steps": args.max_steps} if args.max_steps else {}
-    if args.tasks:
-        limits["tasks"] = args.tasks
-    for part in args.parts:
+def do_parts(parts: list[str], plan: Plan, results: Path, workers: int) -> None:
+    """Do some parts of a plan, in their order."""
+    tuning, runs = Ledger(results / "tuning.csv", KEY), Ledger(results / "runs.csv", KEY)
+    rates_file = results / "learning_rates.json"
+    for part in parts:
         if part == "tune":
-            execute(tuning_specs(**limits), tuning, args.workers)
+            execute(plan.tune(), tuning, workers)
         elif part == "choose":
-            rates_file.write_text(json.dumps(choose_rates(tuning.rows()), indent=2) + "\n", encoding="utf-8")
+            rates = choose_rates(tuning.rows(), plan.arms)
+            rates_file.write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
         else:
             rates = json.loads(rates_file.read_text(encoding="utf-8"))
-            make = main_specs if part == "main" else one_step_specs
-            specs = make(rates, seeds=range(args.seeds), **limits)
-            execute([spec for spec in specs if not args.arms or spec.arm in args.arms], runs, args.workers)
+            execute(getattr(plan, part)(rates), runs, workers)
 
 
 def main() -> None:
     """Parse the command line and do its parts."""
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("tune", "choose", "main", "one_step"), metavar="PART")
+    parser.add_argument("--smoke", action="store_true", help="a small version of everything, in runs/arena_smoke")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="only these tasks")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="only these arms of main and one_step")
-    parser.add_argument("--seeds", type=int, default=len(TEST_SEEDS), help="test seeds (default: %(default)s)")
-    parser.add_argument("--max_steps", type=int, help="optimizer steps of a run, for a quick look")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="only these arms")
+    parser.add_argument("--seeds", type=int, help="this many test seeds, from 0 on")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    parser.add_argument(
-        "--results", type=Path, default=ARENA / "results", help="folder of the CSV files (default: %(default)s)"
-    )
-    parts(parser.parse_args())
+    parser.add_argument("--results", type=Path, help=f"folder of the CSV files (default: {RESULTS})")
+    args = parser.parse_args()
+    plan = SMOKE if args.smoke else Plan()
+    changes = {
+        "tasks": args.tasks and tuple(args.tasks),
+        "tuning_tasks": args.tasks and tuple(args.tasks),
+        "arms": args.arms and tuple(args.arms),
+        "seeds": args.seeds and tuple(range(args.seeds)),
+    }
+    plan = replace(plan, **{name: value for name, value in changes.items() if value})
+    do_parts(args.parts, plan, args.results or (SMOKE_RESULTS if args.smoke else RESULTS), args.workers)
 
 
 if __name__ == "__main__":
