@@ -52,11 +52,13 @@ ARMS: dict[str, Arm] = {
     "sapo": _trl("sapo"),
     "luspo": _trl("luspo", importance_sampling_level="sequence"),
     "softmax": Arm("λ-GRPO: λ of the softmax family learned, eps 1.0", _SOFTMAX),
-    "softmax_adamw": Arm("the same with plain AdamW steps of 0.01", {**_SOFTMAX, **_SIGN_LIKE}),
+    "softmax_fast": Arm("the same with ten times the learning rate of λ", {**_SOFTMAX, "lambda_learning_rate": 1.0}),
+    "softmax_adamw": Arm("softmax with plain AdamW steps of 0.01", {**_SOFTMAX, **_SIGN_LIKE}),
     "softmax_-4": Arm("softmax family, λ = -4 fixed", _fixed("lambda", -4.0)),
     "softmax_+4": Arm("softmax family, λ = +4 fixed", _fixed("lambda", 4.0)),
     "power": Arm("λ of the power family learned, eps 1.0", _POWER),
-    "power_adamw": Arm("the same with plain AdamW steps of 0.01", {**_POWER, **_SIGN_LIKE}),
+    "power_fast": Arm("the same with three times the learning rate of λ", {**_POWER, "lambda_learning_rate": 0.3}),
+    "power_adamw": Arm("power with plain AdamW steps of 0.01", {**_POWER, **_SIGN_LIKE}),
     "power_-0.5": Arm("power family, λ = -0.5 fixed (halfway from DAPO to GRPO)", _fixed("power", -0.5)),
     "power_+1": Arm("power family, λ = +1 fixed", _fixed("power", 1.0)),
     "delta_l": Arm("ΔL (arXiv 2509.07558), α = 0.75: power family, λ = -1.75 fixed", _fixed("power", -1.75)),
@@ -75,4 +77,4 @@ ARMS: dict[str, Arm] = {
 }  # fmt: skip
 
 BASELINES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo")
-LEARNED = ("softmax", "softmax_adamw", "power", "power_adamw")
+LEARNED = ("softmax", "softmax_fast", "softmax_adamw", "power", "power_fast", "power_adamw")
