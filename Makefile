@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint matrix versions engines fuzz mutations clean
+.PHONY: help setup demo test lint matrix versions engines fuzz mutations arena arena-smoke alignment clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install the package with the tested versions (constraints.txt)
 
@@ -52,6 +52,17 @@ fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
 
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
 	$(BIN)/python tests/mutations.py --write
+
+arena: $(STAMP) ## the comparison of all aggregations, hours on two cores; goes on where it stopped
+	$(BIN)/python -m recipes.arena.study tune choose main one_step
+	$(BIN)/python -m recipes.arena.report
+
+arena-smoke: $(STAMP) ## the same in small, minutes, in runs/arena_smoke
+	$(BIN)/python -m recipes.arena.study tune choose main one_step --smoke
+	$(BIN)/python -m recipes.arena.report --results runs/arena_smoke
+
+alignment: $(STAMP) ## which weights point where learning goes: minutes per task; goes on where it stopped
+	$(BIN)/python -m recipes.arena.alignment
 
 clean: ## remove .venv, caches, runs and the folders that other targets install into
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines runs *.egg-info

@@ -41,10 +41,14 @@ TEST_SEEDS = tuple(range(12))
 TASKS = ("running_sum", "slippery_chain", "checked_sum", "knights_and_knaves", "idle_filler")
 # Where not all arms are run. Length is idle in `idle_filler`, so that the path of λ is all there is to see.
 TASK_ARMS = {
-    "knights_and_knaves": ("grpo", "dapo", "dr_grpo", "softmax", "power", "tr", "ar", "softmax_tr"),
+    "checked_sum": (
+        *("grpo", "dapo", "dr_grpo", "sapo", "softmax", "power"),
+        *("power_+1", "delta_l", "tr", "ar", "constant", "softmax_tr"),
+    ),
+    "knights_and_knaves": ("grpo", "dapo", "softmax", "power", "tr", "softmax_tr"),
     "idle_filler": ("dapo", "grpo", *LEARNED),
 }
-ONE_STEP_ARMS = ("dapo", "grpo", "softmax", "power", "tr")
+ONE_STEP_ARMS = ("grpo", "dapo", "power", "tr")
 MAX_RUNS_PER_PROCESS = 50  # a trainer leaves some memory behind
 
 
