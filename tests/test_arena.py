@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 import time
@@ -11,11 +12,13 @@ import pytest
 import torch
 from trl import GRPOConfig
 
+from recipes.arena import large
 from recipes.arena.arms import ARMS, BASELINES, CONSTANT_WEIGHT
 from recipes.arena.ledger import Ledger
 from recipes.arena.run import RunSpec, run, training_figures, training_problems
 from recipes.arena.study import KEY, LEARNING_RATES, TASK_ARMS, TASKS, Plan, choose_rates
-from recipes.playground.tasks import make_splits
+from recipes.playground.make_base_model import make_model, make_tokenizer, save_tokenizer
+from recipes.playground.tasks import LONG_TASKS, make_splits
 from trl_lambda import LambdaGRPOConfig
 from trl_lambda.weights import length_weights, probability_weights
 
@@ -156,9 +159,9 @@ def test_rates_are_chosen_by_mean_reward_and_only_from_a_full_grid():
         for rate, pair in rewards.items()
         for task, reward in zip(("x", "y"), pair, strict=True)
     ]
-    assert choose_rates(rows, ARMS) == dict.fromkeys(ARMS, LEARNING_RATES[1])
+    assert choose_rates(rows, Plan()) == dict.fromkeys(ARMS, LEARNING_RATES[1])
     with pytest.raises(ValueError, match="has 1 of 2 runs"):
-        choose_rates(rows[1:], ARMS)
+        choose_rates(rows[1:], Plan())
 
 
 def test_the_command_goes_on_where_it_stopped(tmp_path):
@@ -185,3 +188,24 @@ def test_training_problems_are_the_training_split():
     splits = make_splits("checked_sum")
     assert prompts == {problem.prompt for problem in splits["train"]}
     assert prompts.isdisjoint(problem.prompt for problem in splits["validation"] + splits["test"])
+
+
+def test_large_arena_runs_the_same_way_on_longer_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "MODELS", tmp_path)
+    spec = large.base_model("long_sum")
+    tokenizer = make_tokenizer(spec.characters, spec.max_length)
+    assert 10e6 < make_model(tokenizer, spec.hidden_size, spec.num_layers).num_parameters() < 30e6
+    make_model(tokenizer, 16, 1).save_pretrained(spec.folder)  # a stand-in: only the path is tried
+    save_tokenizer(tokenizer, spec.folder)
+    row = run(large.LargeSpec("main", "long_sum", "power_tr", 0, 1e-4, 2, 2, device="cpu"))
+    assert row["device"] == "cpu" and 48 < row["mean_length"] <= large.MAX_COMPLETION_LENGTH
+    lengths = [len(LONG_TASKS[task](random.Random(i)).long) for task in LONG_TASKS for i in range(300)]
+    assert 90 < max(lengths) < large.MAX_COMPLETION_LENGTH
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+def test_large_arena_without_a_gpu_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["large", "tune"])
+    with pytest.raises(SystemExit):
+        large.main()
+    assert "no CUDA device" in capsys.readouterr().err

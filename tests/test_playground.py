@@ -102,7 +102,7 @@ def test_both_styles_are_right_and_the_steps_add_up():
 
 
 def test_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="task is 'sums'; accepted: running_sum"):
+    with pytest.raises(ValueError, match="task is 'sums'; accepted: running_sum, "):
         make_splits("sums")
 
 

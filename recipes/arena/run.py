@@ -70,6 +70,21 @@ class RunSpec:
     steps_per_generation: int = 4
     split: str = "test"
 
+    @property
+    def base_model(self) -> Path:
+        """Folder of the model that the run starts from."""
+        return BASE_MODELS[self.task].folder
+
+    @property
+    def max_completion_length(self) -> int:
+        """Where a completion is cut, in tokens."""
+        return MAX_COMPLETION_LENGTH[self.task]
+
+    @property
+    def use_cpu(self) -> bool:
+        """Whether the run is to stay off an accelerator that is there."""
+        return True
+
 
 def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
     """
@@ -94,24 +109,23 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         steps_per_generation=spec.steps_per_generation,
         gradient_accumulation_steps=1,
         num_generations=GENERATIONS,
-        max_completion_length=MAX_COMPLETION_LENGTH[spec.task],
+        max_completion_length=spec.max_completion_length,
         temperature=1.0,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=spec.use_cpu,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         **arm.options,
     )
-    base = BASE_MODELS[spec.task].folder
     return trainer_class(
-        model=Qwen2ForCausalLM.from_pretrained(base),
+        model=Qwen2ForCausalLM.from_pretrained(spec.base_model),
         reward_funcs=exact_answer,
         args=args,
         train_dataset=training_problems(spec.task),
-        processing_class=AutoTokenizer.from_pretrained(base),
+        processing_class=AutoTokenizer.from_pretrained(spec.base_model),
         callbacks=[LambdaPath()],
     )
 
@@ -178,7 +192,7 @@ def held_out_figures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         `dict[str, float]`: accuracies in 0..1, lengths in tokens with the end token.
     """
     problems = make_splits(spec.task)[spec.split]
-    common = {"num_samples": 1, "seed": 0, "max_new_tokens": MAX_COMPLETION_LENGTH[spec.task]}
+    common = {"num_samples": 1, "seed": 0, "max_new_tokens": spec.max_completion_length}
     greedy = sample(model, tokenizer, problems[: len(problems) // 2], greedy=True, **common)
     sampled = sample(model, tokenizer, problems, **common)
     right = sampled.rewards > 0
@@ -220,7 +234,8 @@ def training_figures(
         "auc": statistics.fmean(rewards),
         "entropy": statistics.fmean(entry["entropy"] for entry in steps[-steps_per_generation:]),
         "grad_norm_mean": statistics.fmean(norms),
-        "grad_norm_cv": statistics.pstdev(norms) / statistics.fmean(norms),
+        # A run without one right answer has no gradient at all.
+        "grad_norm_cv": statistics.pstdev(norms) / statistics.fmean(norms) if any(norms) else math.nan,
         "token_weight_mean": statistics.fmean(weights) if weights else "",
         "lambda_20": lambda_path[20 // LAMBDA_EVERY] if len(lambda_path) > 20 // LAMBDA_EVERY else "",
         "lambda_100": lambda_path[100 // LAMBDA_EVERY] if len(lambda_path) > 100 // LAMBDA_EVERY else "",

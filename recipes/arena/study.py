@@ -19,7 +19,7 @@ import os
 import statistics
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import connection
@@ -62,6 +62,8 @@ class Plan:
         seeds (`tuple[int, ...]`): test seeds.
         max_steps (`int`): optimizer steps of a run.
         tuning_tasks (`tuple[str, ...]`): tasks that learning rates are chosen on, one rate per arm for all tasks.
+        learning_rates (`tuple[float, ...]`): the grid.
+        spec (`Callable[..., RunSpec]`): makes the specs.
     """
 
     arms: tuple[str, ...] = tuple(ARMS)
@@ -69,18 +71,21 @@ class Plan:
     seeds: tuple[int, ...] = TEST_SEEDS
     max_steps: int = 100
     tuning_tasks: tuple[str, ...] = TUNING_TASKS
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    spec: Callable[..., RunSpec] = RunSpec
 
     def tune(self) -> list[RunSpec]:
         """The tuning runs: the same grid and seeds for every arm."""
         return [
-            RunSpec("tune", task, arm, seed, rate, self.max_steps, split="validation")
-            for task, seed, rate, arm in itertools.product(self.tuning_tasks, TUNING_SEEDS, LEARNING_RATES, self.arms)
+            self.spec("tune", task, arm, seed, rate, self.max_steps, split="validation")
+            for task, seed in itertools.product(self.tuning_tasks, TUNING_SEEDS)
+            for rate, arm in itertools.product(self.learning_rates, self.arms)
         ]
 
     def main(self, rates: dict[str, float]) -> list[RunSpec]:
         """The comparison: task by task, seed by seed, so that a study that is cut short has whole seeds."""
         return [
-            RunSpec("main", task, arm, seed, rates[arm], self.max_steps)
+            self.spec("main", task, arm, seed, rates[arm], self.max_steps)
             for task, seed, arm in itertools.product(self.tasks, self.seeds, self.arms)
             if arm in TASK_ARMS.get(task, ARMS)
         ]
@@ -88,7 +93,7 @@ class Plan:
     def one_step(self, rates: dict[str, float]) -> list[RunSpec]:
         """One optimizer step per generation batch, so that no ratio ever differs from 1; twice as many batches."""
         return [
-            RunSpec("one_step", task, arm, seed, rates[arm], self.max_steps // 2, steps_per_generation=1)
+            self.spec("one_step", task, arm, seed, rates[arm], self.max_steps // 2, steps_per_generation=1)
             for task, seed, arm in itertools.product(self.tasks[:1], self.seeds, self.arms)
             if arm in ONE_STEP_ARMS
         ]
@@ -149,13 +154,13 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def choose_rates(rows: list[dict[str, str]], arms: Iterable[str]) -> dict[str, float]:
+def choose_rates(rows: list[dict[str, str]], plan: Plan) -> dict[str, float]:
     """
     Choose each arm's learning rate: the highest training reward, averaged over tuning tasks and seeds.
 
     Args:
         rows (`list[dict[str, str]]`): rows of `tuning.csv`.
-        arms (`Iterable[str]`): the arms to choose for.
+        plan (`Plan`): the arms to choose for, and the grid.
 
     Returns:
         `dict[str, float]`: learning rate by arm.
@@ -168,9 +173,9 @@ def choose_rates(rows: list[dict[str, str]], arms: Iterable[str]) -> dict[str, f
         cells[row["arm"], float(row["learning_rate"])][row["task"], row["seed"]] = float(row["auc"])
     whole = set.union(*(set(cell) for cell in cells.values())) if cells else set()
     chosen = {}
-    for arm in arms:
+    for arm in plan.arms:
         means = {}
-        for rate in LEARNING_RATES:
+        for rate in plan.learning_rates:
             cell = cells[arm, rate]
             if not whole or set(cell) != whole:
                 raise ValueError(f"tuning of {arm!r} at {rate:g} has {len(cell)} of {len(whole)} runs: run `tune`.")
@@ -187,7 +192,7 @@ def do_parts(parts: list[str], plan: Plan, results: Path, workers: int) -> None:
         if part == "tune":
             execute(plan.tune(), tuning, workers)
         elif part == "choose":
-            rates = choose_rates(tuning.rows(), plan.arms)
+            rates = choose_rates(tuning.rows(), plan)
             rates_file.write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
         else:
             rates = json.loads(rates_file.read_text(encoding="utf-8"))

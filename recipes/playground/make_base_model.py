@@ -27,8 +27,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from recipes.playground.measure import measure
-from recipes.playground.tasks import TASKS, Problem, make_splits
+from recipes.playground.measure import MAX_NEW_TOKENS, measure
+from recipes.playground.tasks import find_task, make_splits
 
 PLAYGROUND = Path(__file__).parent
 MODEL_DIR = PLAYGROUND / "base_model"
@@ -46,10 +46,12 @@ class BaseModel:
     How a base model is made, and which of its checkpoints is chosen.
 
     Args:
-        task (`str`): what it is taught, a name in `TASKS`.
+        task (`str`): what it is taught, a name in `TASKS` or `LONG_TASKS`.
         folder (`Path`): where it is written.
         characters (`str`): its vocabulary beside the special tokens.
         hidden_size (`int`), num_layers (`int`): its size; the feed-forward layer is four times as wide.
+        max_length (`int`): tokens of prompt and completion that it can take.
+        max_new_tokens (`int`): where a completion is cut when it is measured.
         steps (`int`): optimizer steps of the whole schedule, which ends early: see `pretrain`.
         learning_rate (`float`): peak of the one-cycle schedule.
         first_measure (`int`), measure_every (`int`): when it is measured, in optimizer steps.
@@ -63,6 +65,8 @@ class BaseModel:
     characters: str = ARENA_CHARACTERS
     hidden_size: int = 64
     num_layers: int = 3
+    max_length: int = 128
+    max_new_tokens: int = MAX_NEW_TOKENS
     steps: int = 6400
     learning_rate: float = 3e-3
     first_measure: int = 400
@@ -99,13 +103,15 @@ BASE_MODELS: dict[str, BaseModel] = {
 }
 
 
-def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
+def make_tokenizer(characters: str = CHARACTERS, max_length: int = 128) -> PreTrainedTokenizerFast:
     """
     Build the character-level tokenizer.
 
     Args:
         characters (`str`):
             The characters it knows.
+        max_length (`int`):
+            The most tokens of a text.
 
     Returns:
         `PreTrainedTokenizerFast`: one token per character and three special ones, with padding on the left, as
@@ -123,7 +129,7 @@ def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<unk>",
         padding_side="left",
-        model_max_length=128,
+        model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
 
@@ -185,15 +191,16 @@ def training_batches(
         held_out (`set`):
             Keys of problems that must not be trained on.
         task (`str`):
-            A name in `TASKS`.
+            A name in `TASKS` or `LONG_TASKS`.
 
     Yields:
         `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, and `labels` for the completion, each (B, T).
     """
+    draw = find_task(task)
     while True:
         texts: list[tuple[str, str]] = []
         while len(texts) < BATCH_SIZE:
-            problem = TASKS[task](rng)
+            problem = draw(rng)
             if problem.key not in held_out:
                 texts.append((problem.prompt, rng.choice((problem.short, problem.long))))
         full = [prompt + completion + tokenizer.eos_token for prompt, completion in texts]
@@ -269,14 +276,16 @@ def pretrain(
     progress = tqdm(range(1, spec.steps + 1), desc=f"pre-training on {spec.task}", unit="step")
     for step in progress:
         model.train()
-        loss = model(**next(batches)).loss
+        loss = model(**{name: tensor.to(model.device) for name, tensor in next(batches).items()}).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         if step >= spec.first_measure and step % spec.measure_every == 0:
-            figures = measure(model, tokenizer, validation, num_samples=4, seed=seed)
+            figures = measure(
+                model, tokenizer, validation, num_samples=4, seed=seed, max_new_tokens=spec.max_new_tokens
+            )
             history.append({"step": step, "loss": round(loss.item(), 4), **figures})
             checkpoints[step] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
             progress.set_postfix(accuracy=figures["accuracy_sampled"], corr=figures["length_reward_correlation"])
@@ -291,28 +300,35 @@ def pretrain(
 
 
 def final_figures(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: list[Problem], seed: int
-) -> dict:
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, spec: BaseModel, seed: int
+) -> dict[str, float]:
     """Measure the chosen model on problems that neither training nor the choice has seen; `measured.json` holds it."""
-    greedy = measure(model, tokenizer, problems, num_samples=1, seed=seed, greedy=True)
-    sampled = measure(model, tokenizer, problems, num_samples=8, seed=seed)
+    problems, limit = make_splits(spec.task)["test"], spec.max_new_tokens
+    greedy = measure(model, tokenizer, problems, num_samples=1, seed=seed, greedy=True, max_new_tokens=limit)
+    sampled = measure(model, tokenizer, problems, num_samples=8, seed=seed, max_new_tokens=limit)
     return {**sampled, "accuracy_greedy": greedy["accuracy_sampled"], "mean_length_greedy": greedy["mean_length"]}
 
 
-def make(spec: BaseModel, seed: int, folder: Path) -> dict:
+def make(spec: BaseModel, seed: int, folder: Path, device: str = "cpu") -> dict:
     """
     Train, choose, measure and write one base model.
+
+    Args:
+        spec (`BaseModel`): which.
+        seed (`int`): seed of weights and batches.
+        folder (`Path`): where it is written.
+        device (`str`): where it is trained, as torch names it.
 
     Returns:
         `dict`: what `measured.json` holds: figures on the test split, seed, size, versions, course of the training.
     """
     start = time.perf_counter()
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(spec.characters)
-    model = make_model(tokenizer, spec.hidden_size, spec.num_layers)
+    tokenizer = make_tokenizer(spec.characters, spec.max_length)
+    model = make_model(tokenizer, spec.hidden_size, spec.num_layers).to(device)
     chosen, history = pretrain(model, tokenizer, spec, seed)
     measured = {
-        "tasks": {spec.task: final_figures(model, tokenizer, make_splits(spec.task)["test"], seed)},
+        "tasks": {spec.task: final_figures(model, tokenizer, spec, seed)},
         "split": "test",
         "seed": seed,
         "parameters": model.num_parameters(),

@@ -85,7 +85,7 @@ def sample(
     solutions = [problem.solution for problem in problems for _ in range(num_samples)]
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     texts, lengths = [], []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = tokenizer(
@@ -107,6 +107,7 @@ def measure(
     num_samples: int,
     seed: int,
     greedy: bool = False,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, float]:
     """
     Sample completions as `sample` does and measure them.
@@ -115,7 +116,15 @@ def measure(
         `dict[str, float]`: `accuracy_sampled`, `mean_length` (tokens, with the end token), `share_long` (completions
         that show their steps), `accuracy_short`, `accuracy_long`, `length_reward_correlation`.
     """
-    samples = sample(model, tokenizer, problems, num_samples=num_samples, seed=seed, greedy=greedy)
+    samples = sample(
+        model,
+        tokenizer,
+        problems,
+        num_samples=num_samples,
+        seed=seed,
+        greedy=greedy,
+        max_new_tokens=max_new_tokens,
+    )
     rewards, length = samples.rewards, samples.lengths
     long = torch.tensor(["=" in text for text in samples.texts])  # (P * G,)
     figures = {

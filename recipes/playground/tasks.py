@@ -8,6 +8,7 @@ a task, write such a function with a new prompt letter, add it to `TASKS` and gi
 import random
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 from recipes.playground.knights_and_knaves import KINDS, draw_puzzle
 
@@ -42,7 +43,7 @@ class Problem:
     long: str
 
 
-def running_sum(rng: random.Random) -> Problem:
+def running_sum(rng: random.Random, *, counts: tuple[int, int] = (2, 4)) -> Problem:
     """
     Add two to four two-digit numbers, directly or one addition at a time.
 
@@ -52,11 +53,13 @@ def running_sum(rng: random.Random) -> Problem:
     Args:
         rng (`random.Random`):
             Source of randomness.
+        counts (`tuple[int, int]`):
+            The fewest and the most numbers.
 
     Returns:
         `Problem`: its key is the multiset of the numbers, so that another order is the same problem.
     """
-    numbers = [rng.randint(10, 99) for _ in range(rng.randint(2, 4))]
+    numbers = [rng.randint(10, 99) for _ in range(rng.randint(*counts))]
     total, steps = numbers[0], []
     for number in numbers[1:]:
         steps.append(f"{total}+{number}={total + number}")
@@ -70,7 +73,7 @@ def running_sum(rng: random.Random) -> Problem:
     )
 
 
-def slippery_chain(rng: random.Random) -> Problem:
+def slippery_chain(rng: random.Random, *, digits: int = 2, max_links: int = 6) -> Problem:
     """
     Add two two-digit numbers, directly or through a chain of totals that may slip: shorter is right more often.
 
@@ -81,21 +84,26 @@ def slippery_chain(rng: random.Random) -> Problem:
     Args:
         rng (`random.Random`):
             Source of randomness.
+        digits (`int`):
+            Digits of a number; answers have one more.
+        max_links (`int`):
+            The most links of a chain.
 
     Returns:
         `Problem`: its key is the pair of numbers, in either order.
     """
-    first, second = rng.randint(10, 99), rng.randint(10, 99)
-    cuts = sorted(rng.sample(range(1, second), rng.randint(1, 5)))
+    low, high, width = 10 ** (digits - 1), 10**digits - 1, digits + 1
+    first, second = rng.randint(low, high), rng.randint(low, high)
+    cuts = sorted(rng.sample(range(1, second), rng.randint(1, max_links - 1)))
     totals, error = [], 0
     for part in (*cuts, second):
         error += rng.choice((-10, -1, 1, 10)) if rng.random() < SLIP else 0
-        totals.append(f"{first + part + error:03d}")
+        totals.append(f"{first + part + error:0{width}d}")
     return Problem(
         key=tuple(sorted((first, second))),
         prompt=f"B{first}+{second}=",
-        solution=f"{first + second:03d}",
-        short=f"{first + second:03d}",
+        solution=f"{first + second:0{width}d}",
+        short=f"{first + second:0{width}d}",
         long=f"{';'.join(totals[:-1])}={totals[-1]}",
     )
 
@@ -190,6 +198,24 @@ TASKS: dict[str, Callable[[random.Random], Problem]] = {
     "knights_and_knaves": knights_and_knaves,
     "checked_sum": checked_sum,
 }
+# The first two with longer answers, up to 100 characters and more, for `recipes/arena/large.py`.
+LONG_TASKS: dict[str, Callable[[random.Random], Problem]] = {
+    "long_sum": partial(running_sum, counts=(4, 10)),
+    "long_chain": partial(slippery_chain, digits=3, max_links=20),
+}
+
+
+def find_task(task: str) -> Callable[[random.Random], Problem]:
+    """
+    The function of a task of either table.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    tasks = TASKS | LONG_TASKS
+    if task not in tasks:
+        raise ValueError(f"task is {task!r}; accepted: {', '.join(tasks)}.")
+    return tasks[task]
 
 
 def make_splits(task: str, seed: int = SEED, sizes: dict[str, int] | None = None) -> dict[str, list[Problem]]:
@@ -198,27 +224,26 @@ def make_splits(task: str, seed: int = SEED, sizes: dict[str, int] | None = None
 
     Args:
         task (`str`):
-            A name in `TASKS`.
+            A name in `TASKS` or `LONG_TASKS`.
         seed (`int`):
             Seed of the draw; equal seeds give equal splits.
         sizes (`dict[str, int]`, *optional*):
-            Number of problems per split: `SPLIT_SIZES` for `running_sum` and `SMALL_SPLIT_SIZES` for the others if
-            `None`.
+            Number of problems per split: if `None`, `SPLIT_SIZES` for `running_sum` and the long tasks, and
+            `SMALL_SPLIT_SIZES` for the others.
 
     Returns:
         `dict[str, list[Problem]]`: the problems per split; no key occurs twice, within a split or across splits.
 
     Raises:
-        ValueError: if `task` is not in `TASKS`.
+        ValueError: if there is no such task.
     """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}; accepted: {', '.join(TASKS)}.")
+    draw = find_task(task)
     if sizes is None:
-        sizes = SPLIT_SIZES if task == "running_sum" else SMALL_SPLIT_SIZES
+        sizes = SPLIT_SIZES if task in ("running_sum", *LONG_TASKS) else SMALL_SPLIT_SIZES
     rng = random.Random(seed)
     problems: dict[Hashable, Problem] = {}
     while len(problems) < sum(sizes.values()):
-        problem = TASKS[task](rng)
+        problem = draw(rng)
         problems.setdefault(problem.key, problem)
     # Small problems repeat sooner, so they get rarer along the draw; unshuffled, the last split would be harder.
     shuffled = list(problems.values())
