@@ -198,7 +198,8 @@ def test_large_arena_runs_the_same_way_on_longer_answers(tmp_path, monkeypatch):
     make_model(tokenizer, 16, 1).save_pretrained(spec.folder)  # a stand-in: only the path is tried
     save_tokenizer(tokenizer, spec.folder)
     row = run(large.LargeSpec("main", "long_sum", "power_tr", 0, 1e-4, 2, 2, device="cpu"))
-    assert row["device"] == "cpu" and 48 < row["mean_length"] <= large.MAX_COMPLETION_LENGTH
+    # One token in 33 ends an answer: 32.7 tokens if cut at 160, 25.5 if cut at 48 as those of the small arena are.
+    assert row["device"] == "cpu" and 28 < row["mean_length"] < 38
     lengths = [len(LONG_TASKS[task](random.Random(i)).long) for task in LONG_TASKS for i in range(300)]
     assert 90 < max(lengths) < large.MAX_COMPLETION_LENGTH
 
