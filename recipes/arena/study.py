@@ -49,7 +49,6 @@ TASK_ARMS = {
     "idle_filler": ("dapo", "grpo", *LEARNED),
 }
 ONE_STEP_ARMS = ("grpo", "dapo", "power", "tr")
-MAX_RUNS_PER_PROCESS = 50  # a trainer leaves some memory behind
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,8 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
     todo = [spec for spec in specs if ledger.key_of(vars(spec)) not in done]
     # Read by torch when a worker starts.
     os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        max_tasks_per_child=MAX_RUNS_PER_PROCESS,
-        initializer=_start_worker,
-    )
+    # Workers live to the end: replacing them deadlocks (max_tasks_per_child, python/cpython#115634).
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     progress = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="arena", unit="run", smoothing=0.05)
     with pool, progress:
         for future in as_completed(pool.submit(run, spec) for spec in todo):
