@@ -41,14 +41,11 @@ TEST_SEEDS = tuple(range(12))
 TASKS = ("running_sum", "slippery_chain", "checked_sum", "knights_and_knaves", "idle_filler")
 # Where not all arms are run. Length is idle in `idle_filler`, so that the path of λ is all there is to see.
 TASK_ARMS = {
-    "checked_sum": (
-        *("grpo", "dapo", "dr_grpo", "sapo", "softmax", "power"),
-        *("power_+1", "delta_l", "tr", "ar", "constant", "softmax_tr"),
-    ),
-    "knights_and_knaves": ("grpo", "dapo", "softmax", "power", "tr", "softmax_tr"),
-    "idle_filler": ("dapo", "grpo", *LEARNED),
+    "checked_sum": ("grpo", "dapo", "dr_grpo", "softmax", "power", "power_+1", "delta_l", "tr", "softmax_tr"),
+    "knights_and_knaves": ("grpo", "dapo", "softmax", "tr", "softmax_tr"),
+    "idle_filler": ("grpo", "dapo", *LEARNED),
 }
-ONE_STEP_ARMS = ("grpo", "dapo", "power", "tr")
+ONE_STEP_ARMS = ("grpo", "dapo", "tr")
 
 
 @dataclass(frozen=True)
