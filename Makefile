@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint matrix versions engines fuzz mutations arena arena-smoke alignment clean
+.PHONY: help setup demo test lint matrix versions engines fuzz mutations arena arena-smoke alignment bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,14 @@ arena-smoke: $(STAMP) ## the same in small, minutes, in runs/arena_smoke
 
 alignment: $(STAMP) ## which weights point where learning goes: minutes per task; goes on where it stopped
 	$(BIN)/python -m recipes.arena.alignment
+
+bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the table in README.md
+	$(BIN)/python -m recipes.bench.overhead
+	$(BIN)/python -m recipes.bench.weights_micro
+	$(BIN)/python -m recipes.bench.head_memory
+	$(BIN)/python -m recipes.bench.gather
+	$(BIN)/python -m recipes.bench.import_time
+	$(BIN)/python -m recipes.bench.table --write README.md
 
 clean: ## remove .venv, caches, runs and the folders that other targets install into
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines runs *.egg-info

@@ -24,11 +24,11 @@ class LossMetricsMixin:
         if self.log_completions and columns:
             self._completion_table = CompletionTable(columns, self._logs["prompt"].maxlen, self.accelerator.device)
 
-    def _note_responses(self, advantages: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Take a new generation batch into the metrics: this process's advantages, and all lengths, (P, G)."""
+    def _note_responses(self, lengths: torch.Tensor, advantages: torch.Tensor | None) -> None:
+        """Take a new generation batch into the metrics: all lengths, (P, G), and all advantages, if one per row."""
         mode = "train" if self.model.training else "eval"
-        if advantages.dim() == 1:  # a subclass may have one per token
-            self._tally[mode].add_responses(lengths, self.accelerator.gather(advantages).view_as(lengths))
+        if advantages is not None:
+            self._tally[mode].add_responses(lengths, advantages.view_as(lengths))
         if self._completion_table is not None:
             self._completion_table.append_rows(mode, lengths.numel(), self._logs["extra"])
 

@@ -107,14 +107,23 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self._weighted:
-            lengths = self.accelerator.gather(own_tokens(output).sum(dim=1, dtype=torch.int32))
+            lengths, advantages = self._gather_responses(output)
             group_size = self.num_generations if self.model.training else self.num_generations_eval
             rows = output["completion_mask"].size(0)
             start = self.accelerator.process_index * rows
             output[LENGTHS_KEY] = lengths.view(-1, group_size).expand(rows, -1, -1)
             output[ROW_KEY] = torch.arange(start, start + rows, device=lengths.device)
-            self._note_responses(output["advantages"], lengths.view(-1, group_size))
+            self._note_responses(lengths.view(-1, group_size), advantages)
         return output
+
+    def _gather_responses(self, output: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Own-token lengths and advantages of all processes' rows, in one collective: both are 32 bits wide."""
+        lengths = own_tokens(output).sum(dim=1, dtype=torch.int32)
+        if output["advantages"].dim() != 1:  # a subclass may have one per token: the metrics do without
+            return self.accelerator.gather(lengths), None
+        bits = output["advantages"].float().contiguous().view(torch.int32)
+        everywhere = self.accelerator.gather(torch.stack([lengths, bits], dim=1))
+        return everywhere[:, 0], everywhere[:, 1].contiguous().view(torch.float32)
 
     # ---- The loss ----
 
@@ -138,7 +147,8 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
     def _weight_responses(self, inputs: WeightedInputs) -> None:
         """Multiply f into the advantages, from the lengths of the whole generation batch and λ as it is now."""
         lengths, own = inputs[LENGTHS_KEY][0], inputs[ROW_KEY]  # (P, G), (B,)
-        inputs.length_bins = quartile_index(lengths, lengths > 0).flatten()[own]
+        if self.args.token_metrics:
+            inputs.length_bins = quartile_index(lengths, lengths > 0).flatten()[own]
         if self.args.aggregation is None:  # TRL's own reduction; the diagnostics count its weight all the same
             member = "grpo" if self.loss_type in ("grpo", "sapo") else "dapo"
             inputs.length_weight = length_weights(lengths, aggregation=member).flatten()[own]
@@ -230,6 +240,7 @@ class _LambdaStep(TrainerCallback):
 
     def __init__(self, trainer: LambdaGRPOTrainer):
         self.trainer = trainer
+        self.is_noted = False
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         parameter, accelerator = self.trainer._lambda, self.trainer.accelerator
@@ -244,8 +255,21 @@ class _LambdaStep(TrainerCallback):
         if parameter.learnable and not self.trainer.accelerator.optimizer_step_was_skipped:
             parameter.step_companion()
         parameter.finish_step()
-        # A state and a count: the last one is meant, not TRL's mean over the logging interval.
-        metrics["lambda/value"] = [parameter.value]
         if parameter.learnable:
             metrics["lambda/grad"].append(parameter.last_grad if math.isfinite(parameter.last_grad) else math.nan)
+            # A count: the last one is meant, not TRL's mean over the logging interval.
             metrics["lambda/skipped"] = [parameter.skipped]
+        self.is_noted = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log:
+            self._note_value()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if not self.is_noted:  # steps since the last log go into the summary of the run
+            self._note_value()
+
+    def _note_value(self):
+        """Note λ for a log: reading it after every step would wait for the model's optimizer."""
+        self.trainer._metrics["train"]["lambda/value"] = [self.trainer.lambda_value]
+        self.is_noted = True

@@ -85,13 +85,14 @@ def length_weights(
     elif aggregation == "dr_grpo":
         weights = (mean_length / max_completion_length).expand_as(rows)
     else:
-        lam = torch.as_tensor(lam if lam is not None else 0.0, device=rows.device).to(work).reshape(())
-        if aggregation == "lambda":
-            weights = _softmax_weights(rows, has_tokens, lam, length_scale)
-        elif aggregation == "power":
-            weights = _power_weights(rows, has_tokens, lam, dim=(0, 1) if scope == "batch" else (1,))
+        if aggregation == "dapo":
+            weights = torch.ones_like(rows)  # without λ: putting a number on a device would make the host wait for it
         else:
-            weights = torch.ones_like(rows)
+            lam = torch.as_tensor(lam, device=rows.device).to(work).reshape(())
+            if aggregation == "lambda":
+                weights = _softmax_weights(rows, has_tokens, lam, length_scale)
+            else:
+                weights = _power_weights(rows, has_tokens, lam, dim=(0, 1) if scope == "batch" else (1,))
         if scope == "prompt":
             weights = weights * (batch_tokens / rows.size(0)) / _one_where_zero(rows.sum(dim=1, keepdim=True))
 

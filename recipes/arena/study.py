@@ -41,7 +41,7 @@ TEST_SEEDS = tuple(range(12))
 TASKS = ("running_sum", "slippery_chain", "checked_sum", "knights_and_knaves", "idle_filler")
 # Where not all arms are run. Length is idle in `idle_filler`, so that the path of λ is all there is to see.
 TASK_ARMS = {
-    "checked_sum": ("grpo", "dapo", "dr_grpo", "softmax", "power", "power_+1", "delta_l", "tr", "softmax_tr"),
+    "checked_sum": ("grpo", "dapo", "softmax", "power", "delta_l", "tr"),
     "knights_and_knaves": ("grpo", "dapo", "softmax", "tr", "softmax_tr"),
     "idle_filler": ("grpo", "dapo", *LEARNED),
 }

@@ -1,0 +1,430 @@
+"""The arena's statistics against hand-worked and simulated truth, and its report on runs with a planted effect."""
+
+import csv
+import io
+import itertools
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipes.arena import report
+from recipes.arena._comparisons import Arena, Comparison, compare_all, paired_differences, read_runs
+from recipes.arena._figures import draw_curves, draw_lambda_paths, smooth
+from recipes.arena._forest import draw_forest, draw_lengths
+from recipes.arena._student import student_p, student_quantile
+from recipes.arena._tables import difference_cell, make_tables, mean_and_error, replace_tables
+from recipes.arena.arms import ARMS, BASELINES
+from recipes.arena.statistics import bootstrap_interval, holm, paired_t_p, resolvable_difference, sign_flip_p
+
+TASKS = ("running_sum", "slippery_chain")
+STUDIED = ("grpo", "dapo", "bnpo", "softmax", "power_adamw", "tr", "ar")
+PLANTED = {"running_sum": 0.03, "slippery_chain": 0.035}  # of `tr`, in every accuracy
+NUMBERS = (
+    "accuracy_greedy", "accuracy_sampled", "auc", "mean_length", "mean_length_right", "mean_length_wrong",
+    "accuracy_per_token", "entropy", "grad_norm_mean", "grad_norm_cv", "token_weight_mean", "lambda_20", "lambda_100",
+)  # fmt: skip
+PAGE = "# Arena\n\n" + "\n".join(
+    f"{name}:\n\n<!-- table: {name} -->\nold\n<!-- end -->\n"
+    for name in ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
+)
+
+
+def make_row(task, arm, seed, rng, *, study="main", shared=0.0):
+    """One run: what its seed shares over arms, the planted effect, and noise."""
+    better = shared + PLANTED[task] * (arm == "tr")
+    learned = arm in ("softmax", "power_adamw")
+    path = np.linspace(0, -0.3 if task == "slippery_chain" else 0.3, 21) + rng.normal(0, 0.02, 21)
+    rewards = 0.4 + better + rng.normal(0, 0.01, 25)
+    values = {name: better + 0.5 + rng.normal(0, 0.01) for name in ("accuracy_greedy", "accuracy_sampled")}
+    values |= {"auc": rewards.mean(), "mean_length_right": 21 + rng.normal(), "mean_length_wrong": 19 + rng.normal()}
+    values |= {name: 1 + 0.1 * rng.normal() for name in NUMBERS if name not in values}
+    values |= {"token_weight_mean": 1.37 if arm == "tr" else ""}
+    values |= {name: path[int(name[7:]) // 5] if learned else "" for name in ("lambda_20", "lambda_100")}
+    return {
+        "study": study, "task": task, "arm": arm, "seed": seed, "learning_rate": "0.0003", "max_steps": 100,
+        "steps_per_generation": 4, "options": "{}", **values,
+        "reward_curve": " ".join(f"{value:.4f}" for value in rewards), "length_curve": "20.0 21.0",
+        "lambda_curve": " ".join(f"{value:.5f}" for value in path) if learned else "", "seconds": 20.5,
+        "commit": "0" * 7, "torch": "2", "trl": "1", "transformers": "5", "hardware": "none",
+    }  # fmt: skip
+
+
+def make_rows(tasks=TASKS, arms=STUDIED, seeds=range(12), **options):
+    rng = np.random.default_rng(7)
+    rows = []
+    for task, seed in itertools.product(tasks, seeds):
+        shared = rng.normal(0, 0.05)
+        rows += [make_row(task, arm, seed, rng, shared=shared, **options) for arm in arms]
+    return rows
+
+
+def write_rows(rows, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "runs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / "runs.csv"
+
+
+def read_rows(path):
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The report of runs in any order, beside a page with markers."""
+    folder = tmp_path_factory.mktemp("arena")
+    rows = make_rows()
+    np.random.default_rng(0).shuffle(rows)
+    write_rows(rows, folder / "results")
+    (folder / "README.md").write_text(PAGE, encoding="utf-8")
+    assert report.main(["--results", str(folder / "results")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("probability", "df", "printed"),
+    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.995, 5, 4.032), (0.95, 10, 1.812), (0.975, 11, 2.201),
+     (0.9995, 11, 4.437), (0.975, 30, 2.042), (0.025, 11, -2.201)],
+)  # fmt: skip
+def test_quantiles_of_student_as_in_printed_tables(probability, df, printed):
+    assert student_quantile(probability, df) == pytest.approx(printed, abs=5e-4)
+    assert student_p(printed, df) == pytest.approx(2 * min(probability, 1 - probability), rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean", "low", "high"),
+    [
+        (lambda rng, size: rng.normal(size=size), 0.0, 0.937, 0.965),
+        (lambda rng, size: rng.exponential(size=size), 1.0, 0.93, 0.965),  # Student's interval: 0.91
+        (lambda rng, size: rng.lognormal(0, 0.7, size=size), math.exp(0.245), 0.91, 0.965),  # Student's: 0.89
+    ],
+    ids=["normal", "exponential", "lognormal"],
+)
+def test_the_interval_of_twelve_covers_the_mean(draw, mean, low, high):
+    """2000 samples, so that the share has a standard error of 0.005. The percentile interval is too narrow for all."""
+    samples = draw(np.random.default_rng(1), (2000, 12))
+    drawn = np.random.default_rng(2).integers(12, size=(1000, 12))
+    covered = percentile = 0
+    for sample in samples:
+        left, right = bootstrap_interval(sample, num_resamples=2000)
+        covered += left <= mean <= right
+        left, right = np.quantile(sample[drawn].mean(axis=1), [0.025, 0.975])
+        percentile += left <= mean <= right
+    assert low < covered / 2000 < high
+    assert percentile / 2000 < 0.925 and percentile < covered
+
+
+def test_the_interval_falls_back_to_students():
+    by_hand = 4.302653 / math.sqrt(3)
+    assert bootstrap_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - by_hand, 2 + by_hand), abs=1e-5)
+    seven = np.array([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 10.0])
+    by_hand = 2.446912 * seven.std(ddof=1) / math.sqrt(7)
+    assert bootstrap_interval(seven) == pytest.approx((1 - by_hand, 1 + by_hand), abs=1e-5)
+    assert bootstrap_interval([0.25] * 12) == (0.25, 0.25)
+    mostly_equal = [0.0] * 11 + [1.0]  # a third of the resamples have no spread
+    by_hand = 2.200985 / 12
+    assert bootstrap_interval(mostly_equal) == pytest.approx((1 / 12 - by_hand, 1 / 12 + by_hand), abs=1e-5)
+
+
+def test_the_interval_leans_to_the_long_tail_and_grows_with_confidence():
+    skewed = np.random.default_rng(0).exponential(size=12)
+    low, high = bootstrap_interval(skewed)
+    assert high - skewed.mean() > 1.2 * (skewed.mean() - low) > 0
+    wide = bootstrap_interval(skewed, confidence=0.99)
+    assert wide[0] < low and wide[1] > high
+    assert bootstrap_interval(-skewed) == pytest.approx((-high, -low), rel=0.05)
+
+
+@pytest.mark.parametrize("test", [bootstrap_interval, paired_t_p, sign_flip_p])
+@pytest.mark.parametrize("differences", [[], [1.0, math.nan], [1.0, math.inf], [[1.0, 2.0]]])
+def test_differences_that_are_none_raise(test, differences):
+    with pytest.raises(ValueError, match="finite numbers in one dimension"):
+        test(differences)
+
+
+def test_sign_flips_by_hand():
+    """Of the sums ±1 ± 2 ± 3 two are at least 6 from zero, six at least 2, all eight at least 0."""
+    assert sign_flip_p([1, 2, 3]) == 2 / 8
+    assert sign_flip_p([1, -2, 3]) == 6 / 8
+    assert sign_flip_p([-1, -2, 3]) == 1
+    assert sign_flip_p([0, 0, 0]) == 1
+    for unit in (0.1, 1 / 7, 1e-9):  # 3 + 6 - 2 - 1 is as far from zero as -3 + 6 + 2 + 1, whatever they round to
+        assert sign_flip_p(unit * np.array([3, 6, -2, -1])) == 10 / 16
+
+
+def test_beyond_twelve_random_flips_stand_in_for_all():
+    values = np.random.default_rng(0).normal(0.4, 1, size=13)
+    sums = [abs(np.dot(signs, values)) for signs in itertools.product((-1, 1), repeat=13)]
+    exact = np.mean(np.array(sums) >= abs(values.sum()) - 1e-9)
+    assert 0.02 < exact < 0.5 and sign_flip_p(values) == pytest.approx(exact, abs=0.01)
+    assert 0 < sign_flip_p(np.ones(40)) == 1 / 20001
+
+
+def test_students_p_by_hand():
+    """t = 2√3 with two degrees of freedom, where P(|T| ≥ t) = 1 - t/√(2 + t²)."""
+    assert paired_t_p([1, 2, 3]) == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-12)
+    assert paired_t_p([-1, -2, -3]) == paired_t_p([1, 2, 3])
+    assert paired_t_p([0.0] * 12) == 1
+    assert paired_t_p([0.5] * 4) == 2 / 16  # no spread: what four signs can say
+
+
+def test_holm_by_hand():
+    """Sorted 0.005·4, 0.01·3, 0.03·2, 0.04·1 = 0.02, 0.03, 0.06, 0.04: the last is raised to the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+    with pytest.raises(ValueError, match="p must be in"):
+        holm([0.1, math.nan])
+
+
+def test_sign_flips_of_twelve_seeds_cannot_pass_holm():
+    """Why Holm is given Student's p."""
+    family = len(BASELINES) * (len(ARMS) - len(BASELINES)) + math.comb(len(BASELINES), 2)
+    assert family > 100 and holm([sign_flip_p(np.arange(1.0, 13.0))] * family)[0] > 0.05
+
+
+def test_arms_that_are_all_alike_are_rarely_told_apart():
+    """At most 5 % of families; 200 of them have a standard error of 1.5 %."""
+    rng = np.random.default_rng(4)
+    pairs = [(arm, baseline) for baseline in range(7) for arm in range(baseline + 1, 23)]
+    wrong = 0
+    for _ in range(200):
+        arms = rng.normal(size=(23, 12)) + rng.normal(size=12)
+        p_values = [paired_t_p(arms[a] - arms[b]) for a, b in pairs]
+        wrong += min(holm(p_values)) < 0.05
+    assert wrong / 200 < 0.09
+
+
+@pytest.mark.parametrize(("effect", "needed"), [(0.5, 34), (0.8, 15)])
+def test_resolvable_differences_as_in_cohens_tables(effect, needed):
+    """The n at which a two-sided paired test at 0.05 has a power of 0.8."""
+    assert resolvable_difference(1, needed) <= effect < resolvable_difference(1, needed - 1)
+    assert resolvable_difference(3, needed) == pytest.approx(3 * resolvable_difference(1, needed))
+
+
+def test_a_resolvable_difference_is_resolved_four_times_of_five():
+    alpha = 0.05 / 133
+    difference = resolvable_difference(2.0, 12, alpha=alpha)
+    samples = np.random.default_rng(0).normal(difference, 2.0, size=(10000, 12))
+    t = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / math.sqrt(12))
+    assert np.mean(np.abs(t) > student_quantile(1 - alpha / 2, 11)) == pytest.approx(0.8, abs=0.015)
+    with pytest.raises(ValueError, match="n ≥ 2"):
+        resolvable_difference(1.0, 1)
+
+
+def test_pairs_are_of_one_seed(tmp_path):
+    """Rows in any order; a seed that one arm lacks, or a metric that one run lacks, is left out."""
+    rng = np.random.default_rng(0)
+    rows = [make_row("running_sum", arm, seed, rng) for arm in ("dapo", "tr") for seed in (2, 0, 1, 3)]
+    rows = [row for row in rows if (row["arm"], row["seed"]) != ("tr", 1)]
+    for row in rows:
+        row["auc"] = 10.0**-1 * row["seed"] + (0.01 * row["seed"] ** 2 if row["arm"] == "tr" else 0)
+        row["mean_length_wrong"] = math.nan if row["seed"] == 3 and row["arm"] == "tr" else row["seed"]
+    rng.shuffle(rows)
+    group = read_runs(write_rows(rows, tmp_path))["main", "running_sum"]
+    assert list(group) == ["dapo", "tr"]
+    assert paired_differences(group["tr"], group["dapo"], "auc") == pytest.approx([0.0, 0.04, 0.09])
+    assert len(paired_differences(group["tr"], group["dapo"], "mean_length_wrong")) == 2
+    comparison = compare_all(group, "auc")["tr", "dapo"]
+    assert comparison.n == 3 and comparison.difference == pytest.approx(0.13 / 3)
+    assert comparison.p == pytest.approx(paired_t_p([0.0, 0.04, 0.09])) and comparison.p_sign_flip == 0.5
+
+
+def test_every_arm_meets_every_baseline_once(tmp_path):
+    rows = make_rows(tasks=TASKS[:1], seeds=range(3))
+    found = compare_all(read_runs(write_rows(rows, tmp_path))["main", "running_sum"], "auc")
+    others = [arm for arm in STUDIED if arm not in BASELINES]
+    expected = {(arm, baseline) for arm in others for baseline in ("dapo", "grpo", "bnpo")}
+    assert set(found) == expected | {("grpo", "dapo"), ("bnpo", "dapo"), ("bnpo", "grpo")}
+    p_values = [comparison.p for comparison in found.values()]
+    assert [comparison.p_holm for comparison in found.values()] == holm(p_values)
+
+
+def test_rows_that_do_not_belong_together_raise(tmp_path):
+    rows = make_rows(tasks=TASKS[:1], seeds=range(2))
+    with pytest.raises(ValueError, match="tr has seed 1 twice"):
+        read_runs(write_rows([*rows, next(row for row in rows if row["arm"] == "tr" and row["seed"] == 1)], tmp_path))
+    with pytest.raises(ValueError, match="mixes several values of learning_rate"):
+        read_runs(write_rows([{**rows[0], "learning_rate": "0.001", "seed": 5}, *rows], tmp_path))
+    with pytest.raises(ValueError, match="lacks the columns .'auc'"):
+        read_runs(write_rows([{k: v for k, v in row.items() if k != "auc"} for row in rows], tmp_path))
+
+
+def test_a_row_that_is_still_being_written_is_not_read(tmp_path):
+    path = write_rows(make_rows(tasks=TASKS[:1], seeds=range(2)), tmp_path)
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole[: whole.rstrip("\n").rfind("\n") + 60], encoding="utf-8")
+    group = read_runs(path)["main", "running_sum"]
+    assert sorted(group["dapo"]) == [0, 1] and sorted(group[STUDIED[-1]]) == [0]
+
+
+def test_tables_are_replaced_and_replaced_again():
+    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: two -->\n<!-- end -->\n<!-- table: x -->\nkept\n"
+    tables = {"one": "| \\1 |", "two": "2", "three": "3"}
+    once = replace_tables(page, tables)
+    assert once == page.replace("old", "| \\1 |").replace("two -->\n", "two -->\n2\n")
+    assert replace_tables(once, tables) == once
+    with pytest.raises(ValueError, match="table: one --> is not closed"):
+        replace_tables("<!-- table: one -->\n<!-- table: two -->\n<!-- end -->\n", {"one": "1"})
+    assert replace_tables("no marker", {"one": "1"}) == "no marker"
+
+
+def test_the_planted_effect_is_found_and_no_other_arm(written):
+    """In all families that it is in; of the 18 families about one may hold a find that is none."""
+    rows = read_rows(written / "results" / "paired.csv")
+    pairs = len(BASELINES[:3]) + 4 * 3
+    assert len(rows) == len(TASKS) * 9 * pairs and {row["n"] for row in rows} == {"12"}
+    accuracies = {"accuracy_greedy", "accuracy_sampled", "auc"}
+    found = {(row["task"], row["metric"], row["arm"], row["baseline"]) for row in rows if float(row["p_holm"]) < 0.05}
+    planted = set(itertools.product(TASKS, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
+    assert found >= planted and len({(task, metric) for task, metric, *_ in found - planted}) <= 1
+    exact = [float(row["p_sign_flip"]) for row in rows if tuple(row.values())[1:5] in planted]
+    assert len(exact) == len(planted) and max(exact) < 0.005 and min(exact) == pytest.approx(2 / 2**12, rel=1e-5)
+    for row in (row for row in rows if row["arm"] == "tr" and row["metric"] == "auc"):
+        low, difference, high, sd = (float(row[name]) for name in ("low", "difference", "high", "sd"))
+        assert sd < 0.01 and abs(difference - PLANTED[row["task"]]) < 0.005  # what the seed shares, 0.05, is gone
+        assert difference - 2 * sd < low < difference < high < difference + 2 * sd
+
+
+def test_both_files_hold_what_the_runs_say(written):
+    runs = read_rows(written / "results" / "runs.csv")
+    summary = read_rows(written / "results" / "summary.csv")
+    assert len(summary) == len(TASKS) * len(STUDIED)
+    line = next(row for row in summary if (row["task"], row["arm"]) == ("slippery_chain", "softmax"))
+    own = [row for row in runs if (row["task"], row["arm"]) == ("slippery_chain", "softmax")]
+    assert (line["study"], line["n"], line["learning_rate"]) == ("main", "12", "0.0003")
+    for name in ("auc", "lambda_100", "mean_length_wrong", "grad_norm_mean"):
+        values = [float(row[name]) for row in own]
+        assert float(line[f"{name}_mean"]) == pytest.approx(np.mean(values), rel=1e-5)
+        assert float(line[f"{name}_sd"]) == pytest.approx(np.std(values, ddof=1), rel=1e-5)
+    assert line["token_weight_mean_mean"] == line["token_weight_mean_sd"] == ""
+
+
+def test_the_page_gets_its_tables(written):
+    page = (written / "README.md").read_text(encoding="utf-8")
+    assert page.count("\nold\n") == 1  # under the marker that is not this report's
+    assert page == replace_tables(page, make_tables(Arena.read(written / "results" / "runs.csv")))
+    accuracy = page.partition("<!-- table: accuracy -->")[2].partition("<!-- end -->")[0]
+    first, *_, last = [line for line in accuracy.splitlines() if line.startswith("| `")]
+    assert first.startswith("| `tr` | 12 |") and first.count("] * |") == 3 and "] *" not in last
+    means = [float(line.split("|")[3].split("±")[0]) for line in accuracy.splitlines() if line.startswith("| `")]
+    assert means[:7] == sorted(means[:7], reverse=True) and means[7:] == sorted(means[7:], reverse=True)
+    found = sum(float(row["p_holm"]) < 0.05 for row in read_rows(written / "results" / "paired.csv"))
+    assert f"{found} of 270 comparisons have a Holm-adjusted p < 0.05, in 18 families" in page
+    assert len(re.findall(r"\| greedy accuracy \| 15 \| \d+ \| 3 \| `tr`: `grpo`, `dapo`, `bnpo` \|  \|", page)) == 2
+    sign = [line.split(" | ") for line in page.splitlines() if "`softmax` |" in line and " of 12" in line]
+    assert {cells[0]: cells[-1] for cells in sign} == {"| running_sum": "12 of 12 |", "| slippery_chain": "0 of 12 |"}
+    resolution = next(line for line in page.splitlines() if line.startswith("| running_sum | sampled accuracy"))
+    _, _, _, _, pairs, n, sd, at_once, strictest, _ = (cell.strip() for cell in resolution.split("|"))
+    assert (pairs, n) == ("15", "12") and 0.9 < float(sd) < 2  # √2 points planted
+    assert float(at_once) == pytest.approx(resolvable_difference(float(sd), 12), rel=0.01)
+    assert float(strictest) == pytest.approx(resolvable_difference(float(sd), 12, alpha=0.05 / 15), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["accuracy_curves", "lambda_paths", "forest", "lengths"])
+def test_figures_are_written(written, name):
+    with Image.open(written / "results" / f"{name}.png") as image:
+        pixels = np.asarray(image.convert("L"))
+    assert min(pixels.shape) > 400 and 0.01 < (pixels < 200).mean() < 0.5
+
+
+def test_figures_show_the_numbers(written):
+    arena = Arena.read(written / "results" / "runs.csv")
+    task = arena.tasks("main")[0]
+    rewards, differences = draw_curves(arena, "main").axes[:2]
+    drawn = {line.get_label(): line.get_ydata() for line in differences.lines}
+    assert np.mean(drawn["tr"]) == pytest.approx(100 * PLANTED[task], abs=1) and abs(np.mean(drawn["softmax"])) < 1
+    assert {line.get_label() for line in rewards.lines} == {"dapo", "grpo", "softmax", "tr", "other arms"}
+    assert len(rewards.collections) == 4  # bands
+    softmax, adamw = draw_lambda_paths(arena, "main").axes
+    assert len(softmax.lines) == len(adamw.lines) == 1 + 2 * (12 + 1)
+    ends = {line.get_label(): line.get_ydata()[-1] for line in softmax.lines}
+    assert ends["running_sum"] > 0.2 and ends["slippery_chain"] < -0.2
+    panel = draw_forest(arena, "main").axes[0]
+    order = [label.get_text() for label in panel.get_yticklabels()]
+    assert order == ["grpo", "bnpo", "softmax", "power_adamw", "tr", "ar"]
+    markers = [line for line in panel.lines if line.get_marker() in ("o", "s") and len(line.get_xdata())]
+    assert len(markers) == 2 * len(order)
+    filled = [line for line in markers if line.get_markerfacecolor() != "white"]
+    assert {round(float(line.get_ydata()[0])) for line in filled} == {order.index("tr")}
+    assert all(abs(line.get_xdata()[0] - 100 * PLANTED[task]) < 1 for line in filled)
+
+
+@pytest.mark.parametrize("draw", [draw_curves, draw_lambda_paths, draw_forest, draw_lengths])
+@pytest.mark.parametrize("tasks", [TASKS, TASKS[:1]])
+def test_the_legend_lies_inside_the_figure_and_covers_no_panel(tmp_path, draw, tasks):
+    figure = draw(Arena.read(write_rows(make_rows(tasks=tasks, seeds=range(2)), tmp_path)), "main")
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    assert all(box.y0 >= axes.title.get_window_extent().y1 for axes in figure.axes)
+
+
+def test_an_arm_that_collapses_does_not_squeeze_the_others(tmp_path):
+    rows = make_rows(tasks=TASKS[:1])
+    for row in rows:
+        if row["arm"] == "bnpo":
+            row["auc"] -= 2.0
+    panel = draw_forest(Arena.read(write_rows(rows, tmp_path)), "main").axes[0]
+    assert -20 < panel.get_xlim()[0] < -2 and 3 < panel.get_xlim()[1] < 20
+    assert any(text.get_text().startswith("-20") for text in panel.texts)
+
+
+def test_a_part_of_the_runs_will_do(tmp_path, capsys):
+    """One seed of one task, a task without the reference, another study, no page."""
+    rows = make_rows(tasks=TASKS[:1], seeds=[3])
+    rows += make_rows(tasks=TASKS[1:], arms=("grpo", "tr"), seeds=range(2))
+    rows += make_rows(tasks=TASKS[:1], arms=("dapo", "tr"), seeds=range(3), study="one_step")
+    results = tmp_path / "results"
+    write_rows(rows, results)
+    assert report.main(["--results", str(results)]) == 0
+    files = {path.name for path in results.iterdir()}
+    assert files >= {"accuracy_curves_one_step.png", "forest_one_step.png", "lambda_paths.png", "forest.png"}
+    assert "lambda_paths_one_step.png" not in files and not (tmp_path / "README.md").exists()
+    single = [row for row in read_rows(results / "paired.csv") if row["n"] == "1"]
+    assert single and {row[name] for row in single for name in ("sd", "low", "high", "p", "p_holm")} == {""}
+    tables = make_tables(Arena.read(results / "runs.csv"))
+    accuracy = tables["accuracy"].split("**")
+    assert "(1 seed)" in accuracy[2] and "±" not in accuracy[2] and "[+" not in accuracy[2]
+    assert accuracy[3] == "slippery_chain" and accuracy[4].count("| – |") >= 2
+    assert accuracy[5] == "running_sum (study one_step)"
+    assert capsys.readouterr().out.count(".png") == 7
+
+
+def test_the_star_is_for_the_adjusted_p():
+    found = Comparison("tr", "dapo", 12, 0.0123, 0.01, 0.002, 0.024, p=0.001, p_sign_flip=0.001, p_holm=0.06)
+    assert difference_cell(found, 12, 100, 1) == "+1.2 [+0.2, +2.4]"
+    assert difference_cell(replace(found, p_holm=0.04), 12, 100, 1) == "+1.2 [+0.2, +2.4] *"
+    assert difference_cell(Comparison("tr", "dapo", 1, -0.0123), 1, 100, 1) == "-1.2 (1 seed)"
+    assert difference_cell(None, 12, 100, 1) == "–"
+
+
+def test_standard_errors_by_hand():
+    assert mean_and_error(np.array([0.01, 0.02, 0.03]), 100, 3) == "2.000 ± 0.577"
+    assert mean_and_error(np.array([0.5]), 1, 1) == "0.5" and mean_and_error(np.array([]), 1, 1) == "–"
+
+
+def test_a_difference_over_fewer_seeds_says_so(tmp_path):
+    rows = make_rows(tasks=TASKS[:1])
+    rows = [row for row in rows if row["arm"] != "dapo" or row["seed"] < 9]
+    table = make_tables(Arena.read(write_rows(rows, tmp_path)))["accuracy"]
+    assert all("(n = 9)" in line for line in table.splitlines() if line.startswith("| `") and "`dapo`" not in line)
+
+
+def test_without_runs_the_command_says_why(tmp_path, capsys):
+    assert report.main(["--results", str(tmp_path)]) == 1
+    assert "runs.csv" in capsys.readouterr().err
+    path = write_rows(make_rows(tasks=TASKS[:1], seeds=[0]), tmp_path)
+    path.write_text(path.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
+    assert report.main(["--results", str(tmp_path)]) == 1
+    assert "has no run" in capsys.readouterr().err
+
+
+def test_smoothing_by_hand():
+    assert smooth(np.array([0.0, 3.0, 6.0, 0.0])) == pytest.approx([1.5, 3, 3, 3])
