@@ -47,7 +47,8 @@ class LambdaGRPOConfig(GRPOConfig):
         > Length weight f (arXiv 2510.06870)
 
         aggregation (`str` or `None`, *optional*, defaults to `"lambda"`):
-            How much a response counts for its length. `"lambda"`: G · softmax of h^λ over the group, the paper's;
+            How much a response counts for its length. `"lambda"`: G · softmax of h^λ over the group, the paper's, and
+            the default because of the two learnable members it stayed nearer to λ = 0's reward in `recipes/arena`;
             `"power"`: (|o|/μ)^λ with the token mass preserved, which is DAPO at λ = 0 and, where every response has
             tokens, GRPO at λ = -1;
             `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members; `None`: TRL's own reduction for `loss_type`.
@@ -59,10 +60,13 @@ class LambdaGRPOConfig(GRPOConfig):
         lambda_learnable (`bool`, *optional*, defaults to `True`):
             Whether λ is trained. `False` keeps it at `lambda_init`, without a parameter group.
         lambda_learning_rate (`float`, *optional*, defaults to `0.1`):
-            Base learning rate of λ's parameter group. The schedule is the model's.
+            Base learning rate of λ's parameter group. The schedule is the model's. 0.1 was kept after `recipes/arena`:
+            λ had the right sign in all 12 seeds of both tasks where length matters, and the reward was not told apart
+            from λ = 0's. A faster λ won nothing there, and with `"power"` it lost.
         lambda_adam_eps (`float`, *optional*, defaults to `1.0`):
             `eps` of λ's group in Adam-like optimizers. Far above the gradient, it makes the step proportional to the
-            gradient (momentum SGD, as in the paper's setting) instead of sign-like.
+            gradient (momentum SGD, as in the paper's setting) instead of sign-like. In `recipes/arena` λ's mean where
+            length matters was 8 to 20 times its spread where length is idle, against 4 to 6 times with plain steps.
         lambda_max_grad_norm (`float`, *optional*, defaults to `1.0`):
             Bound of |dL/dλ|, apart from the model's `max_grad_norm`. 0 turns it off.
         lambda_bounds (`list[float]`, *optional*):
