@@ -307,7 +307,19 @@ def test_which_arms_coincide():
     assert {name for name in BASELINES if same[name] != "dapo"} == {"grpo", "sapo"}
     assert {same[name] for name in (*LEARNED, "constant")} == {"dapo"}
     assert same["sapo"] == same["power_-1"] == "grpo" and same["softmax_tr"] == same["power_tr"] == "tr"
-    alone = ("grpo", "delta_l", "tr", "tr_b", "tr_inside", "ar", "ar_0.6", "tr_reversed", "power_tr_-1", "softmax_+2")
+    alone = (
+        "grpo",
+        "delta_l",
+        "power_-1.75",
+        "tr",
+        "tr_b",
+        "tr_inside",
+        "ar",
+        "ar_0.6",
+        "tr_reversed",
+        "power_tr_-1",
+        "softmax_+2",
+    )
     assert [same[name] for name in alone] == list(alone)
 
 
@@ -320,10 +332,12 @@ def test_the_reversed_weight_decreases_as_the_other_grows():
 
 def test_a_new_arm_is_picked_up_and_a_learnable_one_gets_its_slope():
     arms = ARMS | {"new": Arm("", {"aggregation": "power", "token_regulation": "linear"})}
+    arms["late"] = Arm("", {"aggregation": "lambda", "lambda_init": 1.0})
     weights = {weight.name: weight for weight in all_weights(arms)}
     below, above = slope_sides(weights["new"], weights.values())
     assert (below.name, above.name) == ("new_-0.5", "new_+0.5")
     assert [w.options["lambda_init"] for w in (below, above)] == [-0.5, 0.5]
+    assert [w.options["lambda_init"] for w in slope_sides(weights["late"], weights.values())] == [-1, 3]
     assert [w.name for w in slope_sides(weights["softmax_adamw"], weights.values())] == ["softmax_-2", "softmax_+2"]
 
 

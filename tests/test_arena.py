@@ -57,17 +57,17 @@ def test_reading_b_is_within_its_stated_distance(tmp_path):
     assert (token_weights("tr", probs, tmp_path) - formula).abs().max() > 0.1  # R-A is another reading
 
 
-def test_constant_weight_is_constant_and_the_mean_of_tr(tmp_path):
+def test_constant_weight_is_constant(tmp_path):
     probs = torch.linspace(1e-6, 1, 101)
     assert token_weights("constant", probs, tmp_path).tolist() == pytest.approx([CONSTANT_WEIGHT] * 101)
 
 
-def test_delta_l_is_its_paper_times_the_mean_over_sequences(tmp_path):
-    # arXiv 2509.07558 weighs the advantage with |o|^-α before the mean over each sequence's tokens divides by |o|.
+def test_delta_l_weighs_a_sum_over_tokens(tmp_path):
+    # arXiv 2509.07558 weighs the advantage with |o|^-α before a sum over tokens that is divided by a constant.
     lengths = torch.tensor([[3, 10, 40, 7]])
     args = config_of("delta_l", tmp_path)
     ours = length_weights(lengths, args.lambda_init, aggregation=args.aggregation)
-    theirs = lengths.double() ** -0.75 / lengths
+    theirs = lengths.double() ** -0.75
     assert torch.allclose(ours / ours[0, 0], (theirs / theirs[0, 0]).float())
 
 

@@ -90,9 +90,10 @@ def plot(path: Path, image: Path) -> None:
                 color=_RAMP[i % len(_RAMP)],
                 label=checkpoint if checkpoint == "base" else f"step {checkpoint}",
             )
-        panel.set_xlim(*_LIMITS)
+        low, high = panel.get_xlim()
+        panel.set_xlim(max(low, _LIMITS[0]), min(high, _LIMITS[1]))
         panel.set_title(task, fontsize=10)
-        panel.set_xlabel("cosine with the policy gradient,\nof that of λ = 0")
+        panel.set_xlabel("cosine with the policy gradient,\ndivided by that of λ = 0")
     panels[0].set_yticks(range(len(weights)), weights)
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(checkpoints))

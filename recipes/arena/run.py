@@ -164,7 +164,8 @@ def run(spec: RunSpec) -> dict[str, Any]:
         spec (`RunSpec`): the run.
 
     Returns:
-        `dict[str, Any]`: one row of the results; `COLUMNS` says what each column is.
+        `dict[str, Any]`: one row of the results: the spec, the arm's options, `held_out_figures`, `training_figures` and
+        `environment`.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,8 @@ The arena's runs: `python -m recipes.arena.study PART [PART ...]`, with the part
 
 - `tune`: every arm at every learning rate of the grid, on seeds and held-out problems of its own;
 - `choose`: write `learning_rates.json`, each arm's rate with the highest mean reward over tasks and tuning seeds;
-- `main`: every arm with its rate on every task and test seed, four optimizer steps per generation batch;
+- `main`: each task's arms (`TASK_ARMS`, else all) with their rates on every test seed, four optimizer steps per
+  generation batch;
 - `one_step`: a few arms with one optimizer step per generation batch.
 
 `--smoke` does the same with few arms, tasks, seeds and steps, in a folder of its own. Runs go to worker processes of
@@ -41,7 +42,7 @@ TEST_SEEDS = tuple(range(12))
 TASKS = ("running_sum", "slippery_chain", "checked_sum", "knights_and_knaves", "idle_filler")
 # Where not all arms are run. Length is idle in `idle_filler`, so that the path of λ is all there is to see.
 TASK_ARMS = {
-    "checked_sum": ("grpo", "dapo", "softmax", "power", "delta_l", "tr"),
+    "checked_sum": ("grpo", "dapo", "softmax", "power", "power_-1.75", "tr"),
     "knights_and_knaves": ("grpo", "dapo", "softmax", "tr", "softmax_tr"),
     "idle_filler": ("grpo", "dapo", *LEARNED),
 }
