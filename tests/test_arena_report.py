@@ -82,7 +82,7 @@ def written(tmp_path_factory):
     rows = make_rows()
     np.random.default_rng(0).shuffle(rows)
     write_rows(rows, folder / "results")
-    (folder / "README.md").write_text(PAGE, encoding="utf-8")
+    (folder / "results" / "README.md").write_text(PAGE, encoding="utf-8")
     assert report.main(["--results", str(folder / "results")]) == 0
     return folder
 
@@ -307,7 +307,7 @@ def test_both_files_hold_what_the_runs_say(written):
 
 
 def test_the_page_gets_its_tables(written):
-    page = (written / "README.md").read_text(encoding="utf-8")
+    page = (written / "results" / "README.md").read_text(encoding="utf-8")
     assert page.count("\nold\n") == 1  # under the marker that is not this report's
     assert page == replace_tables(page, make_tables(Arena.read(written / "results" / "runs.csv")))
     accuracy = page.partition("<!-- table: accuracy -->")[2].partition("<!-- end -->")[0]
@@ -386,7 +386,7 @@ def test_a_part_of_the_runs_will_do(tmp_path, capsys):
     assert report.main(["--results", str(results)]) == 0
     files = {path.name for path in results.iterdir()}
     assert files >= {"accuracy_curves_one_step.png", "forest_one_step.png", "lambda_paths.png", "forest.png"}
-    assert "lambda_paths_one_step.png" not in files and not (tmp_path / "README.md").exists()
+    assert "lambda_paths_one_step.png" not in files and not list(tmp_path.rglob("README.md"))
     single = [row for row in read_rows(results / "paired.csv") if row["n"] == "1"]
     assert single and {row[name] for row in single for name in ("sd", "low", "high", "p", "p_holm")} == {""}
     tables = make_tables(Arena.read(results / "runs.csv"))
@@ -428,3 +428,9 @@ def test_without_runs_the_command_says_why(tmp_path, capsys):
 
 def test_smoothing_by_hand():
     assert smooth(np.array([0.0, 3.0, 6.0, 0.0])) == pytest.approx([1.5, 3, 3, 3])
+
+
+def test_the_committed_page_shows_the_committed_runs():
+    """No table by hand: the arena's page is what the report makes of its `runs.csv`."""
+    page = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert page == replace_tables(page, make_tables(Arena.read(report.RESULTS / "runs.csv")))

@@ -3,9 +3,10 @@ Tables and figures of the arena, from `results/runs.csv`. Any part of the runs w
 
     python -m recipes.arena.report
 
-It writes into the folder of results `summary.csv` (mean and standard deviation of every arm), `paired.csv` (every
-comparison of two arms over the seeds that both have) and the figures, and replaces the tables of the `README.md` above
-that folder. The figures need matplotlib: `pip install "trl-lambda[plots]"`.
+It writes into the folder of results `summary.csv` (mean and standard deviation of each arm), `paired.csv` (the
+comparisons of two arms over the seeds that both have) and the figures, and replaces the tables of the arena's
+`README.md` or, with `--results`, of one in that folder. The figures need matplotlib:
+`pip install "trl-lambda[plots]"`.
 """
 
 import argparse
@@ -68,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with runs.csv; default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        written = write_report(options.results, options.results.resolve().parent / "README.md")
+        # Another folder of results brings its own page, if any: that of the arena shows the arena's results.
+        page = (RESULTS.parent if options.results.resolve() == RESULTS else options.results) / "README.md"
+        written = write_report(options.results, page)
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1

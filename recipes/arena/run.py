@@ -164,8 +164,8 @@ def run(spec: RunSpec) -> dict[str, Any]:
         spec (`RunSpec`): the run.
 
     Returns:
-        `dict[str, Any]`: one row of the results: the spec, the arm's options, `held_out_figures`, `training_figures` and
-        `environment`.
+        `dict[str, Any]`: one row of the results: the spec, the arm's options, `held_out_figures`,
+        `training_figures` and `environment`.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +250,7 @@ def training_figures(
 def environment() -> dict[str, str]:
     """Commit, versions and hardware, as columns."""
     git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
     )
     cpu = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "")
     return {
@@ -259,7 +259,8 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
-        "hardware": f"{cpu or platform.processor() or platform.machine()}, {torch.get_num_threads()} thread",
+        "hardware": f"{cpu or platform.processor() or platform.machine()}, {torch.get_num_threads()} thread"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
     }
 
 

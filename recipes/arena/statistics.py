@@ -3,10 +3,10 @@ Statistics of paired differences between two arms: interval, tests, correction f
 
 The interval and the test answer different questions and are chosen apart. The interval has to hold for any shape of
 the differences: `bootstrap_interval`. The test asks what would happen if the two arms were the same: swapping them
-would change nothing, so the differences would be symmetric about zero, where Student's test keeps its level even at
-Holm's small ones, and `sign_flip_p` is exact. With n seeds the latter cannot fall below 2/2ⁿ, 0.00049 at 12 seeds, and
-Holm's first step multiplies it by the number of comparisons: beyond a hundred of them nothing could ever be found. So
-Holm is given the p of `paired_t_p`, and the exact one stands beside it.
+would change nothing, so the differences would be symmetric about zero. Student's test then keeps its level where they
+are bell-shaped, and exceeds it at Holm's small ones where they are flat or two-pointed. `sign_flip_p` is exact, but
+cannot fall below 2/2ⁿ, 0.00049 at 12 seeds, and Holm's first step multiplies it by the number of comparisons: beyond a
+hundred of them nothing could ever be found. So Holm gets the p of `paired_t_p`, and the exact one stands beside it.
 """
 
 import functools

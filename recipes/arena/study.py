@@ -34,7 +34,8 @@ from recipes.arena.run import RunSpec, run
 
 RESULTS = Path(__file__).parent / "results"
 SMOKE_RESULTS = Path("runs") / "arena_smoke"
-KEY = ("study", "task", "arm", "seed", "max_steps", "steps_per_generation", "learning_rate")
+# The arm's options are part of what a run is: an arm that was changed under its name is run again.
+KEY = ("study", "task", "arm", "options", "seed", "max_steps", "steps_per_generation", "learning_rate")
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
 TUNING_SEEDS = (101,)
 TUNING_TASKS = ("running_sum", "slippery_chain")
@@ -112,7 +113,8 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
         `int`: how many were run.
     """
     done = ledger.done()
-    todo = [spec for spec in specs if ledger.key_of(vars(spec)) not in done]
+    keys = [ledger.key_of({**vars(spec), "options": json.dumps(ARMS[spec.arm].options)}) for spec in specs]
+    todo = [spec for spec, key in zip(specs, keys, strict=True) if key not in done]
     # Read by torch when a worker starts.
     os.environ["OMP_NUM_THREADS"] = "1"
     # Workers live to the end: replacing them deadlocks (max_tasks_per_child, python/cpython#115634).
