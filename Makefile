@@ -70,7 +70,8 @@ bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/re
 	$(BIN)/python -m recipes.bench.head_memory
 	$(BIN)/python -m recipes.bench.gather
 	$(BIN)/python -m recipes.bench.import_time
-	$(BIN)/python -m recipes.bench.table --write README.md
+	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
+	$(BIN)/python -m recipes.bench.table --write README.md --overhead-only
 
 clean: ## remove .venv, caches, runs and the folders that other targets install into
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines runs *.egg-info

@@ -1,8 +1,9 @@
 """
-Print results.csv as the tables of the README. Where a figure has been measured twice on one machine, the later counts.
+Print results.csv as tables. Where a figure has been measured twice on one machine, the later counts.
 
     python -m recipes.bench.table
-    python -m recipes.bench.table --write README.md    # between its `bench: begin` and `bench: end`
+    python -m recipes.bench.table --write recipes/bench/README.md      # between its `bench: begin` and `bench: end`
+    python -m recipes.bench.table --write README.md --overhead-only    # the first tables alone
 """
 
 import argparse
@@ -141,8 +142,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", type=Path, help="a Markdown file with the two marks")
+    parser.add_argument("--overhead-only", action="store_true", help="only what a step costs beside GRPOTrainer")
     args = parser.parse_args()
-    text = markdown(args.results)
+    whole = markdown(args.results)
+    text = "\n\n".join(overhead(Results(read(args.results)))) + "\n" if args.overhead_only else whole
     if args.write is None:
         print(text, end="")
         return
