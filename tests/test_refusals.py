@@ -55,28 +55,6 @@ def test_unsloth(monkeypatch):
     refused("Unsloth has replaced GRPOTrainer's loss")
 
 
-def needs_solution(completions, solution, **kwargs):
-    return [0.0] * len(completions)
-
-
-def test_dataset_columns():
-    no_rollout = {"rollout_func": None}
-    dataset = Batch().dataset()
-    options = no_rollout | {"reward_funcs": [needs_solution], "train_dataset": dataset}
-    refused(
-        "train_dataset has no 'solution' column, which the reward function needs_solution requires; its columns are "
-        "['prompt']",
-        trainer_options=options,
-    )
-    refused(
-        "train_dataset has no 'prompt' column; its columns are ['question']",
-        trainer_options=options | {"train_dataset": dataset.rename_column("prompt", "question")},
-    )
-    complete = dataset.add_column("solution", ["1"] * len(dataset))
-    _refusals.check_columns([needs_solution, "a/reward-model"], complete)
-    _refusals.check_columns(needs_solution, complete.to_iterable_dataset())
-
-
 def test_tr_config_takes_the_same_refusals():
     with pytest.raises(ValueError, match="regulation_slope=9.5 has no effect with token_regulation='linear'"):
         config(TRGRPOConfig, Batch(), token_regulation="linear", regulation_slope=9.5)

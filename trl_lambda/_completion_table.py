@@ -57,7 +57,8 @@ class CompletionTable:
         number = rows + self._first[mode]
         place = torch.where(number >= self._total - self._capacity, number % self._capacity, self._capacity)
         for column, value in values.items():
-            self._values[self._columns.index(column), place] = value.float()
+            if column in self._columns:
+                self._values[self._columns.index(column), place] = value.float()
 
     def write(self, accelerator: Accelerator, extra: Mapping) -> None:
         """

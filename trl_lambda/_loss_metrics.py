@@ -1,10 +1,12 @@
 """The trainer's hooks that measure what the weights do, and log it through TRL."""
 
+import warnings
+
 import torch
-from transformers import TrainerCallback
 
 from ._completion_table import CompletionTable
-from ._weighted_inputs import ROW_KEY, WeightedInputs, own_tokens
+from ._generation_batch import ROW_KEY, GenerationBatch, own_tokens
+from ._weighted_inputs import WeightedInputs
 from .diagnostics import clipped_by_weight, clipped_tokens
 from .lambda_grpo_config import CLIPPED_LOSS_TYPES
 from .loss_tally import LossTally
@@ -16,21 +18,37 @@ class LossMetricsMixin:
     def _start_metrics(self) -> None:
         """Call it once `GRPOTrainer.__init__` is through."""
         self._tally = {"train": LossTally(), "eval": LossTally()}
-        if self._weighted:
-            self.add_callback(_ReduceMetrics(self))
         columns = {"length_weight": self.args.aggregation, "mean_token_weight": self.args.token_regulation}
-        columns = tuple(name for name, member in columns.items() if member is not None)
+        self._columns = tuple(name for name, member in columns.items() if member is not None)
         self._completion_table: CompletionTable | None = None
-        if self.log_completions and columns:
-            self._completion_table = CompletionTable(columns, self._logs["prompt"].maxlen, self.accelerator.device)
+        self._columns_are_free = True
 
-    def _note_responses(self, lengths: torch.Tensor, advantages: torch.Tensor | None) -> None:
-        """Take a new generation batch into the metrics: all lengths, (P, G), and all advantages, if one per row."""
+    def _note_responses(self, batch: GenerationBatch) -> None:
+        """Take a new generation batch into the metrics."""
         mode = "train" if self.model.training else "eval"
-        if advantages is not None:
-            self._tally[mode].add_responses(lengths, advantages.view_as(lengths))
+        lengths = batch.lengths
+        if batch.advantages is not None:
+            self._tally[mode].add_responses(lengths, batch.advantages)
+        self._start_table()
         if self._completion_table is not None:
             self._completion_table.append_rows(mode, lengths.numel(), self._logs["extra"])
+
+    def _start_table(self) -> None:
+        """Make the table's columns at the first rows, but for those that a reward function logs under their name."""
+        if self._completion_table is not None or not (self.log_completions and self._columns_are_free):
+            return
+        taken = [name for name in self._columns if self._logs["extra"].get(name)]
+        if taken:
+            warnings.warn(
+                f"a reward function logs {', '.join(taken)} with log_extra: the table of completions keeps its "
+                "values, and not the weights of trl_lambda. Use another name there to have both.",
+                UserWarning,
+                stacklevel=2,
+            )
+        columns = tuple(name for name in self._columns if name not in taken)
+        self._columns_are_free = bool(columns)
+        if columns:
+            self._completion_table = CompletionTable(columns, self._logs["prompt"].maxlen, self.accelerator.device)
 
     @torch.no_grad()
     def _note_tokens(
@@ -63,15 +81,22 @@ class LossMetricsMixin:
             tally.add_clipped(clipped_tokens(log_ratio.exp(), advantages, *clip), advantages, mask)
         tally.add_shares(mass, inputs.length_bins, logps, mask)
 
-    def reduce_metrics(self, mode: str) -> None:
-        """
-        Reduce the weights' metrics since the last call over the processes, for the next `log`.
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # All processes come by here, whoever ordered the log; `log` itself may be called on one of them alone. What
+        # the last log of a run leaves over goes into the run's summary.
+        due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        if due or self.control.should_training_stop:
+            self.reduce_metrics("train")
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
-        It is called where all processes come by, before each log and after each evaluation, because `log` itself may
-        be called on one of them alone.
-        """
-        for name, value in self._tally[mode].flush(self.accelerator).items():
+    def reduce_metrics(self, mode: str) -> None:
+        """Reduce the weights' metrics since the last call over the processes, for the next `log`."""
+        metrics = self._tally[mode].flush(self.accelerator)
+        for name, value in metrics.items():
             self._metrics[mode][name].append(value)
+        if metrics and mode == "train" and self._lambda is not None:
+            # Read for a log only: it waits for the model's optimizer.
+            self._metrics[mode]["lambda/value"] = [self.lambda_value]
         if self._completion_table is not None:
             self._completion_table.write(self.accelerator, self._logs["extra"])
 
@@ -79,17 +104,3 @@ class LossMetricsMixin:
         output = super().evaluation_loop(*args, **kwargs)
         self.reduce_metrics("eval")
         return output
-
-
-class _ReduceMetrics(TrainerCallback):
-    """Reduce the weights' metrics on all processes when a log is due."""
-
-    def __init__(self, trainer: LossMetricsMixin):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_log:
-            self.trainer.reduce_metrics("train")
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        self.trainer.reduce_metrics("train")

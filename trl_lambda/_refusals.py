@@ -2,21 +2,12 @@
 
 import inspect
 
-from torch import nn
 from trl import GRPOTrainer
 
 from ._trl_contract import liger_bypasses_loss, patched_by_unsloth
 
-# What TRL passes to every reward function beside the dataset's columns.
-_REWARD_ARGUMENTS = {
-    "prompts",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-    "environments",
-}
+# What a `_compute_loss` of another class may declare its reduction to be, and how f then enters.
+LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "sequence")
 
 
 def refuse_unsupported(trainer_class: type, args: object, config_class: type) -> None:
@@ -50,23 +41,62 @@ def refuse_unsupported(trainer_class: type, args: object, config_class: type) ->
         )
 
 
-def check_columns(reward_funcs, dataset) -> None:
-    """Raise a `ValueError` when the dataset lacks `prompt` or a column that a reward function cannot do without."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:  # no dataset, or a stream that does not say
+def refuse_other_losses(trainer_class: type, args: object) -> None:
+    """
+    Refuse a loss that is not TRL's own while weights are on, unless its class says what its reduction is, and a
+    `compute_loss` that leaves the weights out.
+
+    f restates a reduction, and which one it restates has to be known: on a mean of sequence means the weights of a
+    token mean would be another loss, in silence. A `_compute_loss` that calls `super()._compute_loss` is TRL's.
+
+    Args:
+        trainer_class (`type`): The trainer being built.
+        args ([`LambdaGRPOConfig`]): Its configuration.
+
+    Raises:
+        `ValueError`: naming the class and what it can declare.
+    """
+    if args.aggregation is None and args.token_regulation is None:
         return
-    if "prompt" not in columns:
-        raise ValueError(f"train_dataset has no 'prompt' column; its columns are {sorted(columns)}.")
-    for function in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
-        if not callable(function) or isinstance(function, nn.Module):
+    declared = trainer_class.loss_reduction
+    if declared is not None and declared not in LOSS_REDUCTIONS:
+        raise ValueError(
+            f"{trainer_class.__name__}.loss_reduction={declared!r} is unknown; accepted: {', '.join(LOSS_REDUCTIONS)}."
+        )
+    for cls in trainer_class.__mro__[: trainer_class.__mro__.index(GRPOTrainer)]:
+        if "compute_loss" in vars(cls) and not _names(vars(cls)["compute_loss"], "compute_loss"):
+            raise ValueError(
+                f"{cls.__name__} replaces compute_loss, where the weights enter, without calling "
+                f"super().compute_loss: aggregation={args.aggregation!r} and "
+                f"token_regulation={args.token_regulation!r} would have no effect. Call it, or turn both off (None)."
+            )
+        loss = vars(cls).get("_compute_loss")
+        if loss is None or _names(loss, "_compute_loss"):
             continue
-        for parameter in inspect.signature(function).parameters.values():
-            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            if not named or parameter.default is not parameter.empty or parameter.name in _REWARD_ARGUMENTS:
-                continue
-            if parameter.name not in columns:
-                name = getattr(function, "__name__", type(function).__name__)
-                raise ValueError(
-                    f"train_dataset has no {parameter.name!r} column, which the reward function {name} requires; its "
-                    f"columns are {sorted(columns)}."
-                )
+        if declared is None:
+            raise ValueError(
+                f"{cls.__name__} replaces GRPOTrainer's _compute_loss, and how its loss is reduced is not known: "
+                f"aggregation={args.aggregation!r} and token_regulation={args.token_regulation!r} could train "
+                "something else. Either turn both off (None), or call super()._compute_loss in it, or declare the "
+                f"reduction as a class attribute of {trainer_class.__name__}: loss_reduction = 'token_mean' (a sum "
+                "over tokens divided by the batch's token count), 'sequence_mean' (a mean of each sequence's token "
+                "mean) or 'sequence' (a mean of one term per sequence)."
+            )
+        if declared == "sequence" and args.token_regulation is not None:
+            raise ValueError(
+                f"token_regulation={args.token_regulation!r} weights tokens, and {cls.__name__} declares "
+                "loss_reduction='sequence': its loss has one term per sequence. Use token_regulation=None."
+            )
+
+
+def _names(function: object, method: str) -> bool:
+    """Whether a function names `method`, as a call of super's does; read off the compiled code."""
+    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if code is None:
+            continue
+        if method in code.co_names:
+            return True
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    return False

@@ -185,6 +185,19 @@ def _has_curves(run: RunLog) -> bool:
 REWARD = Panel(
     "Reward", "reward per completion", ("reward", "eval_reward"), functools.partial(_draw_metric, key="reward")
 )
+
+
+def _share_panel(by: str, keys: tuple[str, ...], labels: tuple[str, ...]) -> Panel:
+    """The panel of a quantity's four quarters, shown where a run has logged all of them."""
+    return Panel(
+        f"Share of the loss by {by}",
+        "part of Σ|f·v·A|",
+        keys,
+        functools.partial(_draw_shares, keys=keys, labels=labels),
+        shown=lambda run: bool(_complete(run, keys).history),
+    )
+
+
 PANELS = (
     REWARD,
     Panel(
@@ -220,24 +233,8 @@ PANELS = (
         shown=_has_curves,
         over_steps=False,
     ),
-    Panel(
-        "Share of the loss by response length",
-        "part of Σ|f·v·A|",
-        _LENGTH_SHARES,
-        shown=lambda run: bool(_complete(run, _LENGTH_SHARES).history),
-        draw=functools.partial(
-            _draw_shares, keys=_LENGTH_SHARES, labels=("shortest quarter", "second", "third", "longest")
-        ),
-    ),
-    Panel(
-        "Share of the loss by token probability",
-        "part of Σ|f·v·A|",
-        _PROBABILITY_SHARES,
-        shown=lambda run: bool(_complete(run, _PROBABILITY_SHARES).history),
-        draw=functools.partial(
-            _draw_shares, keys=_PROBABILITY_SHARES, labels=("least probable quarter", "second", "third", "most")
-        ),
-    ),
+    _share_panel("response length", _LENGTH_SHARES, ("shortest quarter", "second", "third", "longest")),
+    _share_panel("token probability", _PROBABILITY_SHARES, ("least probable quarter", "second", "third", "most")),
     Panel(
         "Tokens at the bounds of v",
         "part of tokens",

@@ -22,12 +22,14 @@ TESTED_VERSIONS = ("1.10.0", "1.13.0", "1.14.2", "1.16.0")
 # Method -> the parameters that are passed or read by name.
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
+    "_prepare_inputs": ("generation_batch",),
     "_get_per_token_logps_and_entropies": ("model",),
     "_compute_loss": ("model", "inputs"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
     "create_optimizer": (),
     "evaluation_loop": (),
+    "_maybe_log_save_evaluate": (),
     "_save": ("output_dir", "state_dict"),
     "_save_optimizer_and_scheduler": ("output_dir",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
@@ -38,6 +40,7 @@ METHODS = {
 ATTRIBUTES = (
     "_metrics",
     "_logs",
+    "_buffered_inputs",
     "num_generations",
     "num_generations_eval",
     "loss_type",

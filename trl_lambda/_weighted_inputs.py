@@ -2,11 +2,6 @@
 
 import torch
 
-# Entries added to the scored batch. Dimension 0 is this process's rows, so that TRL's shuffle and split keep them
-# right: the lengths of the whole generation batch, once per row, and the row's own place in it.
-LENGTHS_KEY = "generation_batch_lengths"
-ROW_KEY = "generation_batch_row"
-
 
 class WeightedInputs(dict):
     """
@@ -60,16 +55,31 @@ class WeightedInputs(dict):
             )
         self._complete = True
 
-    def check_consumed(self) -> None:
+    def check_consumed(self, trainer_class: type) -> None:
         """
         Raises:
-            `RuntimeError`: the loss was computed without reading the weighted entries after they were complete.
+            `RuntimeError`: the loss was computed without reading the weighted entries after they were complete; the
+                message names a class that may have passed on a copy of the inputs.
         """
-        if self._pending or not self._complete:
-            raise RuntimeError(
-                f"TRL computed the loss without reading the weighted {', '.join(sorted(self._pending)) or 'inputs'}: "
-                "the weights had no effect. trl_lambda does not support this TRL or this combination of options."
+        if not self._pending and self._complete:
+            return
+        entries = ", ".join(sorted(self._pending)) or "inputs"
+        methods = ("compute_loss", "_compute_loss")
+        between = [
+            f"{cls.__name__}.{name}"
+            for cls in trainer_class.__mro__
+            for name in methods
+            if name in vars(cls) and not cls.__module__.startswith(("trl.", "transformers.", "trl_lambda."))
+        ]
+        cause = "trl_lambda does not support this TRL or this combination of options."
+        if between:
+            cause = (
+                f"{' and '.join(between)} may pass on a copy of `inputs`, such as dict(inputs), which the weights do "
+                "not reach: pass on `inputs` itself, with its entries changed."
             )
+        raise RuntimeError(
+            f"TRL computed the loss without reading the weighted {entries}: the weights had no effect. {cause}"
+        )
 
     def _note(self, key: str) -> None:
         if self._complete:
@@ -82,9 +92,3 @@ class WeightedInputs(dict):
     def get(self, key, default=None):
         self._note(key)
         return super().get(key, default)
-
-
-def own_tokens(inputs: dict) -> torch.Tensor:
-    """Mask of the tokens that the policy itself wrote and that count in the loss, (B, T)."""
-    mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")
-    return mask if tool_mask is None else mask * tool_mask

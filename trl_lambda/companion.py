@@ -30,7 +30,7 @@ def companion_class(
     Args:
         args (`LambdaGRPOConfig`): The run's configuration.
         model (`torch.nn.Module`): The model, for transformers' own choice.
-        user_built (`bool`): Whether `optimizers=` was passed.
+        user_built (`bool`): Whether the trainer's optimizer is not the one that `Trainer` builds.
 
     Returns:
         `tuple`: optimizer class and its keyword arguments, without `params`.

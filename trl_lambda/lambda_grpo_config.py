@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from ._lambda_files import LARGEST_FLOAT32
 from .weights import (
     LEARNABLE_AGGREGATIONS,
     LENGTH_AGGREGATIONS,
@@ -29,6 +30,18 @@ CLIPPED_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 # Surrogates whose value is A·log π times a constant: only their gradient in the policy is meaningful.
 SCORE_FUNCTION_LOSS_TYPES = ("cispo", "vespo")
 
+_NUMBER_FIELDS = (
+    "lambda_init",
+    "lambda_learning_rate",
+    "lambda_adam_eps",
+    "lambda_max_grad_norm",
+    "length_scale",
+    "regulation_alpha",
+    "regulation_slope",
+    "regulation_center",
+    "regulation_min",
+    "regulation_max",
+)
 _LAMBDA_FIELDS = ("lambda_init", "lambda_bounds")
 _GROUP_FIELDS = ("lambda_learning_rate", "lambda_adam_eps", "lambda_max_grad_norm")
 _SIGMOID_FIELDS = ("regulation_slope", "regulation_center", "regulation_min", "regulation_max")
@@ -181,6 +194,10 @@ class LambdaGRPOConfig(GRPOConfig):
         # The command line passes "none" as a string.
         self.aggregation = _none_from_text(self.aggregation)
         self.token_regulation = _none_from_text(self.token_regulation)
+        for name in _NUMBER_FIELDS:  # YAML reads 1e-2 as text
+            setattr(self, name, _number_from_text(getattr(self, name)))
+        if isinstance(self.lambda_bounds, list | tuple):
+            self.lambda_bounds = [_number_from_text(bound) for bound in self.lambda_bounds]
         self.validate()
         self._warn_about_score_function()
         super().__post_init__()
@@ -214,8 +231,12 @@ class LambdaGRPOConfig(GRPOConfig):
                 f"loss_type={self.loss_type!r} brings its own reduction, which aggregation={self.aggregation!r} "
                 f"would replace. Use {instead}."
             )
-        if not math.isfinite(self.lambda_init):
-            raise ValueError(f"lambda_init={self.lambda_init} must be finite.")
+        for name in _NUMBER_FIELDS:
+            value = getattr(self, name)
+            if not (_is_number(value) or value is None and name == "regulation_alpha"):
+                raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
+        if not abs(self.lambda_init) <= LARGEST_FLOAT32:
+            raise ValueError(f"lambda_init={self.lambda_init} must be finite in float32, the dtype of λ.")
         for name in ("lambda_learning_rate", "lambda_adam_eps"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -229,8 +250,11 @@ class LambdaGRPOConfig(GRPOConfig):
 
     def _check_bounds(self) -> None:
         bounds = self.lambda_bounds
-        if len(bounds) != 2 or not bounds[0] < bounds[1]:
-            raise ValueError(f"lambda_bounds={bounds} must be two numbers [low, high] with low < high.")
+        numbers = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(_is_number(bound) for bound in bounds)
+        if not numbers or not bounds[0] < bounds[1]:
+            raise ValueError(f"lambda_bounds={bounds!r} must be two numbers [low, high] with low < high.")
+        if not max(map(abs, bounds)) <= LARGEST_FLOAT32:
+            raise ValueError(f"lambda_bounds={bounds!r} must be finite in float32, the dtype of λ.")
         if not bounds[0] <= self.lambda_init <= bounds[1]:
             raise ValueError(f"lambda_init={self.lambda_init} must lie in lambda_bounds={bounds}.")
 
@@ -261,14 +285,17 @@ class LambdaGRPOConfig(GRPOConfig):
         """An option that differs from its default and would have no effect is a mistake, not a preference."""
         unused = []
         if not self.has_lambda:
+            unused.append(("lambda_learnable", f"aggregation={self.aggregation!r}"))
             unused += [(name, f"aggregation={self.aggregation!r}") for name in _LAMBDA_FIELDS]
             unused += [(name, f"aggregation={self.aggregation!r}") for name in _GROUP_FIELDS]
         elif not self.lambda_learnable:
             unused += [(name, "lambda_learnable=False") for name in (*_GROUP_FIELDS, "lambda_bounds")]
         if self.aggregation != "lambda":
             unused.append(("length_scale", f"aggregation={self.aggregation!r}"))
-        if self.aggregation is None:
-            unused.append(("aggregation_scope", "aggregation=None"))
+        if self.aggregation in (None, "grpo", "dr_grpo"):  # these two come out the same in both scopes
+            unused.append(("aggregation_scope", f"aggregation={self.aggregation!r}"))
+        if self.aggregation is None and self.token_regulation is None:
+            unused.append(("token_metrics", "aggregation=None and token_regulation=None"))
         if self.token_regulation is None:
             names = ("regulation_alpha", "regulation_inside_clip", *_SIGMOID_FIELDS)
             unused += [(name, "token_regulation=None") for name in names]
@@ -332,6 +359,18 @@ class TRGRPOConfig(LambdaGRPOConfig):
             "'linear' (AR), or none."
         },
     )
+
+
+def _number_from_text(value: object) -> object:
+    """The number that a text such as "1e-2" stands for; anything else as it is, for the checks to refuse."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _none_from_text(value: str | None) -> str | None:

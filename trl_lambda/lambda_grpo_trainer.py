@@ -12,15 +12,16 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from ._generation_batch import ROW_KEY, GenerationBatch, gather_generation_batch, number_rows
 from ._lambda_checkpoint import LambdaCheckpointMixin
 from ._loss_metrics import LossMetricsMixin
-from ._refusals import check_columns, refuse_unsupported
+from ._refusals import refuse_other_losses, refuse_unsupported
 from ._trl_contract import check_contract
-from ._weighted_inputs import LENGTHS_KEY, ROW_KEY, WeightedInputs, own_tokens
+from ._weighted_inputs import WeightedInputs
 from .companion import companion_class, engine_owns_optimizer, lambda_eps
 from .diagnostics import quartile_index
 from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
-from .lambda_parameter import LambdaParameter, base_learning_rate, schedule_factor
+from .lambda_parameter import LambdaParameter, base_learning_rate, unwrap_optimizer
 from .model_card import LAMBDA_PAPER, TR_PAPER, ModelCardMixin
 from .weights import length_weights, probability_weights, sequence_mean_weights
 
@@ -31,7 +32,10 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
 
     f is a length weight with a learnable λ (this project's reading of arXiv 2510.06870), v a weight increasing in the
     policy's probability of the token (arXiv 2511.00066); both are chosen in [`LambdaGRPOConfig`]. All arguments are
-    those of [`~trl.GRPOTrainer`].
+    those of [`~trl.GRPOTrainer`], in the same order.
+
+    A subclass that replaces TRL's `_compute_loss` declares how its loss is reduced, or the weights are refused:
+    `loss_reduction = "token_mean"`, `"sequence_mean"` or `"sequence"`.
 
     Args:
         args ([`LambdaGRPOConfig`], *optional*):
@@ -47,45 +51,25 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
     _name = "LambdaGRPO"
     _paper = LAMBDA_PAPER
     _config_class = LambdaGRPOConfig
+    # What a subclass with a `_compute_loss` of its own declares its reduction to be: see `refuse_other_losses`.
+    loss_reduction: str | None = None
 
-    def __init__(
-        self,
-        model,
-        reward_funcs=None,
-        args: LambdaGRPOConfig | None = None,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        reward_processing_classes=None,
-        callbacks=None,
-        optimizers=(None, None),
-        **kwargs,
-    ):
+    def __init__(self, model, reward_funcs=None, args: LambdaGRPOConfig | None = None, *trl_args, **trl_kwargs):
         check_contract(GRPOTrainer)
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
         refuse_unsupported(type(self), args, self._config_class)
-        if kwargs.get("rollout_func") is None and kwargs.get("environment_factory") is None:
-            check_columns(reward_funcs, train_dataset)
+        refuse_other_losses(type(self), args)
 
         self._lambda: LambdaParameter | None = None
         self._weighted = args.aggregation is not None or args.token_regulation is not None
+        self._generation_batches: dict[str, GenerationBatch] = {}  # the last of "train" and of "eval"
+        self._rows_scored = 0  # of a generation batch that is new to `_prepare_inputs`
         self._loss_inputs: WeightedInputs | None = None
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            **kwargs,
-        )
-        self._user_built_optimizer = optimizers[0] is not None
-        self._optimizer_is_owned = self._user_built_optimizer or engine_owns_optimizer(self)
+        self._trainer_built_optimizer = False
+        self._seen_optimizer: object = None
+        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
         if args.has_lambda:
             self._lambda = LambdaParameter(
                 args.lambda_init,
@@ -107,23 +91,30 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         if self._weighted:
-            lengths, advantages = self._gather_responses(output)
-            group_size = self.num_generations if self.model.training else self.num_generations_eval
-            rows = output["completion_mask"].size(0)
-            start = self.accelerator.process_index * rows
-            output[LENGTHS_KEY] = lengths.view(-1, group_size).expand(rows, -1, -1)
-            output[ROW_KEY] = torch.arange(start, start + rows, device=lengths.device)
-            self._note_responses(lengths.view(-1, group_size), advantages)
+            number_rows(output, self.accelerator)
+            self._rows_scored = output["completion_mask"].size(0)
+            self._take_generation_batch([output])
         return output
 
-    def _gather_responses(self, output: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Own-token lengths and advantages of all processes' rows, in one collective: both are 32 bits wide."""
-        lengths = own_tokens(output).sum(dim=1, dtype=torch.int32)
-        if output["advantages"].dim() != 1:  # a subclass may have one per token: the metrics do without
-            return self.accelerator.gather(lengths), None
-        bits = output["advantages"].float().contiguous().view(torch.int32)
-        everywhere = self.accelerator.gather(torch.stack([lengths, bits], dim=1))
-        return everywhere[:, 0], everywhere[:, 1].contiguous().view(torch.float32)
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._rows_scored:
+            if type(self)._generate_and_score_completions is not LambdaGRPOTrainer._generate_and_score_completions:
+                # A subclass may have masked rows or changed advantages since they were gathered: take them again.
+                self._take_generation_batch(self._buffered_inputs if self.model.training else [inputs])
+            self._note_responses(self._generation_batches["train" if self.model.training else "eval"])
+            self._rows_scored = 0
+        return inputs
+
+    def _take_generation_batch(self, micro_batches: list[dict]) -> None:
+        """Keep lengths and advantages of all processes' rows, from this process's share of them."""
+        training = self.model.training
+        self._generation_batches["train" if training else "eval"] = gather_generation_batch(
+            micro_batches,
+            self._rows_scored,
+            self.num_generations if training else self.num_generations_eval,
+            self.accelerator,
+        )
 
     # ---- The loss ----
 
@@ -138,7 +129,7 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
             loss = super().compute_loss(model, weighted, return_outputs, num_items_in_batch)
         finally:
             self._loss_inputs = None
-        weighted.check_consumed()
+        weighted.check_consumed(type(self))
         parameter = self._lambda
         if parameter is not None and parameter.companion is not None and self.accelerator.mixed_precision == "fp16":
             loss = parameter.probe_scale(loss)
@@ -146,7 +137,8 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
 
     def _weight_responses(self, inputs: WeightedInputs) -> None:
         """Multiply f into the advantages, from the lengths of the whole generation batch and λ as it is now."""
-        lengths, own = inputs[LENGTHS_KEY][0], inputs[ROW_KEY]  # (P, G), (B,)
+        lengths = self._generation_batches["train" if self.model.training else "eval"].lengths  # (P, G)
+        own = inputs[ROW_KEY]  # (B,)
         if self.args.token_metrics:
             inputs.length_bins = quartile_index(lengths, lengths > 0).flatten()[own]
         if self.args.aggregation is None:  # TRL's own reduction; the diagnostics count its weight all the same
@@ -163,7 +155,8 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
         )
         self._tally["train" if self.model.training else "eval"].add_length_weights(weights)
         inputs.length_weight = weights.detach().flatten()[own]
-        if self.loss_type == "sapo":
+        reduction = self.loss_reduction or ("sequence_mean" if self.loss_type == "sapo" else "token_mean")
+        if reduction != "token_mean":
             weights = sequence_mean_weights(weights, lengths)
         inputs.scale_advantages(weights.flatten()[own])
 
@@ -197,27 +190,45 @@ class LambdaGRPOTrainer(LossMetricsMixin, LambdaCheckpointMixin, ModelCardMixin,
     # ---- λ's parameter group ----
 
     def create_optimizer(self, *args, **kwargs):
+        self._trainer_built_optimizer |= self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        parameter, args = self._lambda, self.args
-        if parameter is None or not parameter.learnable or parameter.companion is not None:
+        parameter = self._lambda
+        if parameter is None or not parameter.learnable or not self._trainer_built_optimizer:
             return optimizer
-        if not self._optimizer_is_owned:
-            if not parameter.in_optimizer(optimizer):
-                eps = lambda_eps(args, optimizer)
-                parameter.add_group(optimizer, learning_rate=args.lambda_learning_rate, adam_eps=eps)
-            return optimizer
-        optimizer_class, options = companion_class(args, self.model, user_built=self._user_built_optimizer)
-        parameter.make_companion(optimizer_class, options, learning_rate=args.lambda_learning_rate)
-        parameter.set_eps(lambda_eps(args, parameter.companion))
-        parameter.model_learning_rate = base_learning_rate(optimizer, args.learning_rate)
+        if not engine_owns_optimizer(self) and not parameter.in_optimizer(optimizer):
+            eps = lambda_eps(self.args, optimizer)
+            parameter.add_group(optimizer, learning_rate=self.args.lambda_learning_rate, adam_eps=eps)
         return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if self._lambda is not None and self._lambda.learnable:
+            self._place_lambda()  # what has been built by now is what the checkpoint is loaded into
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _place_lambda(self) -> None:
+        """Give λ a companion where the trainer's optimizer, as an engine or the user built it, does not hold it."""
+        parameter, args, optimizer = self._lambda, self.args, unwrap_optimizer(self.optimizer)
+        if optimizer is not self._seen_optimizer:  # before its first step: a plateau schedule keeps no initial rate
+            self._seen_optimizer = optimizer
+            parameter.model_learning_rate = base_learning_rate(optimizer, args.learning_rate)
+        if not parameter.in_optimizer(optimizer) and parameter.companion is None:
+            user_built = not (self._trainer_built_optimizer and engine_owns_optimizer(self))
+            optimizer_class, options = companion_class(args, self.model, user_built=user_built)
+            parameter.make_companion(optimizer_class, options, learning_rate=args.lambda_learning_rate)
+            parameter.set_eps(lambda_eps(args, parameter.companion))
+        if parameter.in_optimizer(optimizer) and parameter.companion is not None:
+            raise RuntimeError(
+                "λ is in the trainer's optimizer and has a companion of its own: two optimizers would step it. The "
+                "optimizer was replaced between two calls of train(): build a new trainer instead."
+            )
 
     def training_step(self, *args, **kwargs):
         parameter = self._lambda
         if parameter is None or not parameter.learnable:
             return super().training_step(*args, **kwargs)
-        if parameter.companion is not None:  # before an engine may advance the schedule inside backward
-            parameter.companion_factor = schedule_factor(self.lr_scheduler, parameter.model_learning_rate)
+        self._place_lambda()
+        # Before the loss: an engine may advance the schedule inside backward.
+        parameter.follow_schedule(self.lr_scheduler, unwrap_optimizer(self.optimizer))
         loss = super().training_step(*args, **kwargs)
         if self.accelerator.sync_gradients:
             parameter.reduce_gradient(self.accelerator)
@@ -236,11 +247,10 @@ class TRGRPOTrainer(LambdaGRPOTrainer):
 
 
 class _LambdaStep(TrainerCallback):
-    """λ's part of the optimizer step: clip before it; clear, project and log after it."""
+    """λ's part of the optimizer step: clip before it; clear and project after it."""
 
     def __init__(self, trainer: LambdaGRPOTrainer):
         self.trainer = trainer
-        self.is_noted = False
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         parameter, accelerator = self.trainer._lambda, self.trainer.accelerator
@@ -259,17 +269,3 @@ class _LambdaStep(TrainerCallback):
             metrics["lambda/grad"].append(parameter.last_grad if math.isfinite(parameter.last_grad) else math.nan)
             # A count: the last one is meant, not TRL's mean over the logging interval.
             metrics["lambda/skipped"] = [parameter.skipped]
-        self.is_noted = False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if control.should_log:
-            self._note_value()
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        if not self.is_noted:  # steps since the last log go into the summary of the run
-            self._note_value()
-
-    def _note_value(self):
-        """Note λ for a log: reading it after every step would wait for the model's optimizer."""
-        self.trainer._metrics["train"]["lambda/value"] = [self.trainer.lambda_value]
-        self.is_noted = True

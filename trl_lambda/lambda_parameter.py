@@ -46,11 +46,11 @@ class LambdaParameter:
         self.bounds = bounds
         self.max_grad_norm = max_grad_norm
         self.companion: torch.optim.Optimizer | None = None
-        self.companion_factor = 1.0
+        self.learning_rate = 0.0
         self.model_learning_rate = 0.0
         self.last_grad = 0.0
         self.skipped = 0
-        self._learning_rate = 0.0
+        self._is_reduced = False
         self._scale_probe: torch.Tensor | None = None
         self._micro_batches = 0
 
@@ -65,7 +65,8 @@ class LambdaParameter:
 
     def in_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether λ is in a parameter group of `optimizer`, by identity."""
-        return any(p is self.tensor for group in optimizer.param_groups for p in group["params"])
+        groups = getattr(optimizer, "param_groups", ())  # an engine's placeholder has none
+        return any(p is self.tensor for group in groups for p in group["params"])
 
     def add_group(self, optimizer: torch.optim.Optimizer, *, learning_rate: float, adam_eps: float | None) -> None:
         """
@@ -78,6 +79,7 @@ class LambdaParameter:
         """
         group = self._group(learning_rate)
         optimizer.add_param_group(group if adam_eps is None else group | {"eps": adam_eps})
+        self.learning_rate = learning_rate
 
     def make_companion(self, optimizer_class: type, options: dict[str, Any], *, learning_rate: float) -> None:
         """
@@ -89,7 +91,7 @@ class LambdaParameter:
             learning_rate (`float`): base learning rate of λ; each step multiplies it by the model's schedule.
         """
         self.companion = optimizer_class([self._group(learning_rate)], **options)
-        self._learning_rate = learning_rate
+        self.learning_rate = learning_rate
 
     def set_eps(self, adam_eps: float | None) -> None:
         """Set `eps` of the companion's group; `None` leaves the optimizer's own."""
@@ -98,6 +100,22 @@ class LambdaParameter:
 
     def _group(self, learning_rate: float) -> dict[str, Any]:
         return {"params": [self.tensor], "lr": learning_rate, "weight_decay": 0.0, "name": GROUP_NAME}
+
+    def group_in(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """λ's parameter group: the companion's, else the one in `optimizer`, else `None`."""
+        groups = getattr(optimizer if self.companion is None else self.companion, "param_groups", ())
+        return next((group for group in groups if any(p is self.tensor for p in group["params"])), None)
+
+    def follow_schedule(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+        """
+        Set λ's learning rate for this step: its base rate times the factor of the model's schedule.
+
+        A schedule sets every group's rate in its own way (OneCycleLR gives all groups one peak, ReduceLROnPlateau one
+        floor); set here, λ's is the same multiple of `lambda_learning_rate` under all of them, in either home.
+        """
+        group = self.group_in(optimizer)
+        if group is not None:
+            group["lr"] = self.learning_rate * schedule_factor(scheduler, self.model_learning_rate)
 
     def probe_scale(self, loss: torch.Tensor) -> torch.Tensor:
         """
@@ -128,9 +146,21 @@ class LambdaParameter:
             self._scale_probe.grad = None
         self._micro_batches = 0
         self.tensor.grad = accelerator.reduce(grad, reduction="mean")
+        self._is_reduced = True
 
     def prepare_step(self) -> None:
-        """Clip the reduced gradient, or drop it when it is not finite: the optimizer then leaves λ alone."""
+        """
+        Clip the reduced gradient, or drop it when it is not finite: the optimizer then leaves λ alone.
+
+        Raises:
+            `RuntimeError`: nobody has reduced the gradient: a subclass replaced `training_step`.
+        """
+        if not self._is_reduced:
+            raise RuntimeError(
+                "λ's gradient was not averaged over the processes: a subclass overrides training_step without calling "
+                "super().training_step, which does it. Call it, or set lambda_learnable=False."
+            )
+        self._is_reduced = False
         self.last_grad = self.tensor.grad.item()
         if not math.isfinite(self.last_grad):
             self.tensor.grad = None
@@ -139,9 +169,8 @@ class LambdaParameter:
             self.tensor.grad.clamp_(-self.max_grad_norm, self.max_grad_norm)
 
     def step_companion(self) -> None:
-        """Step the companion, if there is one, at its base learning rate times the factor of the model's schedule."""
+        """Step the companion, if there is one."""
         if self.companion is not None:
-            self.companion.param_groups[0]["lr"] = self._learning_rate * self.companion_factor
             self.companion.step()
 
     @torch.no_grad()
@@ -153,9 +182,18 @@ class LambdaParameter:
 
     @torch.no_grad()
     def load(self, value: float, skipped: int) -> None:
-        """Set λ in place, so that optimizer state that refers to it stays attached."""
+        """Set λ in place and inside its bounds, so that optimizer state that refers to it stays attached."""
         self.tensor.fill_(value)
+        if self.bounds is not None:
+            self.tensor.clamp_(*self.bounds)
         self.skipped = skipped
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate or an engine."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def has_scalar_eps(optimizer: torch.optim.Optimizer) -> bool:
@@ -179,18 +217,23 @@ def base_learning_rate(optimizer: Any, default: float) -> float:
 
 def schedule_factor(scheduler: Any, base: float) -> float:
     """
-    What a learning rate scheduler multiplies the base learning rate by at this step.
+    What a learning rate scheduler multiplies the model's learning rate by at this step.
 
     Args:
         scheduler: A torch scheduler, or a wrapper of accelerate or an engine around one.
         base (`float`): the first group's learning rate before any schedule.
 
     Returns:
-        `float`: exact for a `LambdaLR`, which most of transformers' schedules are; else the ratio of the first group's
-        learning rate to `base`, 1 where that is 0.
+        `float`: exact for a `LambdaLR`, which most of transformers' schedules are. Else the first group's learning
+        rate over the schedule's peak, at most 1: the peak is `max_lr` where the schedule has one (OneCycleLR,
+        CyclicLR), else `base`. 1 where the peak is 0.
     """
     while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "scheduler"):
         scheduler = scheduler.scheduler
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return float(scheduler.lr_lambdas[0](scheduler.last_epoch))
-    return float(scheduler.optimizer.param_groups[0]["lr"]) / base if base else 1.0
+    group = scheduler.optimizer.param_groups[0]
+    peak = group.get("max_lr")  # OneCycleLR keeps it in the group, CyclicLR in the scheduler
+    if peak is None:
+        peak = getattr(scheduler, "max_lrs", [base])[0]
+    return min(1.0, float(group["lr"]) / float(peak)) if peak else 1.0

@@ -41,7 +41,7 @@ class LossTally:
         known = ~ess.isnan()
         self._add("length_weight/ess", torch.stack([ess.nan_to_num().sum(), known.sum()]))
         self._least("length_weight/min", weights.masked_fill(~has_tokens, torch.inf).min())
-        self._least("length_weight/max", -weights.max())
+        self._least("length_weight/max", -weights.masked_fill(~has_tokens, -torch.inf).max())
 
     def add_token_weights(
         self, weights: torch.Tensor, mask: torch.Tensor, bounds: tuple[float, float] | None = None

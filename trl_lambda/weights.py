@@ -40,8 +40,9 @@ def length_weights(
         "lambda"   f_i = G · softmax_i(h_i^λ),  h_i = 1 + r·z_i,  z_i = (|o_i| - μ) / σ   (μ, σ, G of the group)
         "power"    f_i = (|o_i|/μ)^λ · S / Σ_j |o_j|·(|o_j|/μ)^λ
 
-    What is preserved: Σ_i f_i for `"lambda"` (it equals the number of the group's rows with tokens), the token mass
-    Σ_i |o_i| f_i = S for `"power"`. λ = 0 is `"dapo"` in both, bit for bit; power λ = -1 is `"grpo"` where every row
+    What is preserved in scope "batch": Σ_i f_i for `"lambda"` (it equals the number of the group's rows with tokens),
+    the token mass Σ_i |o_i| f_i = S for `"power"`. In scope "prompt" each group's weights come times a factor of its
+    own, so that Σ_i |o_i| f_i of a group is S_batch / P for `"dapo"` and `"power"`. λ = 0 is `"dapo"` in both, bit for bit; power λ = -1 is `"grpo"` where every row
     has tokens (and else N / (rows with tokens) times it).
 
     Args:
