@@ -37,7 +37,7 @@ from trl.rewards import (
 )
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda._lambda_files import read_lambda_file
+from trl_lambda.preference.files import read_lambda_file
 from trl_lambda.report import plot_run, require_matplotlib, summarize_run
 
 ROOT = str(Path(__file__).resolve().parent.parent)

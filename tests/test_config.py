@@ -129,7 +129,7 @@ INSIDE_REFUSALS = [
         ({"lambda_init": "half"}, "lambda_init='half' must be a number, got str"),
         ({"lambda_learning_rate": None}, "lambda_learning_rate=None must be a number, got NoneType"),
         ({"lambda_max_grad_norm": True}, "lambda_max_grad_norm=True must be a number, got bool"),
-        ({"aggregation": "grpo", "aggregation_scope": "prompt"}, "aggregation_scope='prompt' has no effect"),
+        ({"aggregation": None, "aggregation_scope": "prompt"}, "aggregation_scope='prompt' has no effect"),
         ({"aggregation": "dapo", "lambda_learnable": False}, "lambda_learnable=False has no effect"),
         ({"aggregation": None, "token_metrics": False}, "token_metrics=False has no effect"),
     ],

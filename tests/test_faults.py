@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda.lambda_parameter import LambdaParameter
+from trl_lambda.preference.lambda_parameter import LambdaParameter
 from trl_lambda.weights import length_weights, probability_weights
 
 BOTH = {"aggregation": "lambda", "lambda_init": 0.7, "token_regulation": "sigmoid"}

@@ -100,10 +100,6 @@ def test_every_surrogate_with_f_and_v(loss_type, level, regulation):
 @pytest.mark.parametrize("aggregation", ["lambda", "power", "grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("loss_type", ["dapo", "sapo"])
 def test_every_member_in_both_scopes(aggregation, scope, loss_type):
-    if scope == "prompt" and aggregation in ("grpo", "dr_grpo"):
-        with pytest.raises(ValueError, match="aggregation_scope='prompt' has no effect"):  # the same in both scopes
-            lambda_trainer(aggregation=aggregation, aggregation_scope=scope, loss_type=loss_type)
-        return
     options = {"aggregation": aggregation, "aggregation_scope": scope, "loss_type": loss_type}
     if aggregation in ("lambda", "power"):
         options |= {"lambda_init": -0.7, "lambda_learnable": False}

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trl_lambda._trl_contract import TESTED_VERSIONS
+from trl_lambda.trl_seam.contract import TESTED_VERSIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

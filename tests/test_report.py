@@ -437,7 +437,7 @@ def test_a_run_without_the_extras_trains_as_before(tmp_path: Path):
 import sys
 for name in ("matplotlib", "tensorboard", "trackio", "wandb"):
     sys.modules[name] = None
-import conftest
+import offline
 from support import train
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 result = train(LambdaGRPOTrainer, LambdaGRPOConfig, max_steps=2)
@@ -445,6 +445,6 @@ assert "advantage/length_correlation" in result.logs[0]
 print(result.losses)
 """
     here = Path(__file__).parent
-    environment = {"PYTHONPATH": f"{here}:{here.parent}", "PATH": "", "HOME": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{here / 'tools'}:{here.parent}", "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,7 @@ from support import LENGTHS, Batch, build, build_model, build_tokenizer, config,
 from trl import GRPOConfig
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
-from trl_lambda.lambda_parameter import base_learning_rate, schedule_factor
+from trl_lambda.preference.lambda_parameter import base_learning_rate, schedule_factor
 
 # Six rows per micro-batch, two micro-batches per optimizer step.
 CUT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._lambda_files import read_lambda_file
+from .preference.files import read_lambda_file
 
 LogHistory = Sequence[Mapping[str, Any]]
 logger = logging.getLogger(__name__)

@@ -45,8 +45,8 @@ def read_lambda_file(folder: str | os.PathLike) -> dict[str, Any]:
         folder (`str` or `os.PathLike`): A checkpoint or model folder.
 
     Returns:
-        `dict`: as written; `"lambda"` is a finite float that float32 holds, `"skipped"` a count, `"aggregation"` the
-        member's name, `"learnable"` whether λ was trained.
+        `dict`: as written. `"lambda"` is a finite float that float32 holds, `None` for an f without λ; `"skipped"` a
+        count; `"aggregation"` the member's name; `"learnable"` whether λ was trained.
 
     Raises:
         `ValueError`: the file is missing or damaged; the message says how to start λ afresh.
@@ -62,9 +62,9 @@ def read_lambda_file(folder: str | os.PathLike) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {
             **content,
-            "lambda": _float32(content["lambda"]),
+            "lambda": None if content["lambda"] is None else _float32(content["lambda"]),
             "skipped": int(content["skipped"]),
-            "aggregation": str(content["aggregation"]),
+            "aggregation": None if content["aggregation"] is None else str(content["aggregation"]),
             "learnable": bool(content.get("learnable", True)),
         }
 

@@ -1,8 +1,8 @@
 """
 Break the package on purpose, one line at a time, and see which test goes red.
 
-    python tests/mutations.py                 # prints the table, exits with 1 if a mutant survives
-    python tests/mutations.py --write         # also writes it to tests/MUTATIONS.md
+    python tests/tools/mutations.py                 # prints the table, exits with 1 if a mutant survives
+    python tests/tools/mutations.py --write         # also writes it to tests/MUTATIONS.md
 
 Each mutant is a copy of the repository with one text replaced; the tests named beside it run there until the first
 failure.
@@ -18,7 +18,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass

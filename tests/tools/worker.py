@@ -1,7 +1,7 @@
 """
 Run prepared trainings in this process, one of several ranks or not, and write what each did to a file per rank.
 
-    torchrun --standalone --nproc_per_node 2 tests/worker.py JOBS.json FOLDER
+    torchrun --standalone --nproc_per_node 2 tests/tools/worker.py JOBS.json FOLDER
 
 JOBS.json is a list of {"trainer": "lambda" or "tr" or "grpo", "options": {...}} and what `run_job` reads besides. A
 job may name `"engine": "fsdp2"`, and is then the only one of its process; DeepSpeed comes from `accelerate launch`.
@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-import conftest  # noqa: F401  offline, one thread
+import offline  # noqa: F401
 import torch
 from support import Batch, build, build_model, config, watch
 from transformers import TrainerCallback

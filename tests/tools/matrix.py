@@ -1,8 +1,8 @@
 """
 The equivalence matrix: the same rows, cut differently, give the same loss, gradient, dL/dλ and λ.
 
-    python tests/matrix.py                 # everything; prints the table
-    python tests/matrix.py --write README.md
+    python tests/tools/matrix.py                 # everything; prints the table
+    python tests/tools/matrix.py --write README.md
 
 Twelve rows in three groups of four, lengths 1 to 12, old log-probabilities off the current ones so that clips act. One
 cut is the whole batch in one micro-batch; every other must agree with it. Where a generation batch feeds two optimizer
@@ -19,7 +19,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-import conftest  # noqa: F401
+import offline  # noqa: F401
 import torch
 from launch import launch
 from worker import run_job

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ._lambda_files import COMPANION_FILE, read_companion_state
+from .files import COMPANION_FILE, read_companion_state
 from .lambda_parameter import GROUP_NAME, LambdaParameter
 
 _PLACES = ("params", "name", "lr", "initial_lr")  # of a group: what says nothing about the kind of optimizer

@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
-from .lambda_grpo_config import LambdaGRPOConfig
+from ..lambda_grpo_config import LambdaGRPOConfig
 from .lambda_parameter import has_scalar_eps
 
 # Optimizers that update parameters outside a plain `step()` over groups of tensors, by a part of their name.

@@ -23,7 +23,11 @@ def launch(jobs: list[dict], folder: Path, processes: int, *, command: list[str]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
     environment["PYTHONPATH"] = os.pathsep.join(
-        [*filter(None, [(env or {}).get("PYTHONPATH"), os.environ.get("PYTHONPATH")]), str(HERE), str(HERE.parent)]
+        [
+            *filter(None, [(env or {}).get("PYTHONPATH"), os.environ.get("PYTHONPATH")]),
+            str(HERE),
+            str(HERE.parent.parent),
+        ]
     )
     done = subprocess.run(
         [*command, str(HERE / "worker.py"), str(folder / "jobs.json"), str(folder)],

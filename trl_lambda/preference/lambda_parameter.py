@@ -81,7 +81,9 @@ class LambdaParameter:
         optimizer.add_param_group(group if adam_eps is None else group | {"eps": adam_eps})
         self.learning_rate = learning_rate
 
-    def make_companion(self, optimizer_class: type, options: dict[str, Any], *, learning_rate: float) -> None:
+    def make_companion(
+        self, optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any], *, learning_rate: float
+    ) -> torch.optim.Optimizer:
         """
         Put λ's group into an optimizer of its own.
 
@@ -89,13 +91,17 @@ class LambdaParameter:
             optimizer_class (`type`): A torch optimizer class.
             options (`dict`): Its other arguments, as for the model.
             learning_rate (`float`): base learning rate of λ; each step multiplies it by the model's schedule.
+
+        Returns:
+            `torch.optim.Optimizer`: the companion.
         """
         self.companion = optimizer_class([self._group(learning_rate)], **options)
         self.learning_rate = learning_rate
+        return self.companion
 
     def set_eps(self, adam_eps: float | None) -> None:
         """Set `eps` of the companion's group; `None` leaves the optimizer's own."""
-        if adam_eps is not None:
+        if adam_eps is not None and self.companion is not None:
             self.companion.param_groups[0]["eps"] = adam_eps
 
     def _group(self, learning_rate: float) -> dict[str, Any]:

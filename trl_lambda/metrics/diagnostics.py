@@ -1,7 +1,7 @@
 """What the weighted loss does, as numbers: where Σ|w·A| goes by length and by probability, how even f is, what is
 clipped, and the correlation of advantage and length that λ follows.
 
-Pure functions on tensors; `LossTally` in `loss_tally.py` adds their sums up over a logging interval.
+Pure functions on tensors; `LossTally` adds their sums up over a logging interval.
 """
 
 import itertools

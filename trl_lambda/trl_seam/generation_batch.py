@@ -4,7 +4,7 @@ At the loss a group is spread over micro-batches, optimizer steps and processes.
 generation batch; what is known about all rows is held once per process.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ class GenerationBatch:
     advantages: torch.Tensor | None  # `None` where a subclass has one per token
 
 
-def own_tokens(inputs: dict) -> torch.Tensor:
+def own_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Mask of the tokens that the policy itself wrote and that count in the loss, (B, T)."""
     mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")
     return mask if tool_mask is None else mask * tool_mask
@@ -38,7 +38,7 @@ def number_rows(output: dict[str, Any], accelerator: Accelerator) -> None:
 
 
 def gather_generation_batch(
-    micro_batches: Sequence[dict[str, Any]], rows: int, group_size: int, accelerator: Accelerator
+    micro_batches: Sequence[Mapping[str, Any]], rows: int, group_size: int, accelerator: Accelerator
 ) -> GenerationBatch:
     """
     Collect lengths and advantages of all processes' rows in one collective. Every process must call it.

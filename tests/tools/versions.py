@@ -1,8 +1,8 @@
 """
 Contract, parity and matrix on other versions of TRL, each installed without its dependencies into a folder of its own.
 
-    python tests/versions.py --folder .versions            # all of them
-    python tests/versions.py --folder .versions --reduced  # the oldest, and part of the tests
+    python tests/tools/versions.py --folder .versions            # all of them
+    python tests/tools/versions.py --folder .versions --reduced  # the oldest, and part of the tests
 
 The installed torch, transformers and accelerate stay: only TRL changes.
 """
@@ -14,14 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TESTS = ("contract", "config", "parity", "loss", "trainer", "refusals")
 REDUCED_TESTS = ("contract", "config", "parity")
 
 
 def tested_versions() -> list[str]:
     """Read from the contract's text, so that no TRL has to be imported here."""
-    text = (ROOT / "trl_lambda" / "_trl_contract.py").read_text(encoding="utf-8")
+    text = (ROOT / "trl_lambda" / "trl_seam" / "contract.py").read_text(encoding="utf-8")
     return re.findall(r'"([\d.]+)"', re.search(r"TESTED_VERSIONS = \((.*?)\)", text).group(1))
 
 
@@ -57,7 +57,11 @@ def run(version: str, target: Path, reduced: bool) -> tuple[int, int, float, lis
     if tests.returncode and not problems:
         problems = [tests.stdout[-2000:] + tests.stderr[-2000:]]
     matrix = subprocess.run(
-        [sys.executable, "tests/matrix.py", "--reduced"], env=environment, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tests/tools/matrix.py", "--reduced"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     line = re.search(r"^matrix: (\d+) comparisons, largest deviation (\S+)", matrix.stdout, re.MULTILINE)
     if matrix.returncode or line is None:

@@ -1,9 +1,11 @@
 """The copy of a micro-batch that carries the weights into TRL's loss."""
 
+from typing import Any
+
 import torch
 
 
-class WeightedInputs(dict):
+class WeightedInputs(dict[str, Any]):
     """
     A copy of one micro-batch whose advantages carry the weights, and which knows whether the loss has read them.
 
@@ -11,14 +13,14 @@ class WeightedInputs(dict):
     silence.
     """
 
-    def __init__(self, inputs: dict):
+    def __init__(self, inputs: dict[str, Any]):
         super().__init__(inputs)
-        advantages: torch.Tensor = inputs["advantages"]
-        self.unweighted_advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages  # (B, 1 or T)
-        self.length_weight: torch.Tensor | None = None  # (B,)
-        self.length_bins: torch.Tensor | None = None
         self._pending: set[str] = {"advantages"}
         self._complete = False
+
+    def peek(self, key: str) -> Any:
+        """An entry, or `None`, without counting as a reader: for the weights themselves."""
+        return super().get(key)
 
     def scale_advantages(self, weights: torch.Tensor) -> None:
         """Multiply advantages of shape (B,) or (B, T) by weights of shape (B,) or (B, T)."""
@@ -28,11 +30,6 @@ class WeightedInputs(dict):
         elif weights.dim() < advantages.dim():
             weights = weights.unsqueeze(1)
         super().__setitem__("advantages", advantages * weights)
-
-    def log_ratio(self, logps: torch.Tensor) -> torch.Tensor:
-        """log ρ of the tokens, (B, T), a constant: 0 where TRL takes the old log-probabilities from this very pass."""
-        old = super().get("old_per_token_logps")
-        return torch.zeros_like(logps) if old is None else logps.detach() - old
 
     def scale_ratio(self, logps: torch.Tensor, weights: torch.Tensor) -> None:
         """Put weights (B, T) into the importance ratio by way of the old log-probabilities."""
@@ -85,10 +82,10 @@ class WeightedInputs(dict):
         if self._complete:
             self._pending.discard(key)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Any:
         self._note(key)
         return super().__getitem__(key)
 
-    def get(self, key, default=None):
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
         self._note(key)
         return super().get(key, default)
