@@ -11,6 +11,7 @@ from ._lambda_files import (
     read_lambda_file,
     write_json,
 )
+from ._whole_checkpoint import check_whole
 
 
 class LambdaCheckpointMixin:
@@ -46,6 +47,10 @@ class LambdaCheckpointMixin:
             "global_step": self.state.global_step,
         }
         write_json(folder, LAMBDA_FILE, content)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_whole(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or self._lambda is None:
