@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from launch import launch
+from launch import HANG, launch
 from support import LENGTHS, Batch, build_model, build_tokenizer, prompt, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
@@ -299,7 +299,7 @@ def in_process(code: str, folder: Path, **environment: str) -> str:
         text=True,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": paths} | environment,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
