@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from launch import launch
+from launch import HANG, launch
 from support import LENGTHS, Batch, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
@@ -221,7 +221,7 @@ def test_trackio(tmp_path, monkeypatch):
     pytest.importorskip("trackio", reason="trackio is in the dev extra")
     code = """
 import sys
-import conftest
+import offline
 from support import train
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 import json
@@ -250,7 +250,7 @@ def test_wandb_offline(tmp_path):
     pytest.importorskip("wandb", reason="wandb is no dependency of any extra")
     code = """
 import sys
-import conftest
+import offline
 from support import train
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 train(LambdaGRPOTrainer, LambdaGRPOConfig, report_to="wandb", run_name="arm", max_steps=2, output_dir=sys.argv[1],
@@ -271,7 +271,7 @@ def in_process(code: str, folder: Path, **environment: str) -> str:
         text=True,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": paths} | environment,
-        timeout=300,
+        timeout=HANG,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -24,6 +24,7 @@ from .preference.checkpoint import LambdaCheckpoint
 from .preference.lambda_parameter import LambdaParameter, base_learning_rate, unwrap_optimizer
 from .preference.placement import companion_class, engine_owns_optimizer, lambda_eps
 from .preference.step import LambdaStep
+from .preference.whole_checkpoint import check_whole
 from .trl_seam.contract import check_contract
 from .trl_seam.generation_batch import ROW_KEY, GenerationBatch, gather_generation_batch, number_rows, own_tokens
 from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
@@ -363,6 +364,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _write_lambda(self, folder: str | os.PathLike[str]) -> None:
         if self.args.should_save:
             self._lambda_checkpoint.write(folder, self.state.global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
+        check_whole(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         load = super()._load_optimizer_and_scheduler

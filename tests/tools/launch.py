@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+# Seconds after which a process counts as hung: far more than any takes, also on a busy core.
+HANG = 3600
 
 
-def launch(jobs: list[dict], folder: Path, processes: int, *, command: list[str] | None = None, env=None, timeout=600):
+def launch(jobs: list[dict], folder: Path, processes: int, *, command: list[str] | None = None, env=None):
     """
     Run `jobs` under torchrun (or `command`) and return, per job, the results of all ranks.
 
@@ -34,7 +36,7 @@ def launch(jobs: list[dict], folder: Path, processes: int, *, command: list[str]
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=HANG,
     )
     results = read_results(folder, len(jobs), processes)
     missing = [name for name, result in results.items() if result is None]

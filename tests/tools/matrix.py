@@ -156,7 +156,7 @@ def run_matrix(reduced: bool = False, progress: bool = False) -> tuple[dict[tupl
             if progress:
                 print(f"\n{len(chosen)} arms: {cut}", end="", file=sys.stderr, flush=True)
             jobs = [job(arm, cut) for arm in chosen.values()]
-            outputs = launch(jobs, Path(folder) / str(two.index(cut)), 2, timeout=1800)
+            outputs = launch(jobs, Path(folder) / str(two.index(cut)), 2)
             for name, ranks in zip(chosen, outputs, strict=True):
                 assert all(rank["wrapper"] == "DistributedDataParallel" for rank in ranks)
                 results[name, cut] = summary(ranks, CUTS[cut][5])

@@ -3,19 +3,20 @@ Run prepared trainings in this process, one of several ranks or not, and write w
 
     torchrun --standalone --nproc_per_node 2 tests/tools/worker.py JOBS.json FOLDER
 
-JOBS.json is a list of {"trainer": "lambda" or "tr" or "grpo", "options": {...}} and what `run_job` reads besides. A
-job may name `"engine": "fsdp2"`, and is then the only one of its process; DeepSpeed comes from `accelerate launch`.
+JOBS.json is a list of {"trainer": "lambda" or "tr" or "grpo", "options": {...}} and what `run_job` reads besides. Jobs
+with a "kill" (`kills.py`) come before all others; under torchrun there is only one, which ends every rank. A job may
+name `"engine": "fsdp2"`, and is then the only one of its process; DeepSpeed comes from `accelerate launch`.
 """
 
 import json
+import multiprocessing
 import os
-import signal
 import sys
-import threading
 from pathlib import Path
 
 import offline  # noqa: F401
 import torch
+from kills import kill_at
 from support import Batch, build, build_model, config, watch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -56,17 +57,6 @@ def use_fsdp2() -> None:
     AcceleratorState.__init__ = patched
 
 
-class KillAt(TrainerCallback):
-    """SIGKILL to this process `delay` seconds after optimizer step `step`: in the middle of whatever is going on."""
-
-    def __init__(self, step: int, delay: float):
-        self.step, self.delay = step, delay
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
-
 class LogOnRank0(TrainerCallback):
     """What a user's callback may do."""
 
@@ -103,6 +93,9 @@ def run_job(job: dict) -> dict:
     if job.get("eval"):
         trainer_options["eval_dataset"] = batch.dataset()
     model = job.get("model") or build_model(**job.get("build", {}))
+    if job.get("own_optimizer"):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=job["options"]["learning_rate"])
+        trainer_options["optimizers"] = (optimizer, None)
     if job.get("deepspeed"):
         job["options"]["ddp_backend"] = "gloo"
     args = config(config_class, batch, **job["options"])
@@ -111,11 +104,15 @@ def run_job(job: dict) -> dict:
     trainer = build(trainer_class, args, batch, model, noise=job.get("noise", 0.0), **trainer_options)
     if job.get("log_on_rank_0"):
         trainer.add_callback(LogOnRank0(trainer))
-    if "kill_at" in job:
-        trainer.add_callback(KillAt(*job["kill_at"]))
     run = watch(trainer)
-    resume = job.get("resume")
-    trainer.train(resume_from_checkpoint=resume)
+    if "kill" in job:
+        kill_at(trainer, **job["kill"])
+    try:
+        trainer.train(resume_from_checkpoint=job.get("resume"))
+    except ValueError as error:
+        if not job.get("is_refused"):
+            raise
+        return {"error": str(error)}
     parameter = getattr(trainer, "_lambda", None)
     optimizer_state, states = None, {}
     if parameter is not None and parameter.learnable:
@@ -142,13 +139,22 @@ def run_job(job: dict) -> dict:
     }
 
 
+def exit_code(job: dict) -> dict:
+    """Run a job that kills its process in a fork of this one, which has imported everything and trained nothing."""
+    process = multiprocessing.get_context("fork").Process(target=run_job, args=(job,))
+    process.start()
+    process.join()
+    return {"exit_code": process.exitcode}
+
+
 def main() -> None:
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ.get("RANK", "0"))
     if jobs[0].get("engine") == "fsdp2":
         use_fsdp2()
     for number, job in enumerate(jobs):
-        result = run_job(job)
+        is_alone = "WORLD_SIZE" not in os.environ  # a rank dies itself, and its launcher ends the others
+        result = exit_code(job) if "kill" in job and is_alone else run_job(job)
         temporary = folder / f"job{number}-rank{rank}.tmp"
         torch.save(result, temporary)
         temporary.rename(folder / f"job{number}-rank{rank}.pt")
