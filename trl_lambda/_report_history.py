@@ -1,17 +1,14 @@
-"""What a run has logged, read from memory or from its folder, and as a few lines of text."""
+"""What a run has logged, in training and on each held-out data set, and as a few lines of text."""
 
-import json
-import logging
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ._lambda_files import read_lambda_file
-
 LogHistory = Sequence[Mapping[str, Any]]
-logger = logging.getLogger(__name__)
+
+_MAX_STEP = 2**53  # the largest count that a float, and so a picture, still holds exactly
+_MAX_VALUE = 3.4e38  # float32's largest: what is beyond it is no metric, and no picture can hold it
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,11 @@ class RunLog:
         """Return the optimizer steps at which `key` was logged and its values, without those that are not finite."""
         return series(self.history, key)
 
+    def held_out(self, key: str) -> list[tuple[str, list[int], list[float]]]:
+        """Return what `key` was on held-out data: label, steps and values of each data set that has any."""
+        sets = [(name, *series(entries, f"eval_{key}")) for name, entries in evaluations(self.history).items()]
+        return [(f"held-out: {name}" if name else "held-out", *points) for name, *points in sets if points[0]]
+
 
 def check_history(history: Any) -> None:
     """
@@ -35,107 +37,61 @@ def check_history(history: Any) -> None:
     """
     if not isinstance(history, Sequence) or not all(isinstance(entry, Mapping) for entry in history):
         raise ValueError(f"run is a {type(history).__name__}; accepted: a log history (list of dicts) or a folder.")
-    if not all(isinstance(entry.get("step"), int) for entry in history):
-        raise ValueError("run has an entry without a step; accepted is a log history as Trainer keeps it.")
+    for step in (entry.get("step") for entry in history):
+        if not isinstance(step, int):
+            raise ValueError("run has an entry without a step; accepted is a log history as Trainer keeps it.")
+        if not 0 <= step <= _MAX_STEP:
+            raise ValueError(f"run has an entry whose step is {_short(step)}; accepted: 0 to 2**53.")
 
 
-def read_log_history(folder: str | Path) -> LogHistory:
+def _short(number: int) -> str:
+    return str(number) if abs(number) < 10**20 else f"{'-' if number < 0 else ''}about 2**{number.bit_length()}"
+
+
+def readable(text: str) -> str:
+    """Return `text` with a lone surrogate, which UTF-8 cannot hold, written out: it can be drawn and printed."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def readable_history(history: LogHistory) -> LogHistory:
+    """Return `history` with every key `readable`."""
+    return [{readable(str(key)): value for key, value in entry.items()} for entry in history]
+
+
+def evaluations(history: LogHistory) -> dict[str, LogHistory]:
     """
-    Read what a finished or a running run has logged from its output folder.
+    Tell the held-out data sets of a run apart.
 
-    Args:
-        folder (`str` or `Path`):
-            Holds `trainer_state.json`, itself or in its newest `checkpoint-N`, or TensorBoard's event files, which are
-            read where they have come further (needs tensorboard).
+    With a dict of them, `Trainer` logs one entry for each, in which its own figures carry the name
+    (`eval_NAME_runtime`) and TRL's do not (`eval_reward`).
 
     Returns:
-        `list[dict]`: one entry per logged step, as in `trainer.state.log_history`.
-
-    Raises:
-        ValueError: if there is no such file, or it is damaged or holds no log history.
+        `dict[str, list[dict]]`: the entries of each data set by its name, `""` for the only one that has none; the
+        keys are those of a run with one data set.
     """
-    folder = Path(folder)
-    files = [path for path in (folder / "trainer_state.json", _newest_checkpoint_state(folder)) if path.is_file()]
-    histories = [_read_state(path) for path in files]
-    histories.append(_read_events(folder))
-    if not files and not histories[-1]:
-        raise ValueError(
-            f"run is {str(folder)!r}, where no trainer_state.json is, nor in a checkpoint-N in it, and no event file."
-        )
-    return max(histories, key=_last_step)
+    sets: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in history:
+        for name in _data_sets(entry):
+            start = f"eval_{name}_" if name else "eval_"
+            own = {f"eval_{key.removeprefix(start)}": value for key, value in entry.items() if key.startswith(start)}
+            others = {key: value for key, value in entry.items() if not key.startswith(start)}
+            sets.setdefault(name, []).append({**own, **others})
+    return sets
 
 
-def read_run(folder: str | Path) -> RunLog:
-    """
-    Read a run from its output folder: its log history, and the member of f from `lambda.json` if it is there.
-
-    Raises:
-        ValueError: as for `read_log_history`.
-    """
-    folder = Path(folder)
-    history = read_log_history(folder)
-    title, member, length_scale = folder.resolve().name, None, 1 / 9
-    for candidate in (folder, _newest_checkpoint_state(folder).parent):
-        if not (candidate / "lambda.json").is_file():
-            continue
-        try:
-            content = read_lambda_file(candidate)
-            member, length_scale = content["aggregation"], float(content.get("length_scale") or length_scale)
-            title = f"{title}: aggregation={member}"
-            break
-        except (ValueError, TypeError) as error:
-            logger.warning("no picture of the length weight: %s", " ".join(str(error).split()))
-    return RunLog(history, title, member, length_scale)
-
-
-def _newest_checkpoint_state(folder: Path) -> Path:
-    """Return the state file of the checkpoint with the highest step; one that does not exist if there is none."""
-    states = [path for path in folder.glob("checkpoint-*/trainer_state.json") if _step_of(path) >= 0]
-    return max(states, key=_step_of, default=folder / "checkpoint" / "trainer_state.json")
-
-
-def _step_of(state_file: Path) -> int:
-    """Return N of `checkpoint-N/trainer_state.json`, or -1 where N is not a number."""
-    number = state_file.parent.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else -1
-
-
-def _last_step(history: LogHistory) -> int:
-    steps = [entry.get("step") for entry in history if isinstance(entry, Mapping)]
-    return max((step for step in steps if isinstance(step, int)), default=-1)
-
-
-def _read_state(state_file: Path) -> LogHistory:
-    try:
-        state = json.loads(state_file.read_text(encoding="utf-8"))
-    except ValueError as error:  # neither UTF-8 nor JSON: a write that was cut short, another program's file
-        raise ValueError(f"{state_file} is damaged: {error}.") from error
-    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-        raise ValueError(f"{state_file} holds no log_history; accepted is a file that Trainer wrote.")
-    return state["log_history"]
-
-
-def _read_events(folder: Path) -> LogHistory:
-    """Read TensorBoard's event files under `folder`; empty where there is none, or no tensorboard to read it with."""
-    files = sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
-    if not files:
+def _data_sets(entry: Mapping[str, Any]) -> list[str]:
+    """Return the names of the held-out data sets that an entry is of."""
+    keys = [key for key in entry if key.startswith("eval_")]
+    if not keys:
         return []
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError:
-        return []
-    entries: dict[tuple[int, bool], dict[str, Any]] = {}
-    for file in files:
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()
-        for tag in events.Tags()["scalars"]:
-            split, _, name = tag.partition("/")
-            if split not in ("train", "eval"):
-                continue
-            evaluated = split == "eval"  # an entry of its own, as in the log history
-            for event in events.Scalars(tag):
-                entry = entries.setdefault((event.step, evaluated), {"step": event.step})
-                entry[f"eval_{name}" if evaluated else name] = event.value
-    return [entries[key] for key in sorted(entries)]
+    for known, ending in (("eval_runtime", "runtime"), ("eval_reward", "reward|completions/mean_length")):
+        if known in entry:
+            return [""]
+        found = (re.fullmatch(f"eval_(.+?)_(?:{ending})", key, re.DOTALL) for key in keys)
+        names = list(dict.fromkeys(match[1] for match in found if match))
+        if names:
+            return names
+    return [""]
 
 
 def series(history: LogHistory, key: str | None) -> tuple[list[int], list[float]]:
@@ -143,7 +99,7 @@ def series(history: LogHistory, key: str | None) -> tuple[list[int], list[float]
     points = [
         (entry["step"], float(entry[key]))
         for entry in history
-        if isinstance(entry.get(key), (int, float)) and math.isfinite(entry[key])
+        if isinstance(entry.get(key), (int, float)) and abs(entry[key]) <= _MAX_VALUE
     ]
     return [step for step, _ in points], [value for _, value in points]
 
@@ -158,16 +114,20 @@ def summarize_run(history: LogHistory) -> list[tuple[str, str]]:
 
     Returns:
         `list[tuple[str, str]]`: for every reward function and for the length, what it is and how it changed, such as
-        `("held-out reward exact_answer", "0.310 -> 0.642 (step 0 -> 100)")`; what was never logged is left out.
+        `("held-out reward exact_answer", "0.310 -> 0.642 (step 0 -> 100)")`, with several held-out data sets for each
+        of them; what was never logged is left out.
     """
-    evaluated = any("eval_reward" in entry for entry in history)
+    evaluated = any("eval_reward" in entry for entries in evaluations(history).values() for entry in entries)
     prefix, split = ("eval_", "held-out") if evaluated else ("", "training")
-    lines = [
-        (f"{split} reward {name}", _change(history, f"{prefix}rewards/{name}/mean"))
-        for name in reward_functions(history, prefix)
-    ]
-    lines.append((f"{split} mean length", _change(history, f"{prefix}completions/mean_length", " tokens")))
-    return [(name, text) for name, text in lines if text]
+    lines = []
+    for name, entries in (evaluations(history) if evaluated else {"": history}).items():
+        of = f" ({name})" if name else ""
+        lines += [
+            (f"{split} reward {function}{of}", _change(entries, f"{prefix}rewards/{function}/mean"))
+            for function in reward_functions(entries, prefix)
+        ]
+        lines.append((f"{split} mean length{of}", _change(entries, f"{prefix}completions/mean_length", " tokens")))
+    return [(readable(name), text) for name, text in lines if text]
 
 
 def reward_functions(history: LogHistory, prefix: str = "") -> list[str]:
