@@ -57,20 +57,44 @@ class ModelCardMixin:
         Write TRL's model card with the weights' settings.
 
         Args:
-            model_name (`str`, *optional*): As in TRL.
+            model_name (`str`, *optional*): As in TRL; the folder's name if not given.
             dataset_name (`str`, *optional*): As in TRL.
             tags (`str` or `list[str]`, *optional*): As in TRL; `lambda-grpo` and `tr-grpo` are added where they apply.
         """
         tags = {tags} if isinstance(tags, str) else set(tags or ())
         tags |= {"lambda-grpo"} if self.args.aggregation == "lambda" else set()
         tags |= {"tr-grpo"} if self.args.token_regulation == "sigmoid" else set()
+        model_name = model_name or Path(self.args.output_dir).resolve().name
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=sorted(tags))
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir) / "README.md"
-        text, section = path.read_text(encoding="utf-8"), settings_section(self)
+        text, section = with_names(self, path.read_text(encoding="utf-8")), settings_section(self)
         before, anchor, after = text.partition(_FOLLOWS)
         path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
+
+
+def with_names(trainer, card: str) -> str:
+    """
+    Say what is known where TRL's card says None: it has a name only for a model of the hub and a run that is pushed.
+
+    Args:
+        trainer ([`LambdaGRPOTrainer`]): The trainer.
+        card (`str`): The card as TRL wrote it.
+
+    Returns:
+        `str`: the card with the folder that the model came from, if it came from one, and the run's own.
+    """
+    base = getattr(trainer.model.config, "_name_or_path", None)
+    came_from = (
+        f"is a fine-tuned version of `{Path(base).resolve().name}`"
+        if base
+        else "was trained from a model without a name"
+    )
+    card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", came_from)
+    if trainer.hub_model_id is None:
+        card = card.replace('model="None"', f'model="{Path(trainer.args.output_dir).resolve().name}"')
+    return card
 
 
 def settings_section(trainer) -> str:
