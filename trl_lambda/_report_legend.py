@@ -14,9 +14,11 @@ def shown(name: str) -> str:
     return _GUARD + name if name.startswith("_") else name
 
 
-def marker_of(number: int) -> str:
-    """Return a shape for the nth of several, beyond the shapes its number."""
-    return _MARKERS[number] if number < len(_MARKERS) else f"${number + 1}$"
+def marker_of(number: int) -> dict[str, Any]:
+    """Return the style of a shape for the nth of several, beyond the shapes its number."""
+    if number < len(_MARKERS):
+        return {"marker": _MARKERS[number], "markerfacecolor": "white", "markersize": 5}
+    return {"marker": f"${number + 1}$", "markersize": 9, "markeredgewidth": 0.3}
 
 
 def draw_legend(axes: Any) -> None:

@@ -86,8 +86,7 @@ def _draw_metric(axes: Any, run: RunLog, key: str, *, zero: bool = False) -> Non
 def _draw_held_out(axes: Any, run: RunLog, key: str) -> None:
     """Draw one metric on held-out data: a shape for each data set."""
     for number, (label, steps, values) in enumerate(run.held_out(key)):
-        style = {"color": "black", "markerfacecolor": "white", "markersize": 6, "linestyle": "none"}
-        axes.plot(steps, values, marker=marker_of(number), label=label, **style)
+        axes.plot(steps, values, color="black", linestyle="none", label=label, **marker_of(number))
 
 
 def _draw_several(axes: Any, run: RunLog, lines: list[tuple[str, str]]) -> None:
@@ -100,8 +99,8 @@ def _draw_several(axes: Any, run: RunLog, lines: list[tuple[str, str]]) -> None:
         shape = number - len(_LINES) if len(values) > 1 else number  # of one log there is no dash to be seen
         # Each begins its marks elsewhere: lines that lie on each other still show theirs.
         every = max(1, len(values) // 6)
-        marks = {"marker": marker_of(shape), "markevery": (number % every, every)} if shape >= 0 else {}
-        style = {"color": color, "linestyle": dash, "linewidth": 1.6, "markerfacecolor": "white", "markersize": 5}
+        marks = {**marker_of(shape), "markevery": (number % every, every)} if shape >= 0 else {}
+        style = {"color": color, "linestyle": dash, "linewidth": 1.6}
         axes.plot(steps, running_mean(values, _window(values)), label=label, **style, **marks)
 
 
