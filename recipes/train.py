@@ -166,15 +166,9 @@ def parse(args: list[str]) -> tuple[LambdaGRPOScriptArguments, LambdaGRPOConfig,
     parser = Parser(DATACLASSES)
     try:
         *parsed, unknown = parser.parse_args_and_config(args, return_remaining_strings=True)
-    except (
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # a value of a kind that a config's check meets unready
-        given = [text for text in args if text.startswith("--")]
-        raise ValueError(
-            f"an option has a value of a wrong type or size ({error}); look at {', '.join(given)}."
-        ) from error
+    except (TypeError, AttributeError, OverflowError) as error:  # from a check that a value of another kind gets into
+        given = ", ".join(text for text in args if text.startswith("--"))
+        raise ValueError(f"an option has a value of a wrong type or size ({error}); look at {given}.") from error
     if unknown:
         name = unknown[0].removeprefix("--")
         known = {known_field.name for dataclass_type in DATACLASSES for known_field in fields(dataclass_type)}
