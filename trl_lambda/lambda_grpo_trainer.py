@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -394,10 +395,11 @@ class LambdaGRPOTrainer(GRPOTrainer):
         Write TRL's model card with the weights' settings.
 
         Args:
-            model_name (`str`, *optional*): As in TRL.
+            model_name (`str`, *optional*): As in TRL; the folder's name if not given.
             dataset_name (`str`, *optional*): As in TRL.
             tags (`str` or `list[str]`, *optional*): As in TRL; `lambda-grpo` and `tr-grpo` are added where they apply.
         """
+        model_name = model_name or Path(self.args.output_dir).resolve().name
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=weight_tags(self, tags))
         if self.is_world_process_zero():
             complete_card(self)

@@ -45,9 +45,32 @@ def weight_tags(trainer, tags: str | list[str] | None) -> list[str]:
 def complete_card(trainer) -> None:
     """Put the weights' settings into the card that TRL has written into `output_dir`."""
     path = Path(trainer.args.output_dir) / "README.md"
-    text, section = path.read_text(encoding="utf-8"), settings_section(trainer)
+    text, section = with_names(trainer, path.read_text(encoding="utf-8")), settings_section(trainer)
     before, anchor, after = text.partition(_FOLLOWS)
     path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
+
+
+def with_names(trainer, card: str) -> str:
+    """
+    Say what is known where TRL's card says None: it has a name only for a model of the hub and a run that is pushed.
+
+    Args:
+        trainer ([`LambdaGRPOTrainer`]): The trainer.
+        card (`str`): The card as TRL wrote it.
+
+    Returns:
+        `str`: the card with the folder that the model came from, if it came from one, and the run's own.
+    """
+    base = getattr(trainer.model.config, "_name_or_path", None)
+    came_from = (
+        f"is a fine-tuned version of `{Path(base).resolve().name}`"
+        if base
+        else "was trained from a model without a name"
+    )
+    card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", came_from)
+    if trainer.hub_model_id is None:
+        card = card.replace('model="None"', f'model="{Path(trainer.args.output_dir).resolve().name}"')
+    return card
 
 
 def settings_section(trainer) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .history import readable
+from .names import PAGES, PICTURES, check_ending
+
 # Light to dark: the darker, the heavier, in colour and in grey.
 _STOPS = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 _COLUMNS = 88  # characters in a line of the PNG
@@ -46,8 +49,8 @@ def heatmap(
         weights (`torch.Tensor` or `list[float]`):
             Weight of each token, (T,), finite.
         path (`str` or `Path`):
-            File to write: an HTML page if it ends in `.html`, a PNG if in `.png` (needs matplotlib, which has no
-            glyphs for some scripts). Its folder is made if need be.
+            File to write: an HTML page if it ends in `.html` or `.htm`, a PNG if in `.png` (needs matplotlib, which
+            has no glyphs for some scripts). Its folder is made if need be.
         title (`str`, *optional*):
             Line above the tokens.
         label (`str`, *optional*):
@@ -61,31 +64,58 @@ def heatmap(
 
     Raises:
         ImportError: for a PNG without matplotlib.
-        ValueError: if there are no tokens, not one finite weight for each, the limits are not `(low, high)`, the file
-            name ends in neither, or the completion is too long for a PNG.
+        ValueError: if there are no tokens or one is no text, not one finite weight for each, the limits are not
+            `(low, high)`, the file name ends in neither, or the completion is too long for a PNG.
     """
-    values = [float(value) for value in (weights.tolist() if hasattr(weights, "tolist") else weights)]
-    tokens, path = list(tokens), Path(path)
+    path = check_ending("path", path, PAGES + PICTURES)
+    tokens, values = _texts(tokens), _numbers("weights", weights)
     if len(tokens) != len(values) or not tokens:
         raise ValueError(
             f"weights has {len(values)} entries for {len(tokens)} tokens; need one each, and at least one."
         )
-    if not all(map(math.isfinite, values)):
-        raise ValueError("weights has an entry that is not finite.")
-    low, high = (min(values), max(values)) if limits is None else limits
-    if not low <= high:
-        raise ValueError(f"limits={limits} must be (low, high) with low <= high.")
-    if path.suffix.lower() not in (".html", ".png"):
-        raise ValueError(f"path is {str(path)!r}; accepted: a name that ends in .html or .png.")
-    fractions = [min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.5 for value in values]
-    page = path.suffix.lower() == ".html"
-    if page:
+    low, high = (min(values), max(values)) if limits is None else _limits(limits)
+    title, label = readable(title), readable(label)
+    # Halves, so that a range which is itself beyond the largest float has fractions too.
+    spread = high / 2 - low / 2
+    fractions = [min(max((value / 2 - low / 2) / spread, 0.0), 1.0) if spread > 0 else 0.5 for value in values]
+    if path.suffix.lower() in PAGES:
         content = _page(tokens, values, fractions, (low, high), title, label)
     else:
         content = _picture(tokens, fractions, (low, high), title, label)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
+
+
+def _texts(tokens: Any) -> list[str]:
+    """Check the tokens and return them as text that can be written."""
+    try:
+        found = next((token for token in tokens if not isinstance(token, str)), "")
+    except TypeError:
+        found = tokens
+    if not isinstance(found, str):
+        raise ValueError(f"tokens has {found!r:.60}; accepted: the text of each token, a list of str.")
+    return [readable(token) for token in tokens]
+
+
+def _numbers(argument: str, numbers: Any) -> list[float]:
+    """Check numbers and return them as floats."""
+    try:
+        values = [float(value) for value in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument} must be one number for each, in a list or a tensor (T,): {error}.") from error
+    except OverflowError:
+        values = [math.inf]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{argument} has an entry that is not finite.")
+    return values
+
+
+def _limits(limits: Any) -> tuple[float, float]:
+    values = _numbers("limits", limits)
+    if len(values) != 2 or not values[0] <= values[1]:
+        raise ValueError(f"limits={limits} must be (low, high) with low <= high.")
+    return values[0], values[1]
 
 
 def shade(fraction: float) -> tuple[int, int, int]:
@@ -202,8 +232,11 @@ def _picture(tokens: list[str], fractions: list[float], limits: tuple[float, flo
     stops = [shade(0.5)] * 2 if limits[0] == limits[1] else _STOPS
     ramp = LinearSegmentedColormap.from_list("weights", [tuple(value / 255 for value in stop) for stop in stops])
     bar_axes = figure.add_axes((left / size[0], 0.46 / size[1], 3.4 / size[0], 0.13 / size[1]))
-    bar = figure.colorbar(ScalarMappable(Normalize(*limits), ramp), cax=bar_axes, orientation="horizontal")
-    bar.set_ticks(sorted({*limits, sum(limits) / 2}), labels=[f"{v:.3g}" for v in sorted({*limits, sum(limits) / 2})])
+    # Drawn from 0 to 1, named by the weights, whose range may be beyond the largest float.
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ramp), cax=bar_axes, orientation="horizontal")
+    ticks = {0.0: limits[0], 0.5: limits[0] / 2 + limits[1] / 2, 1.0: limits[1]}
+    ticks = {0.5: limits[0]} if limits[0] == limits[1] else ticks
+    bar.set_ticks(list(ticks), labels=[f"{value:.3g}" for value in ticks.values()])
     bar.ax.tick_params(labelsize=8.5)
     bar.set_label(label, fontsize=9, labelpad=1)
     buffer = BytesIO()

@@ -1,9 +1,4 @@
-"""
-A run as a picture (PNG), a page (HTML) and a few lines of text. matplotlib is an extra: `pip install
-"trl-lambda[plots]"`.
-
-    python -m trl_lambda.report OUTPUT_DIR --html
-"""
+"""The report of a run: the picture, the page around it, the callback that writes both, the command."""
 
 import argparse
 import base64
@@ -17,11 +12,21 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ._report_heatmap import heatmap
-from ._report_history import LogHistory, RunLog, check_history, read_log_history, read_run, series, summarize_run
-from ._report_panels import PANELS, finish_panel
+from .folder import read_run
+from .history import (
+    LogHistory,
+    RunLog,
+    check_history,
+    evaluations,
+    readable,
+    readable_history,
+    series,
+    summarize_run,
+)
+from .legend import legend_height
+from .names import PAGES, PICTURES, check_ending
+from .panels import PANELS, finish_panel
 
-__all__ = ["ReportCallback", "heatmap", "plot_run", "read_log_history", "require_matplotlib", "summarize_run"]
 logger = logging.getLogger(__name__)
 
 _PAGE = """<!DOCTYPE html>
@@ -70,7 +75,8 @@ def plot_run(
             A log history, such as `trainer.state.log_history`, or the output folder of a run, which may still be
             going on. A panel is left out where the run has nothing for it.
         path (`str` or `Path`):
-            File to write: a PNG, or one self-contained page if it ends in `.html`. Its folder is made if need be.
+            File to write: a PNG if it ends in `.png`, one self-contained page if in `.html` or `.htm`. Its folder is
+            made if need be.
         title (`str`, *optional*):
             What names the run above the panels; the folder's name and its `aggregation` if not given.
         aggregation (`str`, *optional*):
@@ -84,23 +90,28 @@ def plot_run(
 
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if `run` holds no log history, or one without any of the metrics.
+        ValueError: if `run` holds no log history, one without any of the metrics, or several runs, the file name ends
+            in neither, or `length_scale` is not in (0, 1).
     """
+    path = check_ending("path", path, PICTURES + PAGES)
+    if not 0 < length_scale < 1:
+        raise ValueError(f"length_scale={length_scale} must be in (0, 1): no group has a larger one.")
     require_matplotlib()
     log = read_run(run) if isinstance(run, (str, Path)) else RunLog(run)
     if title is not None:
         log = replace(log, title=title)
     if aggregation is not None:
         log = replace(log, aggregation=aggregation, length_scale=length_scale)
-    return _write_report(log, [Path(path)])[0]
+    return _write_report(log, [path])[0]
 
 
 def _write_report(log: RunLog, paths: list[Path]) -> list[Path]:
     """Draw once and write each of `paths`, a page where the name says so, else the picture."""
     check_history(log.history)
+    log = replace(log, history=readable_history(log.history), title=readable(log.title))
     png = _draw(log)
     for path in paths:
-        _write(path, _page(log, png) if path.suffix.lower() == ".html" else png)
+        _write(path, _page(log, png) if path.suffix.lower() in PAGES else png)
     return paths
 
 
@@ -128,11 +139,16 @@ def _draw(log: RunLog) -> bytes:
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     grid = figure.add_gridspec(rows, columns)
+    taller = [0.0] * rows  # inches that a row of panels needs for legends of several lines
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[number // columns, number % columns])
         finish_panel(axes, panel, log)
+        taller[number // columns] = max(taller[number // columns], legend_height(axes))
         if panel.over_steps:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    if any(taller):
+        figure.set_figheight(figure.get_figheight() + sum(taller))
+        grid.set_height_ratios([2.75 + inches for inches in taller])
     if log.title:
         figure.suptitle(log.title, x=0.01, ha="left", fontsize=12, fontweight="bold", parse_math=False)
     buffer = BytesIO()
@@ -147,17 +163,29 @@ def _page(log: RunLog, png: bytes) -> bytes:
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
         for name, text in summarize_run(log.history)
     )
-    last = {key: series(log.history, key) for key in sorted({key for entry in log.history for key in entry})}
     metrics = "".join(
         f'<tr><td>{html.escape(key)}</td><td class="number">{values[-1]:.6g}</td>'
         f'<td class="number">{steps[-1]}</td></tr>'
-        for key, (steps, values) in last.items()
+        for key, (steps, values) in sorted(_all_series(log.history).items())
         if values and key != "step"
     )
     panels = ", ".join(panel.title for panel in PANELS if panel.has_data(log))
     title = html.escape(log.title or "Run")
     page = _PAGE.format(title=title, summary=summary, panels=html.escape(panels), png=picture, metrics=metrics)
     return page.encode("utf-8")
+
+
+def _all_series(history: LogHistory) -> dict[str, tuple[list[int], list[float]]]:
+    """Return steps and values of every metric, those of several held-out data sets apart: `eval_NAME_reward`."""
+    sets = evaluations(history)
+    named = {key for entries in sets.values() for entry in entries for key in entry} if any(sets) else set()
+    keys = {key for entry in history for key in entry if not (any(sets) and key.startswith("eval_"))}
+    found = {key: series(history, key) for key in keys}
+    for name, entries in sets.items():
+        for key in (key for key in named if key.startswith("eval_")):
+            shown = f"eval_{name}_{key.removeprefix('eval_')}" if name else key
+            found[shown] = series(entries, key)
+    return found
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -231,17 +259,20 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m trl_lambda.report", description="Draw a finished or running run from its output folder."
     )
     parser.add_argument("output_dir", help="the run's output_dir, with trainer_state.json, checkpoints or event files")
-    parser.add_argument("--png", help="picture to write (default: OUTPUT_DIR/report.png)")
+    parser.add_argument("--png", help="picture to write, .png (default: OUTPUT_DIR/report.png)")
     parser.add_argument(
-        "--html", nargs="?", const="", help="also write one self-contained page (default: OUTPUT_DIR/report.html)"
+        "--html",
+        nargs="?",
+        const="",
+        help="also write one self-contained page, .html or .htm (default: OUTPUT_DIR/report.html)",
     )
     parser.add_argument("--title", help="what names the run (default: the folder's name)")
     options = parser.parse_args(arguments)
     folder = Path(options.output_dir)
-    paths = [Path(options.png or folder / "report.png")]
-    if options.html is not None:
-        paths.append(Path(options.html or folder / "report.html"))
     try:
+        paths = [check_ending("--png", options.png or folder / "report.png", PICTURES)]
+        if options.html is not None:
+            paths.append(check_ending("--html", options.html or folder / "report.html", PAGES))
         if not folder.is_dir():
             raise ValueError(f"{options.output_dir!r} is no folder; accepted: the output_dir of a run.")
         require_matplotlib()
@@ -250,8 +281,5 @@ def main(arguments: list[str] | None = None) -> None:
         lines = summarize_run(log.history)
     except (ValueError, OSError, ImportError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
-    print("\n".join(f"{name:<34} {text}" for name, text in lines + [("written", str(path)) for path in written]))
-
-
-if __name__ == "__main__":
-    main()
+    lines += [("written", readable(str(path))) for path in written]
+    print("\n".join(f"{name:<34} {text}" for name, text in lines))

@@ -1,14 +1,16 @@
 """The panels of the picture of a run. What is told apart is told by lightness and shape, never by hue alone."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ._report_history import RunLog, reward_functions
-from .weights import LEARNABLE_AGGREGATIONS, length_weights
+from ..weights import LEARNABLE_AGGREGATIONS, length_weights
+from .history import RunLog, reward_functions
+from .legend import draw_legend, marker_of, shown, title_pad
 
 # Lightest to darkest, far enough apart to be told in grey.
 _RAMP = ("#dce9f6", "#9ac6e3", "#4a90c4", "#0b4083")
@@ -31,21 +33,21 @@ class Panel:
     over_steps: bool = True
 
     def has_data(self, run: RunLog) -> bool:
-        return self.shown(run) and any(run.series(key)[0] for key in self.needs)
+        return self.shown(run) and any(
+            run.held_out(key.removeprefix("eval_")) if key.startswith("eval_") else run.series(key)[0]
+            for key in self.needs
+        )
 
 
 def finish_panel(axes: Any, panel: Panel, run: RunLog) -> None:
     """Draw `panel` into `axes`, with title, units and a legend that covers no data."""
     panel.draw(axes, run)
-    handles = axes.get_legend_handles_labels()[0]
-    if handles:
-        style = {"frameon": False, "fontsize": 8, "handlelength": 1.6, "columnspacing": 1.1, "borderaxespad": 0.1}
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, **style)
+    draw_legend(axes)
     functions = reward_functions(run.history)
     title = f"{panel.title}: {functions[0]}" if panel is REWARD and len(functions) == 1 else panel.title
-    axes.set_title(title, loc="left", fontsize=10.5, pad=19 if handles else 6)
+    axes.set_title(title, loc="left", fontsize=10.5, pad=title_pad(axes), parse_math=False)
     axes.set_ylabel(panel.unit, fontsize=9)
-    axes.set_xlabel("optimizer step" if panel.over_steps else "response length (tokens)", fontsize=9)
+    axes.set_xlabel(axes.get_xlabel() or "optimizer step", fontsize=9)
     axes.tick_params(labelsize=8.5)
     left, right = axes.get_xlim()
     if panel.over_steps and right - left < 1:  # one step: whole numbers around it
@@ -67,35 +69,44 @@ def _window(values: list[float]) -> int:
 def _draw_metric(axes: Any, run: RunLog, key: str, *, zero: bool = False) -> None:
     """Draw one metric: training as a line, held-out as markers."""
     steps, values = run.series(key)
-    eval_steps, eval_values = run.series(f"eval_{key}")
     if zero:
         axes.axhline(0.0, color="0.6", linewidth=0.8, linestyle="--")
     window = _window(values)
     if values and window == 1:
-        label = "training" if eval_values else None
+        label = "training" if run.held_out(key) else None
         axes.plot(steps, values, color="black", linewidth=1.8, label=label)
     elif values:
         axes.plot(steps, values, color="0.75", linewidth=0.9, label="training, as logged")
         axes.plot(steps, running_mean(values, window), color="black", linewidth=1.8, label=f"mean of {window} logs")
     if len(values) == 1:
         axes.plot(steps, values, color="black", marker=".")  # a line through one point is invisible
-    if eval_values:
-        axes.plot(eval_steps, eval_values, "o", color="black", markerfacecolor="white", markersize=6, label="held-out")
+    _draw_held_out(axes, run, key)
+
+
+def _draw_held_out(axes: Any, run: RunLog, key: str) -> None:
+    """Draw one metric on held-out data: a shape for each data set."""
+    for number, (label, steps, values) in enumerate(run.held_out(key)):
+        axes.plot(steps, values, color="black", linestyle="none", label=label, **marker_of(number))
 
 
 def _draw_several(axes: Any, run: RunLog, lines: list[tuple[str, str]]) -> None:
-    """Draw running means of several metrics, (label, key), told apart by dash and grey."""
-    for (label, key), (color, dash) in zip(lines, _LINES, strict=False):
+    """Draw running means of several metrics, (label, key), told apart by dash and grey, from the fifth on by shape."""
+    for number, (label, key) in enumerate(lines):
         steps, values = run.series(key)
-        if values:
-            smooth = running_mean(values, _window(values))
-            marker = "." if len(values) == 1 else None
-            axes.plot(steps, smooth, color=color, linestyle=dash, linewidth=1.6, label=label, marker=marker)
+        if not values:
+            continue
+        color, dash = _LINES[number % len(_LINES)]
+        shape = number - len(_LINES) if len(values) > 1 else number  # of one log there is no dash to be seen
+        # Each begins its marks elsewhere: lines that lie on each other still show theirs.
+        every = max(1, len(values) // 6)
+        marks = {**marker_of(shape), "markevery": (number % every, every)} if shape >= 0 else {}
+        style = {"color": color, "linestyle": dash, "linewidth": 1.6}
+        axes.plot(steps, running_mean(values, _window(values)), label=label, **style, **marks)
 
 
 def _draw_reward_functions(axes: Any, run: RunLog) -> None:
-    names = reward_functions(run.history)[: len(_LINES)]
-    _draw_several(axes, run, [(name, f"rewards/{name}/mean") for name in names])
+    names = reward_functions(run.history)
+    _draw_several(axes, run, [(shown(name), f"rewards/{name}/mean") for name in names])
 
 
 def _draw_length(axes: Any, run: RunLog) -> None:
@@ -114,9 +125,7 @@ def _draw_length(axes: Any, run: RunLog) -> None:
         axes.plot(steps, running_mean(values, _window(values)), color="black", linewidth=1.8, label="mean")
     if len(values) == 1:
         axes.plot(steps, values, color="black", marker=".")
-    eval_steps, eval_values = run.series("eval_completions/mean_length")
-    if eval_values:
-        axes.plot(eval_steps, eval_values, "o", color="black", markerfacecolor="white", markersize=6, label="held-out")
+    _draw_held_out(axes, run, "completions/mean_length")
     axes.set_ylim(bottom=0)
 
 
@@ -160,22 +169,34 @@ def _draw_lambda(axes: Any, run: RunLog) -> None:
     axes.plot(steps, values, color="black", linewidth=1.8, label="λ after the step", marker=marker)
 
 
+def _curve_rows(run: RunLog) -> int:
+    """Return the size of the group whose f is drawn: the largest that the run's r allows, r·√(G-1) < 1."""
+    if run.aggregation != "lambda":
+        return _CURVE_ROWS
+    return max(rows for rows in range(2, _CURVE_ROWS + 1) if rows == 2 or run.length_scale * math.sqrt(rows - 1) < 1)
+
+
 def _draw_curves(axes: Any, run: RunLog) -> None:
     """Draw f over the run's lengths, as of one group, for λ at the start, in the middle and at the end."""
+    rows = _curve_rows(run)
+    # f of the softmax depends on the group: fewer responses than can be read as a curve are shown as what they are.
+    few = rows < _CURVE_ROWS
+    axes.set_xlabel("response length (tokens)" + f", {rows} in a group" * few)
     values = run.series("lambda/value")[1]
     chosen: dict[str, str] = {}
     for when, index in (("at end", -1), ("at start", 0), ("midway", (len(values) - 1) // 2)):
         chosen.setdefault(f"{values[index]:.2f}", when)  # a λ that stands still is one curve
     chosen = {when: lam for lam, when in chosen.items()}
     chosen = {when: chosen[when] for when in ("at start", "midway", "at end") if when in chosen}
-    lengths = torch.linspace(*_curve_lengths(run), _CURVE_ROWS, dtype=torch.float64)
+    lengths = torch.linspace(*_curve_lengths(run), rows, dtype=torch.float64)
     axes.axhline(1.0, color="0.85", linewidth=2.5)  # f = 1: the token mean
     for (when, lam), (color, dash) in zip(chosen.items(), _CURVES[-len(chosen) :], strict=True):
         weights = length_weights(
             lengths.unsqueeze(0), float(lam), aggregation=run.aggregation, length_scale=run.length_scale
         )
         label = f"λ = {lam} {when}"
-        axes.plot(lengths.tolist(), weights[0].tolist(), color=color, linestyle=dash, linewidth=2, label=label)
+        style = {"color": color, "linestyle": dash, "linewidth": 2, "marker": "o" if few else None, "markersize": 4}
+        axes.plot(lengths.tolist(), weights[0].tolist(), label=label, **style)
 
 
 def _has_curves(run: RunLog) -> bool:
