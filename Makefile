@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm test lint matrix versions engines vllm fuzz mutations arena arena-smoke alignment bench clean
+.PHONY: help setup demo demo-vllm test lint matrix versions engines vllm fuzz mutations arena arena-smoke \
+	alignment bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,7 +53,7 @@ engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, an
 	touch $@
 
 vllm: $(STAMP) .vllm/.installed ## training on the completions of a real vLLM, on a CPU (REDUCED=1: a part)
-	PYTHONPATH=.vllm $(BIN)/python -m pytest -q tests/test_vllm.py $(if $(REDUCED),-m "not slow")
+	PYTHONPATH=.vllm $(BIN)/python -m pytest -q tests/test_vllm.py $(if $(REDUCED),-k "not references or power")
 
 # Not dependencies of the package: vLLM's build for a CPU, and what it imports that .venv does not have. Its metadata asks
 # for other versions of what .venv does have.

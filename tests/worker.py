@@ -142,13 +142,14 @@ def run_job(job: dict) -> dict:
     }
 
 
-def main() -> None:
+def work(run) -> None:
+    """Call `run` with each job of the file that the command line names, and write what it returns."""
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ.get("RANK", "0"))
     if jobs[0].get("engine") == "fsdp2":
         use_fsdp2()
     for number, job in enumerate(jobs):
-        result = run_job(job)
+        result = run(job)
         temporary = folder / f"job{number}-rank{rank}.tmp"
         torch.save(result, temporary)
         temporary.rename(folder / f"job{number}-rank{rank}.pt")
@@ -158,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(run_job)
