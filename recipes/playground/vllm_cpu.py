@@ -5,7 +5,7 @@ Train a recipe with vLLM generating in the training process, on a CPU: `recipes/
     PYTHONPATH=.vllm .venv/bin/python -m recipes.playground.vllm_cpu --config recipes/configs/playground.yaml \
         --use_vllm --vllm_mode colocate
 
-All arguments are those of `recipes/train.py`. On a GPU nothing of this is needed, and nothing else here knows of it.
+All arguments are those of `recipes/train.py`. Only what is peculiar to a CPU is here, and nothing else knows of it.
 """
 
 import os
@@ -14,7 +14,7 @@ import sys
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # vLLM binds its threads to cores, and waits for those that something else is using
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "TORCHDYNAMO_DISABLE": "1",  # vLLM would compile parts of its sampler, 13 s once, for no gain at this size
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM would compile parts of its sampler, which takes a C++ compiler and seconds
 }
 
 

