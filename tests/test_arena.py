@@ -13,10 +13,10 @@ import torch
 from trl import GRPOConfig
 
 from recipes.arena import large
-from recipes.arena.arms import ARMS, BASELINES, CONSTANT_WEIGHT
-from recipes.arena.ledger import Ledger
-from recipes.arena.run import RunSpec, run, training_figures, training_problems
-from recipes.arena.study import KEY, LEARNING_RATES, TASK_ARMS, TASKS, Plan, choose_rates
+from recipes.arena.comparison.arms import ARMS, BASELINES, CONSTANT_WEIGHT
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.run import RunSpec, run, training_figures, training_problems
+from recipes.arena.comparison.study import KEY, LEARNING_RATES, TASK_ARMS, TASKS, Plan, choose_rates
 from recipes.playground.make_base_model import make_model, make_tokenizer, save_tokenizer
 from recipes.playground.tasks import LONG_TASKS, make_splits
 from trl_lambda import LambdaGRPOConfig
@@ -166,7 +166,7 @@ def test_rates_are_chosen_by_mean_reward_and_only_from_a_full_grid():
 
 def test_the_command_goes_on_where_it_stopped(tmp_path):
     """The real command with worker processes: killed after its first row, then run again to the end."""
-    command = [sys.executable, "-m", "recipes.arena.study", "main", "--smoke", "--results", str(tmp_path)]
+    command = [sys.executable, "-m", "recipes.arena.comparison.study", "main", "--smoke", "--results", str(tmp_path)]
     command += ["--arms", "grpo", "tr", "--tasks", "slippery_chain", "--seeds", "1", "--workers", "1"]
     (tmp_path / "learning_rates.json").write_text(json.dumps({"grpo": 3e-4, "tr": 3e-4}))
     runs = tmp_path / "runs.csv"

@@ -5,10 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from ._comparisons import REFERENCE, Arena, Group, Run
-from ._student import student_quantile
-from ._tables import task_label
-from .arms import ARMS, LEARNED
+from recipes.arena.analysis.comparisons import REFERENCE, Arena
+from recipes.arena.analysis.paired_statistics import student_quantile
+from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
+from recipes.arena.analysis.runs import Group, Run
+from recipes.arena.analysis.tables import task_label
+from recipes.arena.comparison.arms import ARMS, LEARNED
 
 _WINDOW = 3  # generation batches
 _LAMBDA_EVERY = 5  # optimizer steps between two values of a λ curve
@@ -70,7 +72,8 @@ def draw_curves(arena: Arena, study: str) -> Any:
         differences.set_ylim(limits)
         finish_panel(rewards, task_label(study, task), "optimizer step", "mean reward")
         finish_panel(differences, f"{task_label(study, task)}: difference to {REFERENCE}", "optimizer step", "points")
-    add_legend(figure, f"Mean over seeds with its 95 % band, each seed smoothed over {_WINDOW} generation batches")
+    title = f"Mean over seeds with its 95 % band, each seed smoothed over {_WINDOW} generation batches"
+    add_legend(figure, title, order=tuple(_CHOSEN))
     return figure
 
 
@@ -137,38 +140,3 @@ def draw_lambda_paths(arena: Arena, study: str) -> Any | None:
 def _lambda_curves(arena: Arena, study: str, task: str, arm: str) -> list[np.ndarray]:
     runs = arena.groups[study, task].get(arm, {}).values()
     return [run.curves["lambda_curve"] for run in runs if "lambda_curve" in run.curves]
-
-
-def new_figure(rows: int, columns: int, *, width: float, height: float) -> tuple[Any, np.ndarray]:
-    """Return a figure and its panels, (rows, columns), each of the given inches; ImportError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('the figures need matplotlib: pip install "trl-lambda[plots]"') from error
-
-    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def finish_panel(axes: Any, title: str, x: str, y: str) -> None:
-    """Give a panel its title, its axes' names and a quiet grid."""
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
-    axes.tick_params(labelsize=8.5)
-    axes.grid(True, color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def add_legend(figure: Any, title: str) -> None:
-    """Put one legend for all panels above them, where it covers nothing."""
-    found = {}
-    for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    labels = sorted(found, key=lambda label: (label == "other arms", [*_CHOSEN, label].index(label)))
-    figure.legend(
-        [found[label] for label in labels], labels, loc="outside upper left", ncols=min(7, len(labels)),
-        frameon=False, fontsize=9, handlelength=3, title=title, title_fontsize=9.5, alignment="left",
-    )  # fmt: skip

@@ -1,5 +1,5 @@
 """
-The arena's runs: `python -m recipes.arena.study PART [PART ...]`, with the parts
+The arena's runs: `python -m recipes.arena.comparison.study PART [PART ...]`, with the parts
 
 - `tune`: every arm at every learning rate of the grid, on seeds and held-out problems of its own;
 - `choose`: write `learning_rates.json`, each arm's rate with the highest mean reward over tasks and tuning seeds;
@@ -28,11 +28,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes.arena.arms import ARMS, LEARNED
-from recipes.arena.ledger import Ledger
-from recipes.arena.run import RunSpec, run
+from recipes.arena.comparison.arms import ARMS, LEARNED
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.run import RunSpec, run
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 SMOKE_RESULTS = Path("runs") / "arena_smoke"
 # The arm's options are part of what a run is: an arm that was changed under its name is run again.
 KEY = ("study", "task", "arm", "options", "seed", "max_steps", "steps_per_generation", "learning_rate")
@@ -145,7 +145,9 @@ def _start_worker() -> None:
 
 def _follow_parent() -> None:
     """A pool's worker does not notice that its parent was killed: it would wait for work, for ever."""
-    connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -175,7 +177,7 @@ def choose_rates(rows: list[dict[str, str]], plan: Plan) -> dict[str, float]:
             if not whole or set(cell) != whole:
                 raise ValueError(f"tuning of {arm!r} at {rate:g} has {len(cell)} of {len(whole)} runs: run `tune`.")
             means[rate] = statistics.fmean(cell.values())
-        chosen[arm] = max(means, key=means.get)
+        chosen[arm] = max(means, key=lambda rate: means[rate])
     return chosen
 
 
@@ -196,7 +198,7 @@ def do_parts(parts: list[str], plan: Plan, results: Path, workers: int) -> None:
 
 def main() -> None:
     """Parse the command line and do its parts."""
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("tune", "choose", "main", "one_step"), metavar="PART")
     parser.add_argument("--smoke", action="store_true", help="a small version of everything, in runs/arena_smoke")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="only these tasks")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from recipes.arena.arms import ARMS, Arm
-from recipes.arena.policy_gradient import Batch, group_advantages
+from recipes.arena.alignment.policy_gradient import Batch, group_advantages
+from recipes.arena.comparison.arms import ARMS, Arm
 from trl_lambda import LambdaGRPOConfig
 from trl_lambda.weights import LEARNABLE_AGGREGATIONS, length_weights, probability_weights
 
@@ -95,7 +95,7 @@ def response_weights(options: Mapping[str, Any], lengths: torch.Tensor, lam: tor
     member = options["aggregation"] or REDUCTIONS[options["loss_type"]]
     scope, scale = options["aggregation_scope"], options["length_scale"]
     return length_weights(
-        lengths, lam, aggregation=member, scope=scope, length_scale=scale, max_completion_length=lengths.max().item()
+        lengths, lam, aggregation=member, scope=scope, length_scale=scale, max_completion_length=int(lengths.max())
     )
 
 

@@ -1,12 +1,12 @@
 """
 Tables and figures of the arena, from `results/runs.csv`. Any part of the runs will do.
 
-    python -m recipes.arena.report
+    python -m recipes.arena.analysis.report
 
 It writes into the folder of results `summary.csv` (mean and standard deviation of each arm), `paired.csv` (the
 comparisons of two arms over the seeds that both have) and the figures, and replaces the tables of the arena's
-`README.md` or, with `--results`, of one in that folder. The figures need matplotlib:
-`pip install "trl-lambda[plots]"`.
+`README.md` or, with `--results`, of one in that folder. It needs
+`pip install "trl-lambda[arena]"`.
 """
 
 import argparse
@@ -14,12 +14,13 @@ import os
 import sys
 from pathlib import Path
 
-from ._comparisons import Arena, write_paired, write_summary
-from ._figures import draw_curves, draw_lambda_paths
-from ._forest import draw_forest, draw_lengths
-from ._tables import make_tables, replace_tables
+from recipes.arena.analysis.comparisons import Arena
+from recipes.arena.analysis.csv_files import write_paired, write_summary
+from recipes.arena.analysis.curves import draw_curves, draw_lambda_paths
+from recipes.arena.analysis.forest import draw_forest, draw_lengths
+from recipes.arena.analysis.tables import make_tables, replace_tables
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 _FIGURES = {
     "accuracy_curves": draw_curves,
     "lambda_paths": draw_lambda_paths,

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ._comparisons import ALPHA, METRICS, REFERENCE, Arena, Comparison, Run, resolution, values_of
-from .arms import BASELINES, LEARNED
+from recipes.arena.analysis.comparisons import ALPHA, REFERENCE, Arena, Comparison, resolution
+from recipes.arena.analysis.runs import METRICS, Run, values_of
+from recipes.arena.comparison.arms import BASELINES, LEARNED
 
 # Metric: its name in tables and figures, its unit there, the factor to that unit, and decimals.
 SHOWN: dict[str, tuple[str, str, float, int]] = {
@@ -99,7 +100,7 @@ def difference_cell(comparison: Comparison | None, n: int, factor: float, decima
     if comparison is None:
         return "–"
     text = f"{factor * comparison.difference:+.{decimals}f}"
-    if comparison.low is None:
+    if comparison.low is None or comparison.high is None:
         return f"{text} (1 seed)"
     text += f" [{factor * comparison.low:+.{decimals}f}, {factor * comparison.high:+.{decimals}f}]"
     text += " *" if comparison.significant else ""
@@ -120,7 +121,7 @@ def _arm_table(arena: Arena, study: str, task: str, metrics: tuple[str, ...]) ->
     """One line per arm: for each metric mean ± standard error, and the paired difference to the reference."""
     group = arena.groups[study, task]
     header = ["arm", "seeds"]
-    for name, unit, *_ in map(SHOWN.get, metrics):
+    for name, unit, *_ in (SHOWN[metric] for metric in metrics):
         header += [f"{name}, {'%' if unit == 'points' else unit}", f"to {REFERENCE}, {unit} [95 %]"]
     rows = []
     for arm in by_auc(group):
@@ -151,7 +152,7 @@ def _paired_table(arena: Arena, study: str, task: str) -> str:
     for metric in METRICS:
         tested = [c for c in arena.comparisons[study, task, metric].values() if c.p is not None]
         found = [c for c in tested if c.significant]
-        counts = [len(tested), sum(c.p < ALPHA for c in tested), len(found)]
+        counts = [len(tested), sum(c.p is not None and c.p < ALPHA for c in tested), len(found)]
         sides = [_pairs([c for c in found if sign * c.difference > 0]) for sign in (1, -1)]
         rows.append([SHOWN[metric][0], *map(str, counts), *sides])
     return _markdown(header, rows)

@@ -1,10 +1,12 @@
 """Batches of a model's own completions of training problems, and their log-probabilities with gradient."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.arena.policy_gradient import Batch
-from recipes.arena.run import GENERATIONS, MAX_COMPLETION_LENGTH, PROMPTS
+from recipes.arena.alignment.policy_gradient import Batch
+from recipes.arena.comparison.run import GENERATIONS, MAX_COMPLETION_LENGTH, PROMPTS
 from recipes.playground.rewards import exact_answer
 from recipes.playground.tasks import make_splits
 
@@ -32,12 +34,16 @@ def sample_batches(
         `list[Batch]`: with `inputs` as `token_logps` wants them.
 
     Raises:
-        ValueError: if the training split has too few problems.
+        ValueError: if the training split has too few problems, or the tokenizer no end token.
     """
     problems = make_splits(task)["train"]
     if count * PROMPTS > len(problems):
         raise ValueError(f"{count} batches need {count * PROMPTS} problems; {task} has {len(problems)}.")
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise ValueError(f"the tokenizer has no end token of its own: eos_token_id is {end}.")
     model.eval()
+    generate: Any = model.generate
     batches: list[Batch] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SAMPLING_SEED + seed)
@@ -47,7 +53,7 @@ def sample_batches(
             prompts = tokenizer(
                 [p.prompt for p in repeated], padding=True, return_tensors="pt", return_token_type_ids=False
             )
-            output = model.generate(
+            output = generate(
                 **prompts,
                 do_sample=True,
                 temperature=1.0,
@@ -58,7 +64,7 @@ def sample_batches(
             completions = output[:, prompts["input_ids"].size(1) :]  # (rows, T)
             texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
             rewards = torch.tensor(exact_answer(texts, [p.solution for p in repeated]))
-            own = own_tokens(completions, tokenizer.eos_token_id)
+            own = own_tokens(completions, end)
             inputs = {"prompt_ids": prompts["input_ids"], "prompt_mask": prompts["attention_mask"]}
             inputs["completion_ids"] = completions
             for rows in torch.arange(len(repeated)).split(PROMPTS * GENERATIONS):

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from ._comparisons import REFERENCE, Arena, Comparison, place_of
-from ._figures import add_legend, finish_panel, new_figure
-from ._tables import SHOWN, task_label
-from .arms import BASELINES
+from recipes.arena.analysis.comparisons import REFERENCE, Arena, Comparison
+from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
+from recipes.arena.analysis.runs import place_of
+from recipes.arena.analysis.tables import SHOWN, task_label
+from recipes.arena.comparison.arms import BASELINES
 
 
 def draw_forest(arena: Arena, study: str) -> Any | None:
@@ -88,7 +89,7 @@ def _draw_interval(
 ) -> None:
     color, marker = style
     x = factor * comparison.difference
-    if comparison.low is not None:
+    if comparison.low is not None and comparison.high is not None:
         axes.plot([factor * comparison.low, factor * comparison.high], [y, y], color=color, linewidth=1.3)
     face = color if comparison.significant else "white"
     if limits[0] < x < limits[1]:

@@ -175,12 +175,13 @@ def inner_products(
     Returns:
         `dict[str, Products]`: by metric.
     """
-    truths, second_moment = [], 0.0
+    truths: list[torch.Tensor] = []
+    second_moment = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         logps = logps_of(batch)
         truths.append(truth_term(batch, logps, parameters))
         base = weighted_gradient(batch, logps, weights_of(batch, logps.detach())[0], parameters)
-        second_moment += base.double().square() / len(batches)
+        second_moment = second_moment + base.double().square() / len(batches)
         on_batch()
     truth = torch.stack(truths).double()
     scales = torch.stack([torch.ones_like(second_moment), 1 / (second_moment.sqrt() + ADAM_EPSILON)])  # as METRICS

@@ -18,15 +18,13 @@ import trl
 from datasets import Dataset
 from transformers import (
     AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     Qwen2ForCausalLM,
     TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.arena.arms import ARMS
+from recipes.arena.comparison.arms import ARMS
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.measure import sample
 from recipes.playground.rewards import exact_answer
@@ -98,7 +96,8 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         `GRPOTrainer`: TRL's own for an arm of TRL, else a `LambdaGRPOTrainer`.
     """
     arm = ARMS[spec.arm]
-    config_class, trainer_class = (GRPOConfig, GRPOTrainer) if arm.trl else (LambdaGRPOConfig, LambdaGRPOTrainer)
+    classes: tuple[Any, Any] = (GRPOConfig, GRPOTrainer) if arm.trl else (LambdaGRPOConfig, LambdaGRPOTrainer)
+    config_class, trainer_class = classes
     args = config_class(
         folder,
         seed=spec.seed,
@@ -184,16 +183,21 @@ def run(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def held_out_figures(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> dict[str, float]:
+def held_out_figures(model: Any, tokenizer: Any, spec: RunSpec) -> dict[str, float]:
     """
     Measure the trained model on held-out problems: each once at temperature 1 with one fixed seed, half of them also
     greedily, since answers decoded greedily are much alike from one run to the next.
+
+    Args:
+        model (`PreTrainedModel`): it is left in evaluation mode.
+        tokenizer (`PreTrainedTokenizerBase`): the playground's.
+        spec (`RunSpec`): says which problems, and where a completion is cut.
 
     Returns:
         `dict[str, float]`: accuracies in 0..1, lengths in tokens with the end token.
     """
     problems = make_splits(spec.task)[spec.split]
-    common = {"num_samples": 1, "seed": 0, "max_new_tokens": spec.max_completion_length}
+    common: dict[str, Any] = {"num_samples": 1, "seed": 0, "max_new_tokens": spec.max_completion_length}
     greedy = sample(model, tokenizer, problems[: len(problems) // 2], greedy=True, **common)
     sampled = sample(model, tokenizer, problems, **common)
     right = sampled.rewards > 0

@@ -1,8 +1,9 @@
 """
-Which weights point where learning goes, and when? `python -m recipes.arena.alignment` writes `results/alignment.csv`.
+Which weights point where learning goes, and when? `python -m recipes.arena.alignment.study` writes
+`results/alignment.csv`.
 
 At the base model and along runs of `dapo`, batches of 64 completions are sampled from the model as it is, and the
-gradient of every weight of `alignment_weights` is held against the policy gradient, as `policy_gradient` says. One row
+gradient of every weight of `weights` is held against the policy gradient, as `policy_gradient` says. One row
 per task, checkpoint, seed and weight:
 
 - `cosine_*`: mean over batches; `ratio_*`: that divided by the one of λ = 0, with its standard error `*_se`; in
@@ -31,16 +32,16 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Qwen2ForCausalLM, TrainerCallback
 
-from recipes.arena.alignment_batches import sample_batches
-from recipes.arena.alignment_measure import measure
-from recipes.arena.alignment_summary import plot
-from recipes.arena.alignment_weights import BASE, all_weights
-from recipes.arena.ledger import Ledger
-from recipes.arena.run import RunSpec, environment, make_trainer
+from recipes.arena.alignment.batches import sample_batches
+from recipes.arena.alignment.measure import measure
+from recipes.arena.alignment.summary import plot
+from recipes.arena.alignment.weights import BASE, all_weights
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.run import RunSpec, environment, make_trainer
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.tasks import TASKS
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 KEY = ("task", "checkpoint", "seed", "learning_rate", "batches", "weight")
 BASE_CHECKPOINT = "base"
 DEFAULT_TASKS = ("running_sum", "slippery_chain", "checked_sum")
@@ -167,7 +168,7 @@ def default_learning_rate() -> float:
 
 def main() -> None:
     """Parse the command line, run the study and draw it."""
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=DEFAULT_TASKS, metavar="TASK")
     parser.add_argument("--batches", type=int, default=40, help="per checkpoint (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per task (default: %(default)s)")

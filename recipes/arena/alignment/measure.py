@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from recipes.arena.alignment_batches import token_logps
-from recipes.arena.alignment_weights import Weight, all_weights, lambda_gradient, same_direction, slope_sides
-from recipes.arena.policy_gradient import (
+from recipes.arena.alignment.batches import token_logps
+from recipes.arena.alignment.policy_gradient import (
     METRICS,
     Batch,
     cosine_ratios,
@@ -19,6 +18,7 @@ from recipes.arena.policy_gradient import (
     jackknife_error,
     without_each,
 )
+from recipes.arena.alignment.weights import Weight, all_weights, lambda_gradient, same_direction, slope_sides
 
 RULE_COLUMNS = ("lambda_gradient", "lambda_gradient_se", "slope_raw", "slope_raw_se", "slope_adam", "slope_adam_se")
 

@@ -10,21 +10,24 @@ hundred of them nothing could ever be found. So Holm gets the p of `paired_t_p`,
 """
 
 import functools
-import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from scipy import optimize, special, stats
 
-from ._student import noncentrality, student_p, student_quantile
-
-EXACT_FLIPS = 12  # differences up to which all 2ⁿ signs are tried
+EXACT_FLIPS = 14  # differences up to which all 2ⁿ signs are tried
 STUDENT_BELOW = 8  # differences under which resamples are too few to estimate a tail
 
 
-def _checked(differences, least: int) -> np.ndarray:
+Values = Sequence[float] | np.ndarray
+
+
+def _checked(differences: Values) -> np.ndarray:
     values = np.asarray(differences, dtype=np.float64)
-    if values.ndim != 1 or len(values) < least or not np.isfinite(values).all():
-        raise ValueError(f"differences must be {least} or more finite numbers in one dimension, got {differences}")
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError(f"differences must be 2 or more finite numbers in one dimension, got {differences}")
     return values
 
 
@@ -35,7 +38,7 @@ def _resamples(n: int, num_resamples: int, seed: int) -> np.ndarray:
 
 
 def bootstrap_interval(
-    differences, *, confidence: float = 0.95, num_resamples: int = 20000, seed: int = 0
+    differences: Values, *, confidence: float = 0.95, num_resamples: int = 20000, seed: int = 0
 ) -> tuple[float, float]:
     """
     Return the bootstrap-t (studentised) interval of the mean difference.
@@ -46,8 +49,9 @@ def bootstrap_interval(
 
     With 12 values the percentile and the BCa interval are too narrow, as they take the resamples' spread for the
     mean's, and Student's interval is too narrow for skewed values. This one is second-order accurate, at the price of
-    width on the side of the long tail. `tests/test_arena_report.py` counts the coverage. Student's interval takes its
-    place below `STUDENT_BELOW` values, and where so many values are equal that a limit would be infinite.
+    width on the side of the long tail. `scipy.stats.bootstrap` has the other two and not this one.
+    `tests/test_arena_report.py` counts the coverage. Student's interval takes its place below `STUDENT_BELOW` values,
+    and where so many values are equal that a limit would be infinite.
 
     Args:
         differences (array of n `float`, n ≥ 2): arm minus baseline, one for each seed.
@@ -61,7 +65,7 @@ def bootstrap_interval(
     Raises:
         ValueError: if there are fewer than two finite differences, or `confidence` is not in (0, 1).
     """
-    values = _checked(differences, least=2)
+    values = _checked(differences)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
     n, mean = len(values), float(values.mean())
@@ -89,7 +93,7 @@ def _studentised(centred: np.ndarray, num_resamples: int, seed: int) -> np.ndarr
     return np.where(np.isnan(studentised), 0.0, studentised)
 
 
-def paired_t_p(differences) -> float:
+def paired_t_p(differences: Values) -> float:
     """
     Return the two-sided p of Student's paired test of mean zero (Student, Biometrika 6, 1908).
 
@@ -104,31 +108,27 @@ def paired_t_p(differences) -> float:
     Raises:
         ValueError: if there are fewer than two finite differences.
     """
-    values = _checked(differences, least=2)
+    values = _checked(differences)
     scale = float(np.abs(values).max())
     if scale == 0:
         return 1.0
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     if error < 1e-12 * scale:
         return sign_flip_p(values)
-    return student_p(float(values.mean()) / error, len(values) - 1)
+    return 2 * float(special.stdtr(len(values) - 1, -abs(float(values.mean())) / error))
 
 
-@functools.lru_cache(maxsize=16)
-def _all_signs(n: int) -> np.ndarray:
-    return np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
-
-
-def sign_flip_p(differences, *, num_flips: int = 20000, seed: int = 0) -> float:
+def sign_flip_p(differences: Values, *, num_flips: int = 20000, seed: int = 0) -> float:
     """
     Return the two-sided p of Fisher's permutation test of the mean (The Design of Experiments, 1935, section 21).
 
     If the two arms are the same, the sign of each seed's difference is a coin: p is the share of sign patterns with a
     mean at least as far from zero. Exact, over all 2ⁿ patterns, up to `EXACT_FLIPS` differences; beyond that over
-    random ones, (1 + hits) / (1 + patterns), so that p is never zero (Phipson and Smyth, 2010).
+    random ones, where the pattern that was seen counts as one of them, so that p is never zero (Phipson and Smyth,
+    2010).
 
     Args:
-        differences (array of n `float`, n ≥ 1): arm minus baseline, one for each seed.
+        differences (array of n `float`, n ≥ 2): arm minus baseline, one for each seed.
         num_flips (`int`): random patterns, where not all are tried.
         seed (`int`): of the random patterns.
 
@@ -136,18 +136,36 @@ def sign_flip_p(differences, *, num_flips: int = 20000, seed: int = 0) -> float:
         `float`: p in (0, 1].
 
     Raises:
-        ValueError: if there is no difference, or one is not finite.
+        ValueError: if there are fewer than two finite differences.
     """
-    values = _checked(differences, least=1)
-    n = len(values)
-    exact = n <= EXACT_FLIPS
-    signs = _all_signs(n) if exact else np.random.default_rng(seed).choice((-1.0, 1.0), size=(num_flips, n))
-    slack = 1e-12 * np.abs(values).sum()  # sums that are equal on paper count as equal
-    hits = int((np.abs(signs @ values) >= abs(values.sum()) - slack).sum())
-    return hits / len(signs) if exact else (1 + hits) / (1 + num_flips)
+    return sign_flip_ps([differences], num_flips=num_flips, seed=seed)[0]
 
 
-def holm(p_values) -> list[float]:
+def sign_flip_ps(rows: Sequence[Values], *, num_flips: int = 20000, seed: int = 0) -> list[float]:
+    """`sign_flip_p` of several rows of n differences each, in one pass over the patterns of signs."""
+    values = np.stack([_checked(row) for row in rows])  # (rows, n)
+    n = values.shape[1]
+    scale = np.abs(values).sum(axis=1)
+    values = values / np.where(scale > 0, scale, 1.0)[:, None]
+
+    def rounded_sum(signed: np.ndarray, axis: int) -> np.ndarray:
+        # Sums that are equal on paper have to count as equal; scipy's own tolerance is nothing where they are near 0.
+        return np.round(signed.sum(axis=axis), 12)
+
+    tested = stats.permutation_test(
+        (values,),
+        rounded_sum,
+        permutation_type="samples",  # of one sample: its signs
+        vectorized=True,
+        n_resamples=2**n if n <= EXACT_FLIPS else num_flips,
+        batch=256,
+        axis=1,
+        rng=seed,
+    )
+    return np.asarray(tested.pvalue).tolist()
+
+
+def holm(p_values: Values) -> list[float]:
     """
     Return Holm's adjusted p (Scandinavian Journal of Statistics 6, 1979).
 
@@ -194,4 +212,26 @@ def resolvable_difference(sd: float, n: int, *, alpha: float = 0.05, power: floa
     """
     if sd < 0 or n < 2 or not 0 < alpha < power < 1:
         raise ValueError(f"need sd ≥ 0, n ≥ 2, 0 < alpha < power < 1; got {sd=}, {n=}, {alpha=}, {power=}")
-    return sd / math.sqrt(n) * noncentrality(n - 1, alpha, power)
+    return sd / math.sqrt(n) * _noncentrality(n - 1, alpha, power)
+
+
+@functools.lru_cache(maxsize=1024)
+def student_quantile(probability: float, df: int) -> float:
+    """Return q with P(T ≤ q) = `probability` for Student's t with `df` degrees of freedom."""
+    return float(special.stdtrit(df, probability))
+
+
+@functools.lru_cache(maxsize=1024)
+def _noncentrality(df: int, alpha: float, power: float) -> float:
+    """Return mean difference over its standard error at which the two-sided t test has the power."""
+    critical = student_quantile(1 - alpha / 2, df) ** 2
+
+    def missing(noncentrality: float) -> float:
+        # The square of a noncentral t is a noncentral F: both tails in one.
+        return power - float(stats.ncf.sf(critical, 1, df, noncentrality**2))
+
+    high = 1.0
+    while missing(high) > 0:
+        high *= 2
+    root: Any = optimize.brentq(missing, 0, high, xtol=1e-12)
+    return float(root)
