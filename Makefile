@@ -66,9 +66,9 @@ alignment: $(STAMP) ## which weights point where learning goes: minutes per task
 
 bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the table in README.md
 	$(BIN)/python -m recipes.bench.overhead
-	$(BIN)/python -m recipes.bench.weights_micro
+	$(BIN)/python -m recipes.bench.weights_alone
 	$(BIN)/python -m recipes.bench.head_memory
-	$(BIN)/python -m recipes.bench.gather
+	$(BIN)/python -m recipes.bench.two_processes
 	$(BIN)/python -m recipes.bench.import_time
 	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
 	$(BIN)/python -m recipes.bench.table --write README.md --overhead-only

@@ -3,6 +3,7 @@
 import os
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 # Completions are prepared, and come in by way of TRL's `rollout_func`, which warns that it is new.
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -12,8 +13,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from ._rows import ROOT
-from ._shapes import EOS, Workload, build_model
+from recipes.bench.measure.rows import ROOT
+from recipes.bench.measure.workload import EOS, Workload, build_model
 
 BASELINE = "GRPOTrainer"
 PROMPT_TOKENS = 16
@@ -23,7 +24,7 @@ _LAMBDA = ("LambdaGRPOTrainer", "LambdaGRPOConfig")
 _TR = ("TRGRPOTrainer", "TRGRPOConfig")
 _PLAIN = {"token_metrics": False}
 _SIGMOID = {"token_regulation": "sigmoid"}
-ARMS: dict[str, tuple[tuple[str, str] | None, dict]] = {
+ARMS: dict[str, tuple[tuple[str, str] | None, dict[str, Any]]] = {
     BASELINE: (None, {}),
     "GRPOTrainer again": (None, {}),  # what the machine itself scatters by
     "lambda": (_LAMBDA, {}),
@@ -45,7 +46,7 @@ class Completions:
     ids: list[list[int]] = field(init=False)
     rewards: list[float] = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         rng, longest = random.Random(0), self.workload.completion
         rows = self.workload.step_rows * self.processes
         shortest = longest if self.all_longest else max(1, longest // 4)
@@ -58,17 +59,17 @@ class Completions:
         texts = [("A" + "12+34+" * PROMPT_TOKENS)[: PROMPT_TOKENS - len(str(p))] + str(p) for p in range(prompts)]
         return Dataset.from_dict({"prompt": texts})
 
-    def rollout(self, prompts, trainer):
+    def rollout(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
         first = trainer.accelerator.process_index * len(prompts)
         rows = [(first + i) % len(self.ids) for i in range(len(prompts))]
         prompt_ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
         return {"prompt_ids": prompt_ids, "completion_ids": [self.ids[r] for r in rows], "logprobs": None, "row": rows}
 
-    def reward(self, completions, row, **kwargs) -> list[float]:
+    def reward(self, completions: list[str], row: list[int], **kwargs: Any) -> list[float]:
         return [self.rewards[r] for r in row]
 
 
-def build_trainer(arm: str, workload: Workload, folder: str, model=None, processes: int = 1):
+def build_trainer(arm: str, workload: Workload, folder: str, model: Any = None, processes: int = 1) -> Any:
     """
     A trainer for one arm, after one optimizer step, so that everything it makes lazily is there.
 
@@ -80,7 +81,8 @@ def build_trainer(arm: str, workload: Workload, folder: str, model=None, process
         processes (`int`): how many processes share a generation batch.
     """
     classes, options = ARMS[arm]
-    trainer_class, config_class = (GRPOTrainer, GRPOConfig) if classes is None else _ours(classes)
+    found: tuple[Any, Any] = (GRPOTrainer, GRPOConfig) if classes is None else _ours(classes)
+    trainer_class, config_class = found
     args = config_class(output_dir=folder, **_settings(workload), **options)
     completions = Completions(workload, processes)
     trainer = trainer_class(
@@ -99,7 +101,7 @@ def build_trainer(arm: str, workload: Workload, folder: str, model=None, process
     return trainer
 
 
-def _settings(workload: Workload) -> dict:
+def _settings(workload: Workload) -> dict[str, Any]:
     """What every arm's configuration has in common."""
     return {
         "loss_type": "dapo",
@@ -129,7 +131,7 @@ def _ours(names: tuple[str, str]) -> tuple[type, type]:
     return getattr(trl_lambda, names[0]), getattr(trl_lambda, names[1])
 
 
-def _lora():
+def _lora() -> Any:
     from peft import LoraConfig
 
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")

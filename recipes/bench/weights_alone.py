@@ -1,8 +1,8 @@
 """
 `trl_lambda.weights` alone: time and bytes moved from 10^3 to 10^8 tokens, beside the floor.
 
-    python -m recipes.bench.weights_micro                     # a CPU, eager and compiled
-    python -m recipes.bench.weights_micro --device cuda
+    python -m recipes.bench.weights_alone                     # a CPU, eager and compiled
+    python -m recipes.bench.weights_alone --device cuda
 
 The floor reads every input once and writes every output once; its time is that of copying input to output, which moves
 just these bytes. Bytes moved are counted and not timed: eager, the inputs and outputs of every operator that touches
@@ -10,22 +10,22 @@ memory; compiled, what the compiler says its kernels read and write. Counted eag
 the look at the arguments' values, which only a CPU takes.
 """
 
-import argparse
 import contextlib
 import logging
 import math
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recipes.bench.measure.clock import seconds_of
+from recipes.bench.measure.rows import append, bench_parser, row
 from trl_lambda.weights import length_weights, probability_weights
 
-from ._rows import add_common_arguments, append, row
-
 BENCH = "weights"
+Function = Callable[[torch.Tensor], torch.Tensor]
 GROUP = 8
 # Operators that make a view, and move nothing.
 _VIEWS = {
@@ -58,7 +58,7 @@ def logps_of(tokens: int, device: str) -> torch.Tensor:
     return torch.rand(tokens, generator=torch.Generator(device).manual_seed(0), device=device).log()
 
 
-def cases(device: str) -> dict[str, tuple[Callable, Callable]]:
+def cases(device: str) -> dict[str, tuple[Function, Callable[[int, str], torch.Tensor]]]:
     """Name -> the function measured and what makes its input of a size."""
     lam = torch.full((1,), 0.5, device=device)
     return {
@@ -71,18 +71,18 @@ def cases(device: str) -> dict[str, tuple[Callable, Callable]]:
 class _Bytes(TorchDispatchMode):
     """Adds up the inputs and outputs of every operator."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func._schema.name.removeprefix("aten::") not in _VIEWS:
             self.total += sum(x.numel() * x.element_size() for x in (*args, result) if torch.is_tensor(x))
         return result
 
 
-def eager_bytes(function: Callable, x: torch.Tensor) -> int:
+def eager_bytes(function: Function, x: torch.Tensor) -> int:
     """Bytes that the eager operators read and write."""
     with torch.no_grad(), _Bytes() as moved:
         function(x)
@@ -90,7 +90,7 @@ def eager_bytes(function: Callable, x: torch.Tensor) -> int:
 
 
 @contextlib.contextmanager
-def compiler_counts_bytes():
+def compiler_counts_bytes() -> Iterator[Any]:
     """Let the compiler count the bytes of its kernels, which it does while its metrics are logged."""
     from torch._inductor import compile_fx, metrics
 
@@ -106,7 +106,7 @@ def compiler_counts_bytes():
         logger.propagate = propagate
 
 
-def compiled(function: Callable, x: torch.Tensor) -> tuple[Callable | None, int, str]:
+def compiled(function: Function, x: torch.Tensor) -> tuple[Function | None, int, str]:
     """
     The compiled function, the bytes that its kernels move for `x`, and one line that says why there is none.
     """
@@ -122,27 +122,17 @@ def compiled(function: Callable, x: torch.Tensor) -> tuple[Callable | None, int,
         return None, 0, f"torch.compile is unavailable: {type(error).__name__}"
 
 
-def seconds(function: Callable, x: torch.Tensor, repeats: int) -> list[float]:
+def seconds(function: Function, x: torch.Tensor, repeats: int) -> list[float]:
     """Seconds of each call; calls that take microseconds are timed many at a time."""
-    wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    device = x.device.type
     with torch.no_grad():
         function(x)
-        wait()
-        start = time.perf_counter()
-        function(x)
-        wait()
-        inner = max(1, min(1000, int(2e-3 / max(time.perf_counter() - start, 1e-7))))
-        taken = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for _ in range(inner):
-                function(x)
-            wait()
-            taken.append((time.perf_counter() - start) / inner)
-    return taken
+        (once,) = seconds_of(lambda: function(x), 1, device)
+        calls = max(1, min(1000, int(2e-3 / max(once, 1e-7))))
+        return seconds_of(lambda: function(x), repeats, device, calls=calls)
 
 
-def measure(name: str, tokens: int, device: str, repeats: int, compile_too: bool) -> list[dict]:
+def measure(name: str, tokens: int, device: str, repeats: int, compile_too: bool) -> list[dict[str, Any]]:
     """Rows of one function on as many tokens."""
     function, made = cases(device)[name]
     x, setting = made(tokens, device), f"1e{round(math.log10(tokens))} tokens"
@@ -151,7 +141,7 @@ def measure(name: str, tokens: int, device: str, repeats: int, compile_too: bool
     floor = seconds(lambda y: output.copy_(y), x, repeats)
     rows = [row(BENCH, f"{name}, floor", setting, "time", floor, "s")]
     rows.append(row(BENCH, f"{name}, floor", setting, "bytes moved", floor_bytes, "bytes"))
-    ways: dict[str, tuple[Callable | None, int, str]] = {"eager": (function, eager_bytes(function, x), "")}
+    ways: dict[str, tuple[Function | None, int, str]] = {"eager": (function, eager_bytes(function, x), "")}
     if compile_too:
         ways["compiled"] = compiled(function, x)
     for way, (called, moved, missing) in ways.items():
@@ -168,7 +158,7 @@ def measure(name: str, tokens: int, device: str, repeats: int, compile_too: bool
     return rows
 
 
-def accelerator_rows(name: str, function: Callable, x: torch.Tensor) -> list[dict]:
+def accelerator_rows(name: str, function: Function, x: torch.Tensor) -> list[dict[str, Any]]:
     """Rows of the bytes that the eager operators move on an accelerator: counted on tensors without memory."""
     floor_bytes = x.numel() * (x.element_size() + 4)
     moved = eager_bytes(function, x) / floor_bytes
@@ -177,8 +167,7 @@ def accelerator_rows(name: str, function: Callable, x: torch.Tensor) -> list[dic
 
 def main() -> None:
     """Measure every size and append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--largest", type=float, default=1e8, help="most tokens")
     parser.add_argument("--repeats", type=int, default=15)

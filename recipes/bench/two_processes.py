@@ -1,12 +1,12 @@
 """
 The generation side at two processes: the one gather of a generation batch, and what it is part of, timed in pairs.
 
-    python -m recipes.bench.gather                    # two processes on a CPU, gloo
-    python -m recipes.bench.gather --device cuda      # two GPUs, NCCL
+    python -m recipes.bench.two_processes                    # two processes on a CPU, gloo
+    python -m recipes.bench.two_processes --device cuda      # two GPUs, NCCL
 
 Both processes build `GRPOTrainer` and the λ trainer on prepared completions. Timed are the gather of B lengths and the
 reduction of one number by themselves, the scoring of a generation batch and an optimizer step; counted are the
-collectives that torch.distributed is given.
+calls that reach torch.distributed, of which one collective of the accelerator may make several.
 """
 
 import argparse
@@ -15,38 +15,31 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ._arms import BASELINE, build_trainer
-from ._rows import ROOT, add_common_arguments, append, row
-from ._shapes import Workload
-from ._stepping import WHOLE, Stepper, time_pairs, time_scoring
-from ._traffic import count_parts
+from recipes.bench.measure.clock import seconds_of
+from recipes.bench.measure.rows import ROOT, append, bench_parser, row
+from recipes.bench.measure.stepping import WHOLE, Stepper, time_pairs, time_scoring
+from recipes.bench.measure.traffic import count_parts
+from recipes.bench.measure.trainers import BASELINE, build_trainer
+from recipes.bench.measure.workload import Workload
 
 BENCH, ARM, PROCESSES = "generation", "lambda", 2
 BATCHES = (64, 1024, 16384)
 
 
-def timed(function: Callable, repeats: int) -> list[float]:
-    """Seconds of each call, after a few that warm up."""
+def timed(function: Callable[[], object], repeats: int, device: str) -> list[float]:
+    """Seconds of each call, after a few that warm up; the processes begin together."""
     for _ in range(3):
         function()
-    taken = []
-    for _ in range(repeats):
-        torch.distributed.barrier()
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available() and torch.distributed.get_backend() == "nccl":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return taken
+    return seconds_of(function, repeats, device, before=torch.distributed.barrier)
 
 
-def measure_here(workload: Workload, pairs: int) -> list[dict]:
+def measure_here(workload: Workload, pairs: int) -> list[dict[str, Any]]:
     """All rows, in each of the processes."""
     setting = f"{PROCESSES} processes, {workload.describe()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -54,10 +47,10 @@ def measure_here(workload: Workload, pairs: int) -> list[dict]:
         accelerator, rows = ours.accelerator, []
         for batch in BATCHES:
             lengths = torch.ones(batch // PROCESSES, dtype=torch.int32, device=accelerator.device)
-            taken = timed(lambda x=lengths: accelerator.gather(x), 10 * pairs)
+            taken = timed(lambda x=lengths: accelerator.gather(x), 10 * pairs, workload.device)
             rows.append(row(BENCH, ARM, f"{PROCESSES} processes", f"gather of {batch} lengths", taken, "s"))
         one = torch.ones(1, device=accelerator.device)
-        taken = timed(lambda: accelerator.reduce(one, reduction="mean"), 10 * pairs)
+        taken = timed(lambda: accelerator.reduce(one, reduction="mean"), 10 * pairs, workload.device)
         rows.append(row(BENCH, ARM, f"{PROCESSES} processes", "reduction of one number", taken, "s"))
 
         scored = time_scoring(base, ours, pairs)
@@ -67,18 +60,20 @@ def measure_here(workload: Workload, pairs: int) -> list[dict]:
         for arm, counted in parts.items():
             for part, counts in counted.items():
                 # Objects are gathered as bytes, which are as many as the texts happen to have.
-                rows.append(row(BENCH, arm, setting, f"{part}: collectives", len(counts.collectives), "count"))
+                rows.append(
+                    row(BENCH, arm, setting, f"{part}: calls of torch.distributed", len(counts.calls), "count")
+                )
         stepped = time_pairs(Stepper(base), {ARM: Stepper(ours)}, pairs=pairs, steps=1)[ARM]
         rows.append(row(BENCH, ARM, setting, WHOLE, [b[WHOLE] / a[WHOLE] for a, b in stepped], "ratio"))
     return rows
 
 
-def launch(workload: Workload, pairs: int, threads: int | None) -> list[dict]:
+def launch(workload: Workload, pairs: int, threads: int | None) -> list[dict[str, Any]]:
     """Run the processes and return the rows of the first."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-        command += ["-m", "recipes.bench.gather", "--child", str(result), "--pairs", str(pairs)]
+        command += ["-m", "recipes.bench.two_processes", "--child", str(result), "--pairs", str(pairs)]
         command += ["--workload", json.dumps(dataclasses.asdict(workload))]
         command += ["--threads", str(threads)] if threads else []
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
@@ -90,8 +85,7 @@ def launch(workload: Workload, pairs: int, threads: int | None) -> list[dict]:
 
 def main() -> None:
     """Measure and append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)

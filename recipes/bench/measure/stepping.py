@@ -4,13 +4,20 @@ import contextlib
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from recipes.bench.measure.clock import in_turn, now, seconds_of
+
 PHASES = ("loss forward", "backward", "optimizer")
+LOSS = "loss and backward"  # the first two together
 # The CPU's own time is not disturbed by what else the machine does.
 WHOLE, CPU_TIME, REST = "whole step", "whole step, CPU time", "rest of the step"
+
+# By arm, the seconds of baseline and arm in each pair, by phase.
+Pairs = dict[str, list[tuple[dict[str, float], dict[str, float]]]]
 
 
 class Stepper:
@@ -25,7 +32,7 @@ class Stepper:
         trainer: A `GRPOTrainer` or a subclass of it.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.seconds: dict[str, float] = defaultdict(float)
         self.by_phase = True
@@ -73,18 +80,19 @@ class Stepper:
         """Seconds by phase since the last call, what no phase accounts for among them."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         if self.by_phase:
+            seconds[LOSS] = seconds["loss forward"] + seconds["backward"]
             seconds[REST] = seconds[WHOLE] - sum(seconds[phase] for phase in PHASES)
         return seconds
 
-    def _timed(self, phase: str, method):
-        def timed(*args, **kwargs):
+    def _timed(self, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             with self._phase(phase):
                 return method(*args, **kwargs)
 
         return timed
 
     @contextlib.contextmanager
-    def _phase(self, phase: str):
+    def _phase(self, phase: str) -> Iterator[None]:
         if not self.by_phase:
             yield
             return
@@ -93,13 +101,11 @@ class Stepper:
         self.seconds[phase] += self._now() - start
 
     def _now(self) -> float:
-        if self.trainer.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now(self.trainer.accelerator.device.type)
 
 
 @contextlib.contextmanager
-def stepping(trainer) -> Iterator[Stepper]:
+def stepping(trainer: Any) -> Iterator[Stepper]:
     """A `Stepper` for the block, which leaves the trainer's own methods as they were."""
     kept = trainer._prepare_inputs, trainer.compute_loss, trainer.accelerator.backward
     try:
@@ -108,9 +114,7 @@ def stepping(trainer) -> Iterator[Stepper]:
         trainer._prepare_inputs, trainer.compute_loss, trainer.accelerator.backward = kept
 
 
-def time_pairs(
-    base: Stepper, arms: dict[str, Stepper], *, pairs: int, steps: int, by_phase: bool = True
-) -> dict[str, list[tuple[dict, dict]]]:
+def time_pairs(base: Stepper, arms: dict[str, Stepper], *, pairs: int, steps: int, by_phase: bool = True) -> Pairs:
     """
     Time each arm beside the baseline, in pairs whose order alternates and whose arms rotate, so that drift is shared.
 
@@ -125,7 +129,7 @@ def time_pairs(
     Returns:
         `dict[str, list]`: by arm, the seconds of baseline and arm in each pair.
     """
-    taken: dict[str, list[tuple[dict, dict]]] = {name: [] for name in arms}
+    taken: Pairs = {name: [] for name in arms}
     names = list(arms)
     for stepper in (base, *arms.values()):
         stepper.by_phase = by_phase
@@ -134,7 +138,7 @@ def time_pairs(
     for number in range(pairs):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            sides = (base, arms[name]) if number % 2 else (arms[name], base)
+            sides = in_turn(number, base, arms[name])
             for _ in range(steps if by_phase else 1):
                 for side in sides:
                     side.run(1 if by_phase else steps)
@@ -142,7 +146,7 @@ def time_pairs(
     return taken
 
 
-def time_scoring(base, other, pairs: int) -> list[tuple[float, float]]:
+def time_scoring(base: Any, other: Any, pairs: int) -> list[tuple[float, float]]:
     """
     Seconds of `_generate_and_score_completions` with prepared completions, in pairs: what a generation batch costs
     beside the sampling.
@@ -152,22 +156,16 @@ def time_scoring(base, other, pairs: int) -> list[tuple[float, float]]:
         pairs (`int`): how many pairs.
     """
 
-    def run(trainer) -> float:
+    def run(trainer: Any) -> float:
         rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
         batch = [{"prompt": trainer.train_dataset[i // trainer.num_generations]["prompt"]} for i in range(rows)]
-        start = time.perf_counter()
-        trainer._generate_and_score_completions(batch)
-        if trainer.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        device = trainer.accelerator.device.type
+        return seconds_of(lambda: trainer._generate_and_score_completions(batch), 1, device)[0]
 
-    run(base), run(other)
+    for trainer in (base, other):
+        run(trainer)
     taken = []
     for number in range(pairs):
-        if number % 2:
-            first = run(base)
-            taken.append((first, run(other)))
-        else:
-            second = run(other)
-            taken.append((run(base), second))
+        seconds = {id(trainer): run(trainer) for trainer in in_turn(number, base, other)}
+        taken.append((seconds[id(base)], seconds[id(other)]))
     return taken

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,7 @@ _READS = {
 }
 _COPIES = {"aten::_to_copy", "aten::copy_"}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
-_REQUESTS = ("gather", "reduce", "gather_for_metrics", "pad_across_processes")
+_COLLECTIVES = ("gather", "reduce", "gather_for_metrics", "pad_across_processes")
 _CPU_CHECKS = "trl_lambda.weights"
 
 
@@ -35,14 +36,16 @@ class Counts:
     Args:
         reads (`Counter`): place -> transfers from device to host; each waits for the device.
         writes (`Counter`): place -> blocking transfers from host to device.
-        collectives (`list`): (operator, elements) of each collective that torch.distributed was given.
-        requests (`list`): (method, elements) of each call of the accelerator's own collectives, one process or more.
+        collectives (`list`): (method, elements) of each collective that the accelerator is asked for, with one process
+            or more.
+        calls (`list`): (operator, elements) of each call that reaches torch.distributed: none with one process, and
+            several for a collective that first agrees on sizes.
     """
 
-    reads: Counter = field(default_factory=Counter)
-    writes: Counter = field(default_factory=Counter)
+    reads: Counter[tuple[str, str]] = field(default_factory=Counter)
+    writes: Counter[tuple[str, str]] = field(default_factory=Counter)
     collectives: list[tuple[str, int]] = field(default_factory=list)
-    requests: list[tuple[str, int]] = field(default_factory=list)
+    calls: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def argument_checks(self) -> int:
@@ -53,15 +56,15 @@ class Counts:
 class _Operators(TorchDispatchMode):
     """Sees every operator, on a CPU as on a device; not what Python does with memory that the host has already."""
 
-    def __init__(self, counts: Counts, device: str):
+    def __init__(self, counts: Counts, device: str) -> None:
         super().__init__()
         self.counts, self.device = counts, device
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
         if func.namespace == "c10d":
-            self.counts.collectives.append((name.removeprefix("c10d::").strip("_"), _elements(args)))
+            self.counts.calls.append((name.removeprefix("c10d::").strip("_"), _elements(args)))
         elif name in _READS or (name in _INDEXING and _by_mask(args)):
             if args[0].device.type == self.device and not _inside_optimizer():
                 self.counts.reads[_place()] += 1
@@ -81,11 +84,11 @@ class _Operators(TorchDispatchMode):
 class _Calls(TorchFunctionMode):
     """Sees, on CPU tensors, the calls that would move data were they on a device; there `_Operators` sees the copy."""
 
-    def __init__(self, counts: Counts):
+    def __init__(self, counts: Counts) -> None:
         super().__init__()
         self.counts = counts
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
             if args[0].device.type == "cpu":
@@ -109,7 +112,7 @@ def counting(device: str = "cpu") -> Iterator[Counts]:
     """
     counts = Counts()
     with contextlib.ExitStack() as stack:
-        for method in _REQUESTS:
+        for method in _COLLECTIVES:
             stack.enter_context(_noting(method, counts))
         stack.enter_context(_Operators(counts, device))
         stack.enter_context(_Calls(counts))
@@ -121,8 +124,8 @@ def _noting(name: str, counts: Counts) -> Iterator[None]:
     """Note calls of one of the accelerator's collectives."""
     method = getattr(Accelerator, name)
 
-    def noting(self, tensor, *args, **kwargs):
-        counts.requests.append((name, tensor.numel() if torch.is_tensor(tensor) else 0))
+    def noting(self: Accelerator, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        counts.collectives.append((name, tensor.numel() if torch.is_tensor(tensor) else 0))
         return method(self, tensor, *args, **kwargs)
 
     setattr(Accelerator, name, noting)
@@ -132,7 +135,7 @@ def _noting(name: str, counts: Counts) -> Iterator[None]:
         setattr(Accelerator, name, method)
 
 
-def _by_mask(args: tuple) -> bool:
+def _by_mask(args: tuple[Any, ...]) -> bool:
     """Whether an indexing operator is given a mask: how many elements that selects only the device knows."""
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
@@ -152,7 +155,7 @@ def _inside_optimizer() -> bool:
     return False
 
 
-def _elements(args: tuple) -> int:
+def _elements(args: tuple[Any, ...]) -> int:
     """Elements of the first tensor among arguments that may be lists of (lists of) tensors."""
     for argument in args:
         while isinstance(argument, list | tuple) and argument:

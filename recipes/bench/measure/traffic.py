@@ -1,19 +1,15 @@
 """Transfers between host and device and collectives of a loss, an optimizer step, a log and a generation batch."""
 
-import contextlib
-import warnings
-from collections.abc import Iterator
+from typing import Any
 
-import torch
-
-from ._arms import BASELINE
-from ._counters import Counts, counting
-from ._rows import row
-from ._shapes import Workload
-from ._stepping import stepping
+from recipes.bench.measure.counters import Counts, counting
+from recipes.bench.measure.rows import row
+from recipes.bench.measure.stepping import stepping
+from recipes.bench.measure.trainers import BASELINE
+from recipes.bench.measure.workload import Workload
 
 
-def count_parts(trainer) -> dict[str, Counts]:
+def count_parts(trainer: Any) -> dict[str, Counts]:
     """
     Count in each part of a trainer's work.
 
@@ -21,7 +17,8 @@ def count_parts(trainer) -> dict[str, Counts]:
         `dict[str, Counts]`: `"loss"`: one `compute_loss`; `"step"`: one optimizer step without a log, its losses
         among it; `"step with log"`; `"generation"`: scoring of one generation batch of prepared completions.
     """
-    counts, device = {}, trainer.accelerator.device.type
+    counts: dict[str, Counts] = {}
+    device = trainer.accelerator.device.type
     batch = [{"prompt": p} for p in trainer.train_dataset["prompt"] for _ in range(trainer.num_generations)]
     rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
     with counting(device) as counts["generation"]:
@@ -38,8 +35,8 @@ def count_parts(trainer) -> dict[str, Counts]:
     return counts
 
 
-def traffic_rows(bench: str, trainers: dict[str, object], workload: Workload) -> list[dict]:
-    """Rows of the counts, those of the package beside TRL's; on a GPU also of CUDA's own warnings."""
+def traffic_rows(bench: str, trainers: dict[str, Any], workload: Workload) -> list[dict[str, Any]]:
+    """Rows of the counts, those of the package beside TRL's."""
     rows, setting = [], workload.describe()
     base = count_parts(trainers[BASELINE])
     for arm, trainer in trainers.items():
@@ -49,28 +46,10 @@ def traffic_rows(bench: str, trainers: dict[str, object], workload: Workload) ->
             values = {
                 "device reads": counts.reads.total() - checks,
                 "host writes": counts.writes.total(),
-                "collectives": len(counts.requests),
-                "elements of the collectives": sum(n for _, n in counts.requests),
+                "collectives": len(counts.collectives),
+                "elements of the collectives": sum(n for _, n in counts.collectives),
             }
             if checks:
                 values["argument checks that only a CPU makes"] = checks
             rows += [row(bench, arm, setting, f"{part}: {name}", value, "count") for name, value in values.items()]
-        if workload.device == "cuda":
-            with cuda_synchronisations() as seen:
-                trainer.compute_loss(trainer.model_wrapped, trainer._buffered_inputs[0])
-            rows.append(row(bench, arm, setting, "loss: synchronisations by CUDA's own count", len(seen), "count"))
     return rows
-
-
-@contextlib.contextmanager
-def cuda_synchronisations() -> Iterator[list]:
-    """The warnings of `torch.cuda.set_sync_debug_mode`, one for each operation that waited for the device."""
-    seen: list = []
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield seen
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    seen += [warning for warning in caught if "synchroniz" in str(warning.message)]

@@ -17,6 +17,16 @@ MODELS = {
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
+    # Next to no model: what the trainers themselves take shows most.
+    "hidden 24": {
+        "vocab_size": 64,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     # A vocabulary of the real ones behind next to no model: what the head takes is all there is.
     "head": _QWEN | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
     "qwen2.5-0.5b": _QWEN

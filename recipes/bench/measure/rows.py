@@ -10,14 +10,15 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = Path(__file__).resolve().parent / "results.csv"
+ROOT = Path(__file__).resolve().parents[3]
+RESULTS = ROOT / "recipes" / "bench" / "results.csv"
 MEASURED = ("bench", "arm", "setting", "metric", "value", "low", "high", "unit", "pairs")
 CIRCUMSTANCES = ("device", "hardware", "torch", "trl", "transformers", "python", "commit")
-COLUMNS = (*MEASURED, *CIRCUMSTANCES)
+COLUMNS: tuple[str, ...] = (*MEASURED, *CIRCUMSTANCES)
 
 
 def row(
@@ -82,7 +83,7 @@ def commit() -> str:
     return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
-def append(path: Path, rows: Iterable[dict], device: str) -> None:
+def append(path: Path, rows: Iterable[dict[str, Any]], device: str) -> None:
     """Append rows to a CSV file, which gets its header when it is new."""
     new = not path.exists() or path.stat().st_size == 0
     with open(path, "a", newline="", encoding="utf-8") as file:
@@ -100,11 +101,13 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that every bench has."""
+def bench_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that every bench has, described by the first paragraph of its docstring."""
+    parser = argparse.ArgumentParser(description=(doc or "").strip().split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to append to (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="the smallest sizes, to try the script itself")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch on a CPU")
+    return parser
 
 
 def _short(value: float | int | str) -> str:
@@ -112,6 +115,6 @@ def _short(value: float | int | str) -> str:
     return f"{value:.6g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def _shown(measured: dict) -> dict[str, str]:
+def _shown(measured: dict[str, Any]) -> dict[str, str]:
     spread = "" if measured["low"] == "" else f" [{_short(measured['low'])}, {_short(measured['high'])}]"
     return measured | {"value": _short(measured["value"]) + spread}
