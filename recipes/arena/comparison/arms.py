@@ -36,6 +36,7 @@ _SOFTMAX = {"aggregation": "lambda"}
 _POWER = {"aggregation": "power"}
 _SIGN_LIKE = {"lambda_adam_eps": 1e-8, "lambda_learning_rate": 0.01}  # plain AdamW steps: each about 0.01
 _THREE = ["length", "mean_logp", "min_logp"]
+_DAPO = {"aggregation": "dapo"}
 _POSITIVE = {"aggregation": "power", "lambda_side": "positive"}  # λ by regression
 _TR = {"token_regulation": "sigmoid"}
 # R-B of the constants of arXiv 2511.00066, clip(2·(σ(9π) - 0.25), 1, 1.4), in the parameters of the sigmoid weight:
@@ -78,7 +79,7 @@ ARMS: dict[str, Arm] = {
     "softmax_tr": Arm("λ (softmax) × TR", {**_SOFTMAX, **_TR}),
     "power_tr": Arm("λ (power) × TR", {**_POWER, **_TR}),
     "balanced": Arm("Balanced Aggregation (arXiv 2605.04077)", {"aggregation": "balanced"}),
-    "positive_weight_3": Arm("f = 3 on every right answer, nothing else", {"aggregation": "dapo", "positive_weight": 3.0}),
+    "positive_weight_3": Arm("right answers count 3 times, nothing else", {**_DAPO, "positive_weight": 3.0}),
     "signed": Arm("length, signed, λ by regression", {**_POSITIVE, "lambda_side": "signed"}),
     "positive": Arm("length, positive, λ by regression", _POSITIVE),
     "positive3": Arm("three features, positive, λ by regression", {**_POSITIVE, "lambda_features": _THREE}),

@@ -62,7 +62,7 @@ def constants(values: dict[str, float]) -> Iterator[None]:
 def tune(tasks: tuple[str, ...], variants: tuple[str, ...], seeds: range, max_steps: int, results: Path) -> None:
     """Make the runs that are not there yet, seed by seed, so that a cut-off tuning has whole pairs."""
     ledger = Ledger(results, KEY)
-    done = {tuple(row[name] for name in KEY) for row in ledger.rows()} if results.exists() else set()
+    done = ledger.done()
     for seed in seeds:
         for variant in variants:
             for task in tasks:
