@@ -91,7 +91,9 @@ def two_steps(path: Path, model: str, datasets: dict[str, str], output_dir: Path
     """The overrides for two steps of a recipe on this machine."""
     dataset = datasets[yaml.safe_load(path.read_text())["dataset_name"]]
     names = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", str(output_dir)]
-    return [*names, "--max_steps", "2", *ON_CPU, *WITHOUT.get(path.stem, [])]
+    # A policy of even odds would call until the completion is full.
+    limits = ["--max_tool_calling_iterations", "2"] if path.stem in CALLS else []
+    return [*names, "--max_steps", "2", *limits, *ON_CPU, *WITHOUT.get(path.stem, [])]
 
 
 def logs(trainer, key: str) -> list[float]:
@@ -117,7 +119,9 @@ def test_a_recipe_parses_and_keeps_the_packages_defaults_of_lambda(path: Path):
     script_args, args, model_args, _ = parse(path)
     raw = yaml.safe_load(path.read_text())
     assert isinstance(args, LambdaGRPOConfig) and isinstance(model_args, ModelConfig)
-    assert args.output_dir == f"runs/{path.stem}" and script_args.reward_funcs == [REWARDS.get(path.stem, "accuracy_reward")]
+    assert args.output_dir == f"runs/{path.stem}" and script_args.reward_funcs == [
+        REWARDS.get(path.stem, "accuracy_reward")
+    ]
     # The command line takes values as text: here they arrive as what they are.
     assert args.learning_rate == raw["learning_rate"] and isinstance(args.learning_rate, float)
     for field in [field for field in raw if field.startswith(("lambda_", "regulation_", "length_scale"))]:
