@@ -31,13 +31,13 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in README.md
-	$(BIN)/python tests/matrix.py --write README.md
+	$(BIN)/python tests/tools/matrix.py --write README.md
 
 versions: $(STAMP) ## contract, parity and matrix on every tested version of TRL (REDUCED=1: the oldest, a part)
-	$(BIN)/python tests/versions.py --folder .versions $(if $(REDUCED),--reduced)
+	$(BIN)/python tests/tools/versions.py --folder .versions $(if $(REDUCED),--reduced)
 
 engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, and beside other optimizers, on a CPU (REDUCED=1: ZeRO-3)
-	PATH="$(CURDIR)/$(BIN):$(CURDIR)/.engines/bin:$$PATH" PYTHONPATH=.engines $(BIN)/python tests/engines.py \
+	PATH="$(CURDIR)/$(BIN):$(CURDIR)/.engines/bin:$$PATH" PYTHONPATH=.engines $(BIN)/python tests/tools/engines.py \
 		$(if $(REDUCED),--only "zero3 ×2")
 
 # Not dependencies of the package: DeepSpeed without its compiled operators, and what it imports.
@@ -51,7 +51,7 @@ fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
 	TRL_LAMBDA_EXAMPLES=50000 $(BIN)/python -m pytest -q tests/test_faults.py -k any_ --hypothesis-show-statistics
 
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
-	$(BIN)/python tests/mutations.py --write
+	$(BIN)/python tests/tools/mutations.py --write
 
 arena: $(STAMP) ## the comparison of all aggregations, hours on two cores; goes on where it stopped
 	$(BIN)/python -m recipes.arena.study tune choose main one_step

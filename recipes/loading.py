@@ -29,14 +29,16 @@ def import_function(argument: str, name: str, accepted: str = "a dotted path to 
     """
     accepted = f"accepted: {accepted}"
     module_name, _, function_name = name.rpartition(".")
-    if not module_name:
+    if not module_name or module_name.startswith("."):
         raise ValueError(f"{argument} {name!r}; {accepted}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{argument} {name!r}, which cannot be imported ({error}); {accepted}.") from error
+    except (Exception, SystemExit) as error:  # the module is the user's: its own errors on import are any
+        plain = isinstance(error, (ImportError, AttributeError))
+        reason = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{argument} {name!r}, which cannot be imported ({reason}); {accepted}.") from error
     if not callable(function):
         raise ValueError(f"{argument} {name!r}, which is a {type(function).__name__}; {accepted}.")
     return function

@@ -1,8 +1,10 @@
 """
-Train with `LambdaGRPOTrainer`: TRL's GRPO script with the class swapped, and a summary at the end.
+Train with `LambdaGRPOTrainer`: what TRL's GRPO script does, with the class swapped, and more checks before it starts.
 
 Model, dataset and rewards are named as in `trl grpo`, on the command line or in YAML; hub names and local folders are
-given in the same way. Whatever `LambdaGRPOConfig` and `trl.ModelConfig` know is an option here.
+given in the same way. Whatever `LambdaGRPOConfig` and `trl.ModelConfig` know is an option here. Beyond TRL's script:
+what the user can mend ends in one line; datasets are prepared by a function of one row (`recipes/loading.py`), from
+several splits and with the test split in a configuration of its own; a summary, a picture and a short progress bar.
 
     accelerate launch recipes/train.py --config recipes/configs/playground.yaml
     python recipes/train.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name trl-lib/DeepMath-103K \
@@ -11,6 +13,7 @@ given in the same way. Whatever `LambdaGRPOConfig` and `trl.ModelConfig` know is
 
 import difflib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -18,7 +21,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
-import yaml
 from packaging.version import Version
 from transformers import AutoConfig, ProgressCallback
 from trl import (
@@ -37,7 +39,7 @@ from trl.rewards import (
 )
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda._lambda_files import read_lambda_file
+from trl_lambda.preference.files import read_lambda_file
 from trl_lambda.report import plot_run, require_matplotlib, summarize_run
 
 ROOT = str(Path(__file__).resolve().parent.parent)
@@ -52,6 +54,7 @@ from recipes.agents.loading import (  # noqa: E402
     load_tools,
     owns_reward,
 )
+from recipes.config_file import check_config_file  # noqa: E402
 from recipes.loading import import_function, load_splits  # noqa: E402
 
 REWARD_FUNCS: dict[str, Callable] = {
@@ -194,11 +197,14 @@ def parse(args: list[str]) -> tuple[LambdaGRPOScriptArguments, LambdaGRPOConfig,
     """
     if args[-1:] == ["--config"]:
         raise ValueError("--config needs the path of a YAML file.")
+    if "--config" in args:
+        check_config_file(args[args.index("--config") + 1], DATACLASSES)
     parser = Parser(DATACLASSES)
     try:
         *parsed, unknown = parser.parse_args_and_config(args, return_remaining_strings=True)
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"--config cannot be read: {error}") from error
+    except (TypeError, AttributeError, OverflowError) as error:  # from a check that a value of another kind gets into
+        given = ", ".join(text for text in args if text.startswith("--"))
+        raise ValueError(f"an option has a value of a wrong type or size ({error}); look at {given}.") from error
     if unknown:
         name = unknown[0].removeprefix("--")
         known = {known_field.name for dataclass_type in DATACLASSES for known_field in fields(dataclass_type)}
@@ -217,7 +223,8 @@ def load_rewards(script_args: LambdaGRPOScriptArguments, environment: type | Non
     rewards: list[str | Callable] = []
     if script_args.reward_model_name_or_path:
         rewards.append(script_args.reward_model_name_or_path)
-    for name in script_args.reward_funcs or []:
+    names = script_args.reward_funcs or []
+    for name in [names] if isinstance(names, str) else names:  # in YAML one name need not be a list
         if name in MATH_REWARDS and importlib.util.find_spec("math_verify") is None:
             raise ValueError(f'reward_funcs has {name!r}, which needs math-verify: pip install "trl[math_verify]"')
         accepted = f"{', '.join(REWARD_FUNCS)}, or a dotted path to a function"
@@ -249,13 +256,21 @@ def check_resume(args: LambdaGRPOConfig) -> None:
     Check that the checkpoint to resume from is there, and λ in it, before anything large is loaded.
 
     Raises:
-        ValueError: if it is no folder, or has no λ where the run needs one.
+        ValueError: if it is no folder, is torn, or has no λ where the run needs one.
     """
     checkpoint = args.resume_from_checkpoint
     if checkpoint is None:
         return
-    if not Path(checkpoint, "trainer_state.json").is_file():
+    state = Path(checkpoint, "trainer_state.json")
+    if not state.is_file():
         raise ValueError(f"resume_from_checkpoint is {checkpoint!r}; accepted: the folder of a checkpoint.")
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint is {checkpoint!r}, whose trainer_state.json is damaged ({error}); resume from an "
+            "older checkpoint."
+        ) from error
     if args.has_lambda:
         read_lambda_file(checkpoint)
 

@@ -1,19 +1,15 @@
 """Tests run offline: nothing may reach a hub."""
 
 import gc
-import os
+import sys
+from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # prepared completions come in by way of `rollout_func`
+sys.path.insert(0, str(Path(__file__).parent / "tools"))  # the tests' own tools, by name
 
+import offline  # noqa: F401
 import pytest
-import torch
 from support import build_model, build_tokenizer
 
-# Models this small run faster on one thread, and with one order of summation.
-torch.set_num_threads(1)
 # `Trainer` collects garbage before each run, a fifth of a second over everything that the imports have left.
 gc.freeze()
 

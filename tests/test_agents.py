@@ -424,6 +424,7 @@ def test_dotted_paths_load():
     instance = environment()
     instance.reset(table="b7000000")
     assert instance.look_up(key="a") == "b"
+    assert [each.__name__ for each in load_tools("recipes.agents.calculator.calculate")] == ["calculate"]
     assert load_tools(None) == [] and load_environment(None) is None
 
 

@@ -3,13 +3,14 @@
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from launch import HANG
 from trl import GRPOConfig
 
 from recipes.arena import large
@@ -164,21 +165,31 @@ def test_rates_are_chosen_by_mean_reward_and_only_from_a_full_grid():
         choose_rates(rows[1:], Plan())
 
 
+KILLED_AFTER_A_ROW = """
+import os, signal
+from recipes.arena import ledger, study
+
+append = ledger.Ledger.append
+ledger.Ledger.append = lambda *row: (append(*row), os.kill(os.getpid(), signal.SIGKILL))
+study.main()
+"""
+
+
 def test_the_command_goes_on_where_it_stopped(tmp_path):
-    """The real command with worker processes: killed after its first row, then run again to the end."""
-    command = [sys.executable, "-m", "recipes.arena.study", "main", "--smoke", "--results", str(tmp_path)]
-    command += ["--arms", "grpo", "tr", "--tasks", "slippery_chain", "--seeds", "1", "--workers", "1"]
+    """With worker processes: killed as its first row is on disk, then run again, by the real command, to the end."""
+    arguments = ["main", "--smoke", "--results", str(tmp_path), "--arms", "grpo", "tr", "--tasks", "slippery_chain"]
+    arguments += ["--seeds", "1", "--workers", "1"]
     (tmp_path / "learning_rates.json").write_text(json.dumps({"grpo": 3e-4, "tr": 3e-4}))
     runs = tmp_path / "runs.csv"
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    while not runs.exists() and process.poll() is None:
-        time.sleep(0.1)
-    process.kill()
-    process.communicate(timeout=60)  # its worker holds the pipe too, and has to end with it
+    # Its worker holds the pipe too, and has to end with it.
+    command = [sys.executable, "-c", KILLED_AFTER_A_ROW, *arguments]
+    killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=HANG)
     before = Ledger(runs, KEY).rows()
+    assert killed.returncode == -signal.SIGKILL and len(before) == 1
+    command = [sys.executable, "-m", "recipes.arena.study", *arguments]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     rows = Ledger(runs, KEY).rows()
-    assert rows[: len(before)] == before and len(before) >= 1
+    assert rows[:1] == before and len(rows) == 2
     assert sorted(row["arm"] for row in rows) == ["grpo", "tr"]
     assert all(math.isfinite(float(row["auc"])) and row["commit"] and row["torch"] for row in rows)
 

@@ -118,6 +118,32 @@ INSIDE_REFUSALS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lambda_bounds": 1}, "lambda_bounds=1 must be two numbers"),
+        ({"lambda_bounds": [None, 1]}, "lambda_bounds=[None, 1] must be two numbers"),
+        ({"lambda_bounds": [0.0, 1e39]}, "lambda_bounds=[0.0, 1e+39] must be finite in float32"),
+        ({"lambda_bounds": ["low", "high"]}, "lambda_bounds=['low', 'high'] must be two numbers"),
+        ({"lambda_init": 1e39}, "lambda_init=1e+39 must be finite in float32"),
+        ({"lambda_init": "half"}, "lambda_init='half' must be a number, got str"),
+        ({"lambda_learning_rate": None}, "lambda_learning_rate=None must be a number, got NoneType"),
+        ({"lambda_max_grad_norm": True}, "lambda_max_grad_norm=True must be a number, got bool"),
+        ({"aggregation": None, "aggregation_scope": "prompt"}, "aggregation_scope='prompt' has no effect"),
+        ({"aggregation": "dapo", "lambda_learnable": False}, "lambda_learnable=False has no effect"),
+        ({"aggregation": None, "token_metrics": False}, "token_metrics=False has no effect"),
+    ],
+)
+def test_what_cannot_be_or_has_no_effect(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        LambdaGRPOConfig(**BASE, **options)
+
+
+def test_numbers_that_yaml_reads_as_text():
+    read = LambdaGRPOConfig(**BASE, lambda_bounds=["-1e0", "1e0"], lambda_init="5e-1", lambda_learning_rate="1e-2")
+    assert (read.lambda_bounds, read.lambda_init, read.lambda_learning_rate) == ([-1.0, 1.0], 0.5, 0.01)
+
+
 @pytest.mark.parametrize(("options", "message"), REFUSALS)
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):

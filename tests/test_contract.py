@@ -5,12 +5,13 @@ import warnings
 import pytest
 import trl
 from trl import GRPOTrainer
+from trl_source import source_violations
 
-from trl_lambda import _trl_contract as contract
+from trl_lambda.trl_seam import contract
 
 
 def test_installed_trl_keeps_the_contract():
-    assert contract.contract_violations() == ()
+    assert contract.contract_violations() == source_violations() == ()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         contract.check_contract()
@@ -62,10 +63,15 @@ class OtherEntry(GRPOTrainer):
         (OtherEntry, "no longer reads inputs['advantages']"),
     ],
 )
-def test_a_moved_order_raises_and_names_the_tested_range(moved, violation):
+def test_a_moved_order_is_seen_in_the_source(moved, violation):
+    assert violation in "; ".join(source_violations(moved))
+
+
+def test_a_missing_method_raises_and_names_the_tested_range():
+    moved = type("Moved", (GRPOTrainer,), {"_compute_loss": None})
     with pytest.raises(RuntimeError) as error:
         contract.check_contract(moved, version="1.17.0")
-    assert violation in str(error.value)
+    assert "_compute_loss is gone" in str(error.value)
     assert "TRL 1.17.0" in str(error.value) and "1.10.0 to 1.16.0" in str(error.value)
 
 

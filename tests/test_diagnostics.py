@@ -10,7 +10,7 @@ from launch import launch
 from support import Batch
 from worker import run_job
 
-from trl_lambda.diagnostics import (
+from trl_lambda.metrics.diagnostics import (
     advantage_length_sums,
     clipped_by_weight,
     clipped_tokens,
@@ -20,7 +20,7 @@ from trl_lambda.diagnostics import (
     quartile_index,
     quartile_shares,
 )
-from trl_lambda.loss_tally import LossTally
+from trl_lambda.metrics.loss_tally import LossTally
 
 
 def loop_quartiles(values: list[float]) -> list[int]:

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import launch
 from support import Batch, build_model, config, train
@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda.lambda_parameter import LambdaParameter
+from trl_lambda.preference.lambda_parameter import LambdaParameter
 from trl_lambda.weights import length_weights, probability_weights
 
 BOTH = {"aggregation": "lambda", "lambda_init": 0.7, "token_regulation": "sigmoid"}
@@ -130,7 +130,7 @@ def test_a_log_on_one_rank_alone_does_not_wait_for_the_others(tmp_path):
         "trainer": "lambda",
         "options": BOTH | {"per_device_train_batch_size": 6, "max_steps": 4, "logging_steps": 4},
     }
-    (ranks,) = launch([job | {"log_on_rank_0": True}], tmp_path, 2, timeout=120)
+    (ranks,) = launch([job | {"log_on_rank_0": True}], tmp_path, 2)
     assert ranks[0]["lambdas"] == ranks[1]["lambdas"] and len(ranks[0]["lambdas"]) == 4
 
 
@@ -204,7 +204,7 @@ def test_in_the_main_optimizer_the_scaler_takes_the_scale_out_and_overflow_skips
 EXAMPLES = int(os.environ.get("TRL_LAMBDA_EXAMPLES", "500"))  # `make fuzz` sets 50 000 each
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(1, 64).flatmap(
         lambda g: st.lists(st.lists(st.integers(0, 131072), min_size=g, max_size=g), min_size=1, max_size=4)
@@ -223,7 +223,7 @@ def test_any_lengths(lengths, lam, aggregation, scope, dtype):
     assert parameter.grad.isfinite().all()
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.floats(max_value=0.0, allow_nan=False), min_size=1, max_size=40),
     st.sampled_from(["sigmoid", "linear"]),

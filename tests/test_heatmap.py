@@ -9,8 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from trl_lambda._report_heatmap import shade
 from trl_lambda.report import heatmap
+from trl_lambda.report.token_heatmap import shade
 
 TOKENS = ["Add", " 47", " and", " $8", "6$:", "\n", "47", "+86", "=", "<b>133", ".\n\n", "wörd", " ", "\t"]
 WEIGHTS = [1.0 + 0.4 * i / (len(TOKENS) - 1) for i in range(len(TOKENS))]
@@ -127,12 +127,41 @@ def test_equal_weights_have_one_colour_and_limits_make_pictures_compare(tmp_path
         (["a"], [1.0], "a.pdf", {}, r"accepted: a name that ends in .html or .png"),
         (["a"], [1.0], "a.png", {"limits": (2.0, 1.0)}, r"limits=\(2.0, 1.0\) must be \(low, high\)"),
         (["\n"] * 2001, [1.0] * 2001, "a.png", {}, "a PNG holds 2000; write .html instead"),
+        (None, [1.0], "a.html", {}, "tokens has None; accepted: the text of each token"),
+        ([17], [1.0], "a.html", {}, "tokens has 17; accepted: the text of each token"),
+        (b"a", [1.0], "a.html", {}, "tokens has 97; accepted: the text of each token"),
+        (["a"], None, "a.html", {}, "weights must be one number for each"),
+        (["a"], [None], "a.html", {}, "weights must be one number for each"),
+        (["a"], torch.ones(1, 1), "a.html", {}, "weights must be one number for each"),
+        (["a"], torch.tensor(1.0), "a.html", {}, "weights must be one number for each"),
+        (["a"], [1j], "a.html", {}, "weights must be one number for each"),
+        (["a"], ["x"], "a.html", {}, "weights must be one number for each"),
+        (["a"], [10**400], "a.html", {}, "weights has an entry that is not finite"),
+        (["a"], [1.0], "a.html", {"limits": (1.0,)}, r"limits=\(1.0,\) must be \(low, high\)"),
+        (["a"], [1.0], "a.html", {"limits": 1.0}, "limits must be one number for each"),
+        (["a"], [1.0], "a.html", {"limits": (None, 1.0)}, "limits must be one number for each"),
+        (["a"], [1.0], "a.html", {"limits": (0.0, float("inf"))}, "limits has an entry that is not finite"),
+        (["a"], [1.0], "a", {}, "accepted: a name that ends in .html or .png"),
     ],
 )
 def test_refusals(tmp_path, tokens, weights, name, options, message):
     with pytest.raises(ValueError, match=message):
         heatmap(tokens, weights, tmp_path / name, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="path is None; accepted: a name that ends in .html or .png"):
+        heatmap(["a"], [1.0], None)
+
+
+@pytest.mark.parametrize("name", ["a.htm", "a.png"])
+def test_tokens_that_utf_8_cannot_hold_and_weights_at_the_ends_of_what_a_float_holds(tmp_path, name):
+    path = heatmap(["\ud800", "b", "c"], [-1.5e308, 0.0, 1.5e308], tmp_path / name, title="\udfff", label="\ud801")
+    if name == "a.htm":
+        page = path.read_text(encoding="utf-8")
+        expected = ["#{:02x}{:02x}{:02x}".format(*shade(x)) for x in (0.0, 0.5, 1.0)]
+        assert [ground for ground, *_ in spans(page)] == expected and spans(page)[0][3] == "\\ud800"
 
 
 def test_a_page_needs_no_matplotlib_and_a_picture_names_the_extra(tmp_path, monkeypatch):

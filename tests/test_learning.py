@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch import HANG
+
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_playground_learns_and_lambda_ends_positive(tmp_path):
     command = [sys.executable, "recipes/train.py", "--config", "recipes/configs/playground.yaml"]
     command += ["--max_steps", "50", "--output_dir", str(tmp_path), "--plot", "false"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     before, after = (entry["eval_reward"] for entry in history if "eval_reward" in entry)

@@ -93,16 +93,42 @@ def test_only_what_had_an_effect_is_in_the_card(options, expected):
 
 
 def test_the_rest_of_the_card_is_trls():
-    _, ours = train_and_write(LambdaGRPOTrainer, LambdaGRPOConfig)
+    trainer, ours = train_and_write(LambdaGRPOTrainer, LambdaGRPOConfig)
     batch = Batch()
     theirs = build(GRPOTrainer, config(GRPOConfig, batch), batch)
     theirs.create_model_card(model_name="adder", tags="arithmetic")
     expected = ModelCard.load(f"{theirs.args.output_dir}/README.md").text
+    # But for what TRL has no name for: the next test.
+    unnamed = "is a fine-tuned version of [None](https://huggingface.co/None)"
+    assert unnamed in expected and 'model="None"' in expected
+    folder = Path(trainer.args.output_dir).name
+    expected = expected.replace(unnamed, "was trained from a model without a name")
+    expected = expected.replace('model="None"', f'model="{folder}"')
     text = ours.text.replace(ours.text.partition("### How the tokens")[1], "### How the tokens")
     head, _, tail = text.partition("### How the tokens were weighted")
     assert expected.startswith(head.partition("This model was trained with")[0])
     versions = "### Framework versions" + tail.partition("### Framework versions")[2].partition("## Citations")[0]
     assert versions in expected
+
+
+@pytest.mark.parametrize("source", ["", "a/folder/of_mine", "org/some-model"])
+def test_the_card_never_names_a_model_none(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "folder" / "of_mine").mkdir(parents=True)
+    batch = Batch()
+    trainer = build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, output_dir="runs/adder"), batch)
+    trainer.model.config._name_or_path = source
+    trainer.create_model_card(dataset_name="org/sums")
+    text = ModelCard.load("runs/adder/README.md").text
+    assert "None" not in text
+    assert 'pipeline("text-generation", model="adder"' in text
+    says = {
+        "": "This model was trained from a model without a name on the [org/sums]",
+        "a/folder/of_mine": "This model is a fine-tuned version of `of_mine` on the [org/sums]",
+        "org/some-model": "version of [org/some-model](https://huggingface.co/org/some-model) on the [org/sums]",
+    }
+    assert says[source] in text
+    assert "Model Card for adder" in text, text.splitlines()[0]
 
 
 def test_a_template_without_the_usual_part_gets_the_settings_at_its_end(monkeypatch):

@@ -1,7 +1,7 @@
 """
-The notebooks run from top to bottom, offline, each under a minute, and are kept with the outputs of such a run.
+The notebooks run from top to bottom, offline, and are kept with the outputs of such a run.
 
-    python tests/test_notebooks.py    # runs them and keeps the outputs
+    python tests/test_notebooks.py    # runs them, says how many seconds of one core each took, and keeps the outputs
 """
 
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from launch import HANG
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -30,7 +31,13 @@ def execute(path: Path) -> nbformat.NotebookNode:
     notebook = read(path)
     folder = {"metadata": {"path": str(FOLDER)}}
     client = NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources=folder, coalesce_streams=True, record_timing=False
+        notebook,
+        timeout=HANG,
+        startup_timeout=HANG,
+        kernel_name="python3",
+        resources=folder,
+        coalesce_streams=True,
+        record_timing=False,
     )
     client.execute(env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     return notebook
@@ -47,12 +54,7 @@ def test_the_notebooks_are_these():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_a_notebook_runs_as_it_stands(path: Path):
-    before = os.times()
     notebook = execute(path)  # a cell whose assert fails raises here
-    after = os.times()
-    # Seconds of one core rather than of a clock, which other work on this machine would stretch.
-    seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    assert 1 < seconds < 60
     assert len(figures(notebook)) == FIGURES[path.stem]
 
 
@@ -80,7 +82,11 @@ def test_a_notebooks_links_lead_somewhere(path: Path):
 
 if __name__ == "__main__":
     for path in NOTEBOOKS:
-        print(path, flush=True)
+        before = os.times()
         executed = execute(path)
+        after = os.times()
+        # Of a core rather than of a clock, which other work on this machine would stretch; a minute is the aim.
+        seconds = after.children_user + after.children_system - before.children_user - before.children_system
+        print(f"{path.name}: {seconds:.0f} s", flush=True)
         executed.metadata["language_info"] = {"name": "python"}  # and not this machine's version of it
         nbformat.write(executed, path)

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trl_lambda._trl_contract import TESTED_VERSIONS
+from launch import HANG
+
+from trl_lambda.trl_seam.contract import TESTED_VERSIONS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,7 +17,7 @@ def test_the_snippet_runs(tmp_path):
     snippet = re.search(r"<!-- snippet.*?-->\n```python\n(.*?)```", README, re.DOTALL).group(1)
     assert len(snippet.splitlines()) <= 13
     snippet = snippet.replace('"runs/snippet"', repr(str(tmp_path)))
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^λ = -?0\.\d{4}$", done.stdout, re.MULTILINE)
 

@@ -13,9 +13,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from stand_ins import BOXED, HOTPOTQA, write_agent_model, write_datasets, write_model
+from support import Batch, build, config, largest_deviation, watch
 from support import train as train_prepared
 from transformers import BitsAndBytesConfig
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
 from recipes import train
 from recipes.agents import search
@@ -302,6 +303,71 @@ def test_every_row_of_options_is_a_configuration():
         chosen = eval(f"dict({text})")
         args = LambdaGRPOConfig("unused", use_cpu=True, bf16=False, **chosen)
         assert all(getattr(args, field) == value for field, value in chosen.items())
+
+
+def options_of(method: str) -> dict:
+    (text,) = re.findall(rf"^\| {re.escape(method)}.* \| .* \| `(.+)` \|$", README, re.MULTILINE)
+    return eval(f"dict({text})")
+
+
+def one_step(trainer_class, config_class, noise: float, **options):
+    """One step on prepared completions of very unequal length, ratios off 1 by about `noise`."""
+    batch = Batch()
+    run = watch(build(trainer_class, config(config_class, batch, **options), batch, noise=noise))
+    run.trainer.train()
+    return run
+
+
+@pytest.mark.parametrize("method", ["GSPO, with the clip", "a λ that begins at GSPO"])
+def test_the_gspo_rows_are_trls_gspo(method):
+    clip = {"epsilon": 3e-4, "epsilon_high": 4e-4}
+    trl = {"importance_sampling_level": "sequence", "loss_type": "grpo", **clip}
+    expected = one_step(GRPOTrainer, GRPOConfig, 1e-3, **trl)
+    row = one_step(LambdaGRPOTrainer, LambdaGRPOConfig, 1e-3, **options_of(method))
+    # The advantages of a group sum to 0 and so, near ρ = 1, does the loss: it is compared with its terms, of order 1.
+    assert row.losses == pytest.approx(expected.losses, rel=0, abs=1e-6)
+    assert largest_deviation(row.grads[0], expected.grads[0]) < 1e-5
+    # Some responses are clipped and some are not, or the clip would not be looked at.
+    assert 0 < expected.logs[0]["clip_ratio/region_mean"] < 1
+    at_zero = {"importance_sampling_level": "sequence", "aggregation": "lambda", **clip}
+    at_zero = one_step(LambdaGRPOTrainer, LambdaGRPOConfig, 1e-3, **at_zero)
+    assert largest_deviation(at_zero.grads[0], expected.grads[0]) > 0.1  # the token mean is not GSPO
+
+
+def test_the_cispo_row_clamps_no_ratio_near_1():
+    options = options_of("CISPO's surrogate")
+    row = one_step(LambdaGRPOTrainer, LambdaGRPOConfig, 0.1, **options)
+    free = one_step(LambdaGRPOTrainer, LambdaGRPOConfig, 0.1, **options | {"epsilon_high": 1e6})
+    assert row.losses == free.losses and row.logs[0]["cispo_clip_ratio"] == 0
+    del options["epsilon_high"]  # every ratio becomes 0.2
+    default = one_step(LambdaGRPOTrainer, LambdaGRPOConfig, 0.0, **options)
+    on_policy = one_step(LambdaGRPOTrainer, LambdaGRPOConfig, 0.0, **options | {"epsilon_high": 5.0})
+    fifth = {name: grad / 5 for name, grad in on_policy.grads[0].items()}
+    assert largest_deviation(default.grads[0], fifth) < 1e-5
+
+
+def test_what_the_readme_says_of_the_arena_stands_in_the_arenas_tables():
+    """The smallest differences that could be seen, and TR-GRPO's with one step per generation batch."""
+    said = " ".join((ROOT / "README.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0].split())
+    arena = (ROOT / "recipes" / "arena" / "README.md").read_text()
+    found = arena.partition("## What was found")[2].partition("\n## ")[0]
+    found = " ".join(found.split())
+
+    def resolution(task: str) -> tuple[str, str]:
+        (row,) = re.findall(rf"^\| {task} \| mean training reward \|.*\| (\S+) \| (\S+) \|$", arena, re.MULTILINE)
+        return tuple(f"{float(value):.1f}" for value in row)
+
+    alone, corrected = zip(resolution("running_sum"), resolution("slippery_chain"), strict=True)
+    assert f"{alone[0]} and {alone[1]} points of training reward on the two tasks for a single comparison" in said
+    assert f"{corrected[0]} and {corrected[1]} after the correction" in said
+    assert f"on `running_sum` {alone[0]} points of training reward for a comparison planned alone" in found
+    assert f"{corrected[0]} at Holm's first step; on `slippery_chain` {alone[1]} and {corrected[1]}." in found
+    one_step_study = arena.partition("**running_sum (study one_step)**")[2]
+    row = re.search(r"^\| `tr` \|(.*)\|$", one_step_study, re.MULTILINE)[1].split("|")
+    mean, low, high, star = re.fullmatch(r" (\S+) \[(\S+), (\S+)\]( \*)? ", row[4]).groups()
+    mean, low, high = (f"{float(value):+.1f}".removeprefix("+") for value in (mean, low, high))
+    assert star and f"{mean} points [{low}, {high}] of sampled accuracy, beyond the correction" in said
+    assert f"{mean} [{low}, {high}] in sampled accuracy, beyond the correction too" in found
 
 
 def test_the_readmes_command_is_one_that_accelerate_and_the_script_take():

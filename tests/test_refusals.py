@@ -6,7 +6,8 @@ import pytest
 from support import Batch, build, config
 from trl import GRPOConfig
 
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer, _refusals
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+from trl_lambda.trl_seam import refusals
 
 NO_MODEL = "a/model-that-would-have-to-be-downloaded"
 
@@ -41,7 +42,7 @@ def test_a_field_assigned_after_the_config_was_built():
 
 
 def test_liger_where_it_bypasses_the_loss(monkeypatch):
-    monkeypatch.setattr(_refusals, "liger_bypasses_loss", lambda trainer_class: True)
+    monkeypatch.setattr(refusals, "liger_bypasses_loss", lambda trainer_class: True)
     monkeypatch.setattr(LambdaGRPOConfig, "use_liger_kernel", True)
     batch = Batch()
     args = config(LambdaGRPOConfig, batch)
@@ -51,30 +52,8 @@ def test_liger_where_it_bypasses_the_loss(monkeypatch):
 
 
 def test_unsloth(monkeypatch):
-    monkeypatch.setattr(_refusals, "patched_by_unsloth", lambda trainer_class: True)
+    monkeypatch.setattr(refusals, "patched_by_unsloth", lambda trainer_class: True)
     refused("Unsloth has replaced GRPOTrainer's loss")
-
-
-def needs_solution(completions, solution, **kwargs):
-    return [0.0] * len(completions)
-
-
-def test_dataset_columns():
-    no_rollout = {"rollout_func": None}
-    dataset = Batch().dataset()
-    options = no_rollout | {"reward_funcs": [needs_solution], "train_dataset": dataset}
-    refused(
-        "train_dataset has no 'solution' column, which the reward function needs_solution requires; its columns are "
-        "['prompt']",
-        trainer_options=options,
-    )
-    refused(
-        "train_dataset has no 'prompt' column; its columns are ['question']",
-        trainer_options=options | {"train_dataset": dataset.rename_column("prompt", "question")},
-    )
-    complete = dataset.add_column("solution", ["1"] * len(dataset))
-    _refusals.check_columns([needs_solution, "a/reward-model"], complete)
-    _refusals.check_columns(needs_solution, complete.to_iterable_dataset())
 
 
 def test_tr_config_takes_the_same_refusals():

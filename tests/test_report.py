@@ -17,8 +17,8 @@ from support import Batch, build, config
 from transformers import TrainerControl, TrainerState
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, report
-from trl_lambda._report_panels import PANELS
 from trl_lambda.report import ReportCallback, main, plot_run, read_log_history, summarize_run
+from trl_lambda.report.panels import PANELS
 from trl_lambda.weights import length_weights
 
 
@@ -175,6 +175,137 @@ def test_nothing_overlaps(tmp_path: Path, drawn):
     assert figure.bbox.x1 <= 1600  # a laptop's screen
 
 
+# ---- Several held-out data sets ----
+
+
+def evaluated(step: int, name: str, reward: float, length: float) -> dict:
+    """What Trainer and TRL log for one of several: the former's figures carry the name, the latter's do not."""
+    own = {f"eval_{name}_loss": 0.0, f"eval_{name}_runtime": 1.0}
+    theirs = {"eval_reward": reward, "eval_rewards/exact/mean": reward, "eval_completions/mean_length": length}
+    return {"step": step, **own, **theirs}
+
+
+TWO_SETS = [
+    evaluated(0, "easy", 0.5, 10.0),
+    evaluated(0, "hard_ones", 0.125, 30.0),
+    *map(entry, range(1, 5)),
+    evaluated(4, "easy", 0.75, 12.0),
+    evaluated(4, "hard_ones", 0.25, 40.0),
+]
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["as TRL logs", "every key with the name"])
+def test_held_out_data_sets_are_drawn_apart(tmp_path: Path, drawn, prefixed):
+    history = TWO_SETS
+    if prefixed:
+        history = [
+            {
+                key.replace("eval_", f"eval_{name}_") if "_reward" in key or "/" in key else key: x
+                for key, x in row.items()
+            }
+            if (name := next((n for n in ("easy", "hard_ones") if f"eval_{n}_loss" in row), ""))
+            else row
+            for row in TWO_SETS
+        ]
+        assert "eval_hard_ones_reward" in history[1]
+    page = plot_run(history, tmp_path / "run.html").read_text(encoding="utf-8")
+    for title, easy, hard in (
+        ("Reward: exact", (0.5, 0.75), (0.125, 0.25)),
+        ("Completion length", (10, 12), (30, 40)),
+    ):
+        axes = next(axes for axes in drawn.values() if axes.get_title(loc="left").startswith(title.split(":")[0]))
+        lines = {line.get_label(): line for line in axes.lines if str(line.get_label()).startswith("held-out")}
+        assert list(lines) == ["held-out: easy", "held-out: hard_ones"]
+        assert points(lines["held-out: easy"]) == [(0, easy[0]), (4, easy[1])]
+        assert points(lines["held-out: hard_ones"]) == [(0, hard[0]), (4, hard[1])]
+        assert len({line.get_marker() for line in lines.values()}) == 2
+        shown = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert {"held-out: easy", "held-out: hard_ones"} <= set(shown)
+    assert '<td>eval_easy_reward</td><td class="number">0.75</td>' in page
+    assert '<td>eval_hard_ones_reward</td><td class="number">0.25</td>' in page
+    assert "<td>eval_reward</td>" not in page and "eval_easy_easy" not in page
+    assert summarize_run(history) == [
+        ("held-out reward exact (easy)", "0.500 -> 0.750 (step 0 -> 4)"),
+        ("held-out mean length (easy)", "10.000 -> 12.000 tokens (step 0 -> 4)"),
+        ("held-out reward exact (hard_ones)", "0.125 -> 0.250 (step 0 -> 4)"),
+        ("held-out mean length (hard_ones)", "30.000 -> 40.000 tokens (step 0 -> 4)"),
+    ]
+
+
+def test_a_metric_of_ones_own_that_ends_in_reward_is_no_data_set(tmp_path: Path, drawn):
+    history = [{"step": 1, "reward": 0.5, "eval_reward": 0.5, "eval_format_reward": 0.1}]
+    plot_run(history, tmp_path / "run.png")
+    assert labels(drawn["Reward"]) == ["training", "held-out"]
+
+
+def test_held_out_data_sets_of_a_real_run_are_told_apart_in_its_log_and_in_its_event_files(tmp_path: Path, drawn):
+    pytest.importorskip("tensorboard", reason="tensorboard is in the dev extra")
+    easy, hard = Batch(), Batch()
+    args = config(LambdaGRPOConfig, easy, max_steps=2, eval_strategy="steps", eval_steps=1, report_to="tensorboard",
+                  output_dir=str(tmp_path / "run"), per_device_eval_batch_size=12)  # fmt: skip
+    sets = {"easy": easy.dataset(), "hard": hard.dataset().select([1])}
+    trainer = build(LambdaGRPOTrainer, args, easy, eval_dataset=sets)
+    trainer.train()
+    logged = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert len(logged) == 4 and len(set(logged)) > 1
+    for run in (trainer.state.log_history, tmp_path / "run"):
+        drawn.clear()
+        plot_run(run, tmp_path / "run.png")
+        lines = [line for line in drawn["Reward"].lines if str(line.get_label()).startswith("held-out")]
+        assert [line.get_label() for line in lines] == ["held-out: easy", "held-out: hard"]
+        assert [y for line in lines for _, y in points(line)] == pytest.approx([logged[i] for i in (0, 2, 1, 3)])
+
+
+# ---- Reward functions ----
+
+
+def with_functions(names: list[str]) -> list[dict]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith("rewards/")}
+        | {f"rewards/{name}/mean": 0.1 * number for number, name in enumerate(names)}
+        for row in map(entry, range(1, 31))
+    ]
+
+
+@pytest.mark.parametrize("logs", [30, 1])
+@pytest.mark.parametrize("count", [2, 5, 9, 24])
+def test_every_reward_function_has_an_entry_that_can_be_told_apart_in_grey(tmp_path: Path, drawn, count, logs):
+    names = [f"reward_number_{number}" for number in range(count - 1)] + ["_private"]
+    plot_run(with_functions(names)[:logs], tmp_path / "run.png")
+    axes = drawn["Reward by function"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    assert len(axes.lines) == count
+    styles = {(line.get_linestyle() if logs > 1 else "", line.get_marker()) for line in axes.lines}
+    assert len(styles) == count  # without a look at the colour
+    assert all(len(line.get_xdata()) == logs for line in axes.lines)
+    figure = axes.figure
+    box, legend, title = axes.get_window_extent(), axes.get_legend().get_window_extent(), axes._left_title
+    assert box.height > 0.35 * 2.75 * figure.dpi  # the legend does not eat the panel
+    assert legend.x1 <= figure.bbox.x1 and legend.y0 >= box.y1 - 1.5
+    assert title.get_window_extent().y0 >= legend.y1 - 4 and title.get_window_extent().y1 <= figure.bbox.y1
+
+
+# ---- f for any legal r ----
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1 / 9, 33), (0.176, 33), (0.18, 31), (0.3, 12), (0.5, 4), (0.99, 2)])
+def test_the_length_weight_is_drawn_for_every_legal_r(tmp_path: Path, drawn, scale, rows):
+    plot_run(HISTORY, tmp_path / "run.png", aggregation="lambda", length_scale=scale)
+    axes = drawn["Length weight f over the run's lengths"]
+    lengths, weights = map(torch.tensor, axes.lines[-1].get_data())
+    assert len(lengths) == rows and (lengths[0], lengths[-1]) == (4, 44)
+    expected = length_weights(lengths.unsqueeze(0), 1.5, aggregation="lambda", length_scale=scale)[0]
+    torch.testing.assert_close(weights, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
+    more = "" if rows == 33 else f", {rows} in a group"
+    assert axes.get_xlabel() == f"response length (tokens){more}"
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, 1.0, float("nan")])
+def test_an_r_that_no_group_allows_is_refused(tmp_path: Path, scale):
+    with pytest.raises(ValueError, match=r"length_scale=\S+ must be in \(0, 1\)"):
+        plot_run(HISTORY, tmp_path / "run.png", aggregation="lambda", length_scale=scale)
+
+
 def test_missing_values_are_skipped(tmp_path: Path, drawn):
     history = [{"step": 1, "reward": None}, {"step": 2, "reward": float("nan")}, {"step": 3, "reward": 0.5}]
     plot_run(history, tmp_path / "run.png")
@@ -246,6 +377,158 @@ def test_the_member_of_f_is_read_from_lambda_json(tmp_path: Path, drawn, caplog)
     plot_run(tmp_path / "run", tmp_path / "run.png")
     assert "Reward" in drawn and "Length weight f over the run's lengths" not in drawn
     assert len(caplog.messages) == 1 and "lambda.json is damaged" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("scale", ["1e400", "9" * 400, "-1", '"x"', "[1]"])
+def test_a_bad_r_in_lambda_json_costs_one_panel(tmp_path: Path, drawn, caplog, scale):
+    write_state(tmp_path / "run", HISTORY)
+    content = f'{{"lambda": 1.5, "skipped": 0, "aggregation": "lambda", "length_scale": {scale}}}'
+    write_lambda(tmp_path / "run", content)
+    plot_run(tmp_path / "run", tmp_path / "run.png")
+    assert "Reward" in drawn and "Length weight f over the run's lengths" not in drawn
+    assert len(caplog.messages) == 1 and "no picture of the length weight" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"log_history": [{"step": 1', b"[" * 100_000, b"{}", b'{"log_history": [1]}'])
+@pytest.mark.parametrize("where", ["newest checkpoint", "the folder's own"])
+def test_a_torn_state_beside_a_good_checkpoint_costs_a_word(tmp_path: Path, caplog, torn, where):
+    run = tmp_path / "run"
+    write_state(run / "checkpoint-8", HISTORY[:3])
+    write_state(run / "checkpoint-9", HISTORY[:4])
+    folder = run if where == "the folder's own" else run / "checkpoint-10"
+    folder.mkdir(exist_ok=True)
+    (folder / "trainer_state.json").write_bytes(torn)
+    assert read_log_history(run) == HISTORY[:4]
+    assert len(caplog.messages) == 1 and str(folder / "trainer_state.json") in caplog.messages[0]
+    assert "\n" not in caplog.messages[0]
+    assert plot_run(run, tmp_path / "run.png").is_file()
+    for number in (8, 9):
+        (run / f"checkpoint-{number}" / "trainer_state.json").write_bytes(torn)
+    with pytest.raises(ValueError, match="trainer_state.json"):
+        read_log_history(run)
+
+
+# ---- Two runs ----
+
+
+def write_events(folder: Path, steps: range, reward: float = 0.5) -> None:
+    """TensorBoard's event file of one session of a run."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is in the dev extra")
+    with tensorboard.SummaryWriter(str(folder)) as writer:
+        for step in steps:
+            writer.add_scalar("train/reward", reward, step)
+
+
+@pytest.mark.parametrize("kind", ["events", "events of Trainer", "state", "checkpoint"])
+def test_a_folder_above_two_runs_is_refused_and_lists_them(tmp_path: Path, kind):
+    for name in ("arm_b", "arm_a"):
+        folder = tmp_path / "runs" / name
+        if kind.startswith("events"):
+            write_events(folder / "runs" / "Nov20_13-37-00_host" if "Trainer" in kind else folder, range(1, 4))
+        else:
+            write_state(folder / "checkpoint-3" if kind == "checkpoint" else folder, HISTORY[:4])
+    for run in (tmp_path, tmp_path / "runs"):
+        names = [str((tmp_path / "runs" / name).relative_to(run)) for name in ("arm_a", "arm_b")]
+        with pytest.raises(ValueError, match="below which there are 2 runs: .*; accepted: the folder of one") as error:
+            plot_run(run, tmp_path / "run.png")
+        assert f"2 runs: {', '.join(names)};" in str(error.value)
+    assert plot_run(tmp_path / "runs" / "arm_a", tmp_path / "run.png").is_file()
+
+
+def test_the_sessions_of_a_resumed_run_are_one_run(tmp_path: Path):
+    write_events(tmp_path / "run" / "runs" / "Nov20_13-37-00_host", range(1, 4), 0.25)
+    write_events(tmp_path / "run" / "runs" / "Nov21_09-00-00_host", range(3, 6), 0.5)
+    history = read_log_history(tmp_path / "run")
+    assert [(row["step"], row["reward"]) for row in history] == [(1, 0.25), (2, 0.25), (3, 0.5), (4, 0.5), (5, 0.5)]
+    assert read_log_history(tmp_path / "run" / "runs") == history
+
+
+def test_a_run_that_has_another_below_it_is_read_alone(tmp_path: Path):
+    write_state(tmp_path / "run", HISTORY[:3])
+    write_events(tmp_path / "run" / "another", range(1, 100))
+    write_state(tmp_path / "run" / "another" / "checkpoint-99", HISTORY)
+    assert read_log_history(tmp_path / "run") == HISTORY[:3]
+    write_events(tmp_path / "run" / "tensorboard", range(1, 50))
+    assert read_log_history(tmp_path / "run")[-1]["step"] == 49  # its own event files, wherever they are in it
+
+
+# ---- Names of what is written ----
+
+
+@pytest.mark.parametrize("name", ["run.htm", "run.HTML", "run.Htm"])
+def test_a_page_may_end_in_htm(tmp_path: Path, name):
+    assert plot_run(HISTORY, tmp_path / name).read_bytes().startswith(b"<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("name", ["run.pdf", "run", "run.xhtml", "run.jpg"])
+def test_any_other_ending_is_refused(tmp_path: Path, name):
+    with pytest.raises(ValueError, match=r"path is '.*'; accepted: a name that ends in \.html or \.png"):
+        plot_run(HISTORY, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--png", "a.html"], "error: --png is 'a.html'; accepted: a name that ends in .png."),
+        (["--html", "a.png"], "error: --html is 'a.png'; accepted: a name that ends in .html (.htm is a page too)."),
+    ],
+)
+def test_the_command_refuses_other_endings_before_it_reads(tmp_path: Path, monkeypatch, options, message):
+    write_state(tmp_path / "run", HISTORY)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", *options])
+    assert stopped.value.code == message
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["trainer_state.json"]
+
+
+# ---- Hostile states ----
+
+NINES = b"9" * 400
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"log_history": [{"step": ' + NINES + b', "reward": 0.5}]}',
+        b'{"log_history": [{"step": -1, "reward": 0.5}]}',
+        b'{"log_history": ' + b"[" * 100_000,
+        b'{"log_history": [{"step": ' + b"9" * 5000 + b"}]}",
+    ],
+    ids=["step of 400 digits", "negative step", "nested", "5000 digits"],
+)
+def test_a_hostile_state_is_a_value_error(tmp_path: Path, content):
+    (tmp_path / "trainer_state.json").write_bytes(content)
+    with pytest.raises(ValueError, match="trainer_state.json is damaged") as error:
+        plot_run(tmp_path, tmp_path / "run.png")
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+def test_values_that_no_picture_holds_are_left_out(tmp_path: Path, drawn):
+    values = [NINES.decode(), "-" + NINES.decode(), "1e308", "1e400", "NaN", "[[1]]", '"x"', "true"]
+    rows = [f'{{"step": {step}, "reward": {value}}}' for step, value in enumerate([*values, "0.5"])]
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [' + ",".join(rows) + "]}")
+    plot_run(tmp_path, tmp_path / "run.png")
+    assert points(drawn["Reward"].lines[0])[-1] == (8, 0.5) and len(drawn["Reward"].lines[0].get_xdata()) <= 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_lone_surrogates_are_written_out(tmp_path: Path, drawn, capsys):
+    """In names of metrics and of folders: a name that UTF-8 cannot hold must not end the report."""
+    run = tmp_path / "r\udcffn"
+    try:
+        run.mkdir()
+    except (OSError, UnicodeError):  # a file system that takes UTF-8 names only
+        run = tmp_path
+    row = {"step": 1, "reward": 0.5, "rewards/a\ud800/mean": 0.5, "rewards/b/mean": 0.1, "\udfff": 1.0}
+    (run / "trainer_state.json").write_text(json.dumps({"log_history": [row, row | {"step": 2}]}))
+    main([str(run), "--html"])
+    assert "training reward a\\ud800" in capsys.readouterr().out
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "\\udfff" in page
+    assert [text.get_text() for text in drawn["Reward by function"].get_legend().get_texts()] == ["a\\ud800", "b"]
+    plot_run([row], tmp_path / "run.html", title="\ud800")
 
 
 @pytest.mark.parametrize(
@@ -437,7 +720,7 @@ def test_a_run_without_the_extras_trains_as_before(tmp_path: Path):
 import sys
 for name in ("matplotlib", "tensorboard", "trackio", "wandb"):
     sys.modules[name] = None
-import conftest
+import offline
 from support import train
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 result = train(LambdaGRPOTrainer, LambdaGRPOConfig, max_steps=2)
@@ -445,6 +728,6 @@ assert "advantage/length_correlation" in result.logs[0]
 print(result.losses)
 """
     here = Path(__file__).parent
-    environment = {"PYTHONPATH": f"{here}:{here.parent}", "PATH": "", "HOME": str(tmp_path)}
+    environment = {"PYTHONPATH": f"{here / 'tools'}:{here.parent}", "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -153,6 +153,105 @@ def test_a_config_file_that_is_no_mapping_is_refused(tmp_path: Path, monkeypatch
         assert "bad.yaml" in error_of(["--config", str(tmp_path / "bad.yaml")], monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "lambda_bounds: [-1e0, 1e0]",
+            "lambda_bounds has '-1e0', which YAML reads as text; accepted in this list: a number",
+        ),
+        ("lambda_bounds: 1", "lambda_bounds is 1; accepted: a list."),
+        (
+            "lambda_bounds: [null, 1]",
+            "lambda_bounds has None, which YAML reads as nothing; accepted in this list: a num",
+        ),
+        ('lambda_init: "half"', "lambda-init: invalid float value: 'half'"),
+        ("lambda_init: [0.5]", "lambda_init is [0.5]; accepted: a number."),
+        ("lambda_init:", "lambda_init is empty; accepted: a number."),
+        ("lambda_init: true", "lambda_init is true; YAML reads no, off, yes and on so"),
+        (f"lambda_init: {'9' * 400}", "lambda_init is an integer of 400 digits; accepted: a number below 2**63."),
+        (f"max_steps: {'9' * 5000}", "--config cannot be read: "),
+        ("max_steps: 2.5", "max_steps is 2.5; accepted: an integer."),
+        ("max_steps: {a: 1}", "max_steps is {'a': 1}; accepted: an integer."),
+        ("eval_strategy: no", "eval_strategy is false; YAML reads no, off, yes and on so: put it in quotes"),
+        ("output_dir: 5", "output_dir is 5; accepted: text."),
+        ("reward_funcs: no_such_reward", "reward_funcs has 'no_such_reward'; accepted: accuracy_reward, "),
+        ("reward_weights: 1.0", "reward_weights is 1.0; accepted: a list."),
+        ("reward_weights: one", "reward_weights is 'one'; accepted: a list."),
+        ("reward_funcs: [1]", "reward_funcs has 1, which YAML reads as an integer; accepted in this list: text."),
+        ("1: 2", "has an option called 1; accepted: lines of `option: value`."),
+        ("env: 3", "`env` field should be a dict"),
+        ("a: " + "[" * 5000, "--config cannot be read: "),
+        ("a: !!python/object/apply:os.getcwd []", "--config cannot be read: "),
+        ("a: \\x00\xff", "--config cannot be read: "),
+    ],
+)
+def test_bad_yaml_values_are_one_line_that_names_the_option(line, message, tmp_path: Path, monkeypatch):
+    text = f"use_cpu: true\nbf16: false\n{line}\n".replace("\\x00", "\0")
+    (tmp_path / "bad.yaml").write_text(text)
+    assert message in error_of(["--config", str(tmp_path / "bad.yaml")], monkeypatch)
+
+
+def test_good_yaml_values_arrive(tmp_path: Path):
+    lines = ["learning_rate: 1e-6", "lambda_bounds: [-1, 1.5]", "lambda_init: 1", "max_steps: '3'", "report_to: none",
+             "model_init_kwargs: {a: 1}", "gradient_checkpointing_kwargs: {use_reentrant: false}", "save_steps: 0.5",
+             "dataset_config:", "reward_funcs: [a.b, c]", 'eval_strategy: "no"', "use_cpu: true", "bf16: false",
+             "datasets: [{path: x}]", "lora_target_modules: all-linear",
+             "reward_weights: [1, 0.5]", "lr_scheduler_kwargs: {}"]  # fmt: skip
+    (tmp_path / "good.yaml").write_text("\n".join(lines))
+    script_args, args, *_ = train.parse(["--config", str(tmp_path / "good.yaml")])
+    assert (args.learning_rate, args.lambda_bounds, args.lambda_init, args.max_steps) == (1e-6, [-1, 1.5], 1, 3)
+    assert script_args.reward_funcs == ["a.b", "c"] and args.model_init_kwargs == {"a": 1}
+
+
+def test_a_type_error_of_the_configs_own_checks_is_one_line(monkeypatch):
+    def post_init(self):
+        raise TypeError("'<' not supported between instances of 'str' and 'int'")
+
+    monkeypatch.setattr(LambdaGRPOConfig, "__post_init__", post_init)
+    line = error_of([*BASE, "--lambda_bounds", "1", "2"], monkeypatch)
+    assert "an option has a value of a wrong type or size ('<' not supported" in line and "--lambda_bounds" in line
+
+
+MODULES = {
+    "a syntax error": ("def f(:\n", "SyntaxError: invalid syntax (broken_rewards.py, line 1)"),
+    "an error on import": ("1 / 0\n", "ZeroDivisionError: division by zero"),
+    "a missing import": ("import no_such_module_anywhere\n", "No module named 'no_such_module_anywhere'"),
+    "an exit": ("raise SystemExit(3)\n", "SystemExit: 3"),
+    "a null byte": ("x = '\0'\n", "SyntaxError: source code string cannot contain null bytes"),
+    "a circle": ("import broken_rewards\nbroken_rewards.f\n", "has no attribute 'f'"),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("option", ["reward_funcs", "dataset_preparation"])
+def test_a_module_that_cannot_be_imported_is_one_line_that_names_the_option(kind, option, tmp_path: Path, monkeypatch):
+    source, message = MODULES[kind]
+    (tmp_path / "broken_rewards.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "broken_rewards", raising=False)
+    line = error_of([*BASE, f"--{option}", "broken_rewards.f"], monkeypatch)
+    assert (
+        f"{option} {'has' if option == 'reward_funcs' else 'is'} 'broken_rewards.f', which cannot be imported ("
+        in line
+    )
+    assert message in line and "accepted: " in line
+
+
+@pytest.mark.parametrize("name", ["..a.b", ".a.b", ".f", "f.", "a..b", "", "."])
+def test_names_that_are_no_dotted_path_are_one_line(name, monkeypatch):
+    line = error_of([*BASE, "--reward_funcs", name], monkeypatch)
+    assert f"reward_funcs has {name!r}" in line and "accepted: accuracy_reward, " in line
+
+
+@pytest.mark.parametrize("state", ['{"log_history": [', "[" * 100_000, "9" * 5000])
+def test_a_torn_checkpoint_is_refused_before_anything_is_loaded(state, tmp_path: Path, monkeypatch):
+    (tmp_path / "trainer_state.json").write_text(state)
+    line = error_of([*BASE, "--resume_from_checkpoint", str(tmp_path)], monkeypatch)
+    assert f"resume_from_checkpoint is {str(tmp_path)!r}, whose trainer_state.json is damaged (" in line
+    assert line.endswith("; resume from an older checkpoint.")
+
+
 def test_a_dataset_without_prompts_is_refused(tmp_path: Path, monkeypatch):
     name = dataset(tmp_path, question="A1+1=", solution="2")
     line = error_of([*BASE, "--dataset_name", name], monkeypatch)

@@ -10,7 +10,7 @@ from support import LENGTHS, Batch, build, build_model, build_tokenizer, config,
 from trl import GRPOConfig
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
-from trl_lambda.lambda_parameter import base_learning_rate, schedule_factor
+from trl_lambda.preference.lambda_parameter import base_learning_rate, schedule_factor
 
 # Six rows per micro-batch, two micro-batches per optimizer step.
 CUT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
@@ -302,7 +302,9 @@ def test_tr_grpo_logs_its_weights_and_no_lambda():
 
 
 def test_metrics_reach_the_trackers(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is in the dev extra"
+    )
     run(report_to="tensorboard", output_dir=str(tmp_path), max_steps=2)
     events = event_accumulator.EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
     tags = events.Tags()["scalars"]

@@ -6,7 +6,7 @@ import random
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_lambda.weights import length_weights, probability_weights, sequence_mean_weights
@@ -147,7 +147,7 @@ def test_lambda_rises_where_longer_responses_have_the_positive_advantage():
         assert parameter.grad.item() * sign > 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.integers(1, 5).flatmap(
         lambda g: st.lists(st.lists(st.integers(0, 32768), min_size=g, max_size=g), min_size=1, max_size=4)

@@ -2,18 +2,16 @@
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trl import GRPOConfig
 
-from .weights import (
-    LEARNABLE_AGGREGATIONS,
-    LENGTH_AGGREGATIONS,
-    SCOPES,
-    check_length_scale,
-    check_probability_arguments,
-)
+from .preference.files import LARGEST_FLOAT32
+from .weights import SCOPES, LengthWeight, TokenWeight, make_length_weight, make_token_weight
+from .weights.length_weight import LENGTH_WEIGHTS
+from .weights.token_weight import TOKEN_WEIGHTS
 
+_TRL_FIELDS = tuple(f.name for f in fields(GRPOConfig))
 # TRL's `loss_type` names a surrogate and a reduction at once. These have a reduction that a weight per response turns
 # into any other one: a token mean, or (sapo) a mean of per-sequence means.
 CONVERTIBLE_LOSS_TYPES = ("dapo", "cispo", "vespo", "sapo")
@@ -29,9 +27,24 @@ CLIPPED_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 # Surrogates whose value is A·log π times a constant: only their gradient in the policy is meaningful.
 SCORE_FUNCTION_LOSS_TYPES = ("cispo", "vespo")
 
+_NUMBER_FIELDS = (
+    "lambda_init",
+    "lambda_learning_rate",
+    "lambda_adam_eps",
+    "lambda_max_grad_norm",
+    "length_scale",
+    "regulation_alpha",
+    "regulation_slope",
+    "regulation_center",
+    "regulation_min",
+    "regulation_max",
+)
 _LAMBDA_FIELDS = ("lambda_init", "lambda_bounds")
 _GROUP_FIELDS = ("lambda_learning_rate", "lambda_adam_eps", "lambda_max_grad_norm")
-_SIGMOID_FIELDS = ("regulation_slope", "regulation_center", "regulation_min", "regulation_max")
+_TOKEN_PREFIX = "regulation_"
+# Options of ours that are parameters of some member: without effect beside a member that does not have them.
+_LENGTH_PARAMETERS = sorted({f.name for member in LENGTH_WEIGHTS.values() for f in fields(member)} - set(_TRL_FIELDS))
+_TOKEN_PARAMETERS = sorted({f.name for member in TOKEN_WEIGHTS.values() for f in fields(member)})
 
 
 @dataclass
@@ -175,47 +188,65 @@ class LambdaGRPOConfig(GRPOConfig):
     @property
     def has_lambda(self) -> bool:
         """Whether `aggregation` is a member with a λ."""
-        return self.aggregation in LEARNABLE_AGGREGATIONS
+        return self.aggregation is not None and LENGTH_WEIGHTS[self.aggregation].has_lambda
+
+    def make_length_weight(self) -> LengthWeight | None:
+        """The member f that `aggregation` names, with its parameters; `None` for TRL's own reduction."""
+        options = {name: getattr(self, name) for name in (*_LENGTH_PARAMETERS, "max_completion_length")}
+        return None if self.aggregation is None else make_length_weight(self.aggregation, options)
+
+    def make_token_weight(self) -> TokenWeight | None:
+        """The member v that `token_regulation` names, with its parameters; `None` for no token weight."""
+        options = {name: getattr(self, _TOKEN_PREFIX + name) for name in _TOKEN_PARAMETERS}
+        return self.token_regulation and make_token_weight(self.token_regulation, options, prefix=_TOKEN_PREFIX)
 
     def __post_init__(self):
         # The command line passes "none" as a string.
         self.aggregation = _none_from_text(self.aggregation)
         self.token_regulation = _none_from_text(self.token_regulation)
+        for name in _NUMBER_FIELDS:  # YAML reads 1e-2 as text
+            setattr(self, name, _number_from_text(getattr(self, name)))
+        if isinstance(self.lambda_bounds, list | tuple):
+            self.lambda_bounds = [_number_from_text(bound) for bound in self.lambda_bounds]
         self.validate()
         self._warn_about_score_function()
         super().__post_init__()
 
-    def validate(self) -> None:
+    def validate(self, length_weight: LengthWeight | None = None, token_weight: TokenWeight | None = None) -> None:
         """
         Check every added field, and the fields of `GRPOConfig` that it goes with. The trainer does so again, for
-        fields that were assigned later.
+        fields that were assigned later and for weights that were passed to it.
+
+        Args:
+            length_weight ([`LengthWeight`], *optional*): takes the place of `aggregation`'s member.
+            token_weight ([`TokenWeight`], *optional*): takes the place of `token_regulation`'s member.
 
         Raises:
             `ValueError`: as for the class.
         """
-        self._check_length_weight()
-        self._check_token_weight()
-        self._check_unused()
+        self._check_numbers()
+        if self.aggregation is not None and self.aggregation not in LENGTH_WEIGHTS:
+            raise ValueError(
+                f"aggregation={self.aggregation!r} is unknown; accepted: {', '.join(LENGTH_WEIGHTS)} or None."
+            )
+        for name, given in (("aggregation", length_weight), ("token_regulation", token_weight)):
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if given is not None and value != default:
+                raise ValueError(f"{name}={value!r} has no effect beside {given.name}: leave it at {default!r}.")
+        f = self.make_length_weight() if length_weight is None else length_weight
+        v = self.make_token_weight() if token_weight is None else token_weight
+        self._check_length_weight(f)
+        self._check_unused(f, v)
         if self.regulation_inside_clip:
             self._check_inside_clip()
 
-    def _check_length_weight(self) -> None:
-        if self.aggregation is not None and self.aggregation not in LENGTH_AGGREGATIONS:
-            raise ValueError(
-                f"aggregation={self.aggregation!r} is unknown; accepted: {', '.join(LENGTH_AGGREGATIONS)} or None."
-            )
-        if self.aggregation_scope not in SCOPES:
-            raise ValueError(
-                f"aggregation_scope={self.aggregation_scope!r} is unknown; accepted: {', '.join(SCOPES)}."
-            )
-        if self.aggregation is not None and self.loss_type not in CONVERTIBLE_LOSS_TYPES:
-            instead = _INSTEAD.get(self.loss_type, f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}, or aggregation=None")
-            raise ValueError(
-                f"loss_type={self.loss_type!r} brings its own reduction, which aggregation={self.aggregation!r} "
-                f"would replace. Use {instead}."
-            )
-        if not math.isfinite(self.lambda_init):
-            raise ValueError(f"lambda_init={self.lambda_init} must be finite.")
+    def _check_numbers(self) -> None:
+        for name in _NUMBER_FIELDS:
+            value = getattr(self, name)
+            if not (_is_number(value) or value is None and name == "regulation_alpha"):
+                raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
+        if not abs(self.lambda_init) <= LARGEST_FLOAT32:
+            raise ValueError(f"lambda_init={self.lambda_init} must be finite in float32, the dtype of λ.")
         for name in ("lambda_learning_rate", "lambda_adam_eps"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -224,13 +255,29 @@ class LambdaGRPOConfig(GRPOConfig):
             raise ValueError(f"lambda_max_grad_norm={self.lambda_max_grad_norm} must be >= 0 (0 turns the clip off).")
         if self.lambda_bounds is not None:
             self._check_bounds()
-        if self.aggregation == "lambda":
-            check_length_scale(self.length_scale, max(self.num_generations, self.num_generations_eval or 1))
+
+    def _check_length_weight(self, f: LengthWeight | None) -> None:
+        if self.aggregation_scope not in SCOPES:
+            raise ValueError(
+                f"aggregation_scope={self.aggregation_scope!r} is unknown; accepted: {', '.join(SCOPES)}."
+            )
+        if f is None:
+            return
+        if self.loss_type not in CONVERTIBLE_LOSS_TYPES:
+            instead = _INSTEAD.get(self.loss_type, f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}, or aggregation=None")
+            raise ValueError(
+                f"loss_type={self.loss_type!r} brings its own reduction, which aggregation={f.name!r} would replace. "
+                f"Use {instead}."
+            )
+        f.check(max(self.num_generations, self.num_generations_eval or 1))
 
     def _check_bounds(self) -> None:
         bounds = self.lambda_bounds
-        if len(bounds) != 2 or not bounds[0] < bounds[1]:
-            raise ValueError(f"lambda_bounds={bounds} must be two numbers [low, high] with low < high.")
+        numbers = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(_is_number(bound) for bound in bounds)
+        if not numbers or not bounds[0] < bounds[1]:
+            raise ValueError(f"lambda_bounds={bounds!r} must be two numbers [low, high] with low < high.")
+        if not max(map(abs, bounds)) <= LARGEST_FLOAT32:
+            raise ValueError(f"lambda_bounds={bounds!r} must be finite in float32, the dtype of λ.")
         if not bounds[0] <= self.lambda_init <= bounds[1]:
             raise ValueError(f"lambda_init={self.lambda_init} must lie in lambda_bounds={bounds}.")
 
@@ -245,35 +292,23 @@ class LambdaGRPOConfig(GRPOConfig):
                 stacklevel=4,
             )
 
-    def _check_token_weight(self) -> None:
-        if self.token_regulation is not None:
-            check_probability_arguments(
-                self.token_regulation,
-                self.regulation_alpha,
-                self.regulation_slope,
-                self.regulation_center,
-                self.regulation_min,
-                self.regulation_max,
-                prefix="regulation_",
-            )
-
-    def _check_unused(self) -> None:
+    def _check_unused(self, f: LengthWeight | None, v: TokenWeight | None) -> None:
         """An option that differs from its default and would have no effect is a mistake, not a preference."""
-        unused = []
-        if not self.has_lambda:
-            unused += [(name, f"aggregation={self.aggregation!r}") for name in _LAMBDA_FIELDS]
-            unused += [(name, f"aggregation={self.aggregation!r}") for name in _GROUP_FIELDS]
+        because_f = f"aggregation={f and f.name!r}"
+        because_v = f"token_regulation={v and v.name!r}"
+        unused: list[tuple[str, str]] = []
+        if f is None or not f.has_lambda:
+            unused += [(name, because_f) for name in ("lambda_learnable", *_LAMBDA_FIELDS, *_GROUP_FIELDS)]
         elif not self.lambda_learnable:
             unused += [(name, "lambda_learnable=False") for name in (*_GROUP_FIELDS, "lambda_bounds")]
-        if self.aggregation != "lambda":
-            unused.append(("length_scale", f"aggregation={self.aggregation!r}"))
-        if self.aggregation is None:
-            unused.append(("aggregation_scope", "aggregation=None"))
-        if self.token_regulation is None:
-            names = ("regulation_alpha", "regulation_inside_clip", *_SIGMOID_FIELDS)
-            unused += [(name, "token_regulation=None") for name in names]
-        elif self.token_regulation == "linear":
-            unused += [(name, "token_regulation='linear'") for name in _SIGMOID_FIELDS]
+        unused += [(name, because_f) for name in _LENGTH_PARAMETERS if not hasattr(f, name)]
+        if f is None:  # "grpo" and "dr_grpo" come out the same in both scopes
+            unused.append(("aggregation_scope", because_f))
+        unused += [(_TOKEN_PREFIX + name, because_v) for name in _TOKEN_PARAMETERS if not hasattr(v, name)]
+        if v is None:
+            unused.append(("regulation_inside_clip", because_v))
+        if f is None and v is None:
+            unused.append(("token_metrics", f"{because_f} and {because_v}"))
         for name, because in unused:
             value, default = getattr(self, name), self.__dataclass_fields__[name].default
             if value != default:
@@ -332,6 +367,18 @@ class TRGRPOConfig(LambdaGRPOConfig):
             "'linear' (AR), or none."
         },
     )
+
+
+def _number_from_text(value: object) -> object:
+    """The number that a text such as "1e-2" stands for; anything else as it is, for the checks to refuse."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _none_from_text(value: str | None) -> str | None:

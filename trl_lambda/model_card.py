@@ -1,8 +1,7 @@
 """The model card: TRL's own, with both papers to cite, λ as it ended and the settings of the weights."""
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-
-from .weights import DEFAULT_REGULATION_ALPHA
 
 LAMBDA_CITATION = """\
 @article{wang2025lambdagrpo,
@@ -32,45 +31,46 @@ TR_PAPER = {
     "citation": f"{TR_CITATION}\n{LAMBDA_CITATION}",
 }
 
-_LENGTH_WEIGHTS = {
-    "lambda": "λ-GRPO: G · softmax of h^λ (arXiv 2510.06870)",
-    "power": "(length/μ)^λ, token mass preserved: λ = -1 is GRPO, λ = 0 the token mean",
-    "grpo": "GRPO: mean over sequences of each sequence's mean (arXiv 2402.03300)",
-    "dapo": "DAPO: token mean (arXiv 2503.14476)",
-    "dr_grpo": "Dr. GRPO: divided by a constant length (arXiv 2503.20783)",
-}
-_TOKEN_WEIGHTS = {
-    "sigmoid": "TR-GRPO: clip(α·σ(k·(π - p0)), L, U) (arXiv 2511.00066)",
-    "linear": "AR: α·π + 1 - α (arXiv 2505.12929)",
-    None: "none",
-}
 _FOLLOWS = "### Framework versions"  # the part of TRL's template that the settings go before
 
 
-class ModelCardMixin:
-    """Completes the card that TRL writes, for a trainer with `lambda_value`."""
+def weight_tags(trainer, tags: str | list[str] | None) -> list[str]:
+    """The tags of the card: the caller's and those of the papers whose weights are on."""
+    tags = {tags} if isinstance(tags, str) else set(tags or ())
+    tags |= {"lambda-grpo"} if trainer.args.aggregation == "lambda" else set()
+    tags |= {"tr-grpo"} if trainer.args.token_regulation == "sigmoid" else set()
+    return sorted(tags)
 
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """
-        Write TRL's model card with the weights' settings.
 
-        Args:
-            model_name (`str`, *optional*): As in TRL.
-            dataset_name (`str`, *optional*): As in TRL.
-            tags (`str` or `list[str]`, *optional*): As in TRL; `lambda-grpo` and `tr-grpo` are added where they apply.
-        """
-        tags = {tags} if isinstance(tags, str) else set(tags or ())
-        tags |= {"lambda-grpo"} if self.args.aggregation == "lambda" else set()
-        tags |= {"tr-grpo"} if self.args.token_regulation == "sigmoid" else set()
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=sorted(tags))
-        if not self.is_world_process_zero():
-            return
-        path = Path(self.args.output_dir) / "README.md"
-        text, section = path.read_text(encoding="utf-8"), settings_section(self)
-        before, anchor, after = text.partition(_FOLLOWS)
-        path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
+def complete_card(trainer) -> None:
+    """Put the weights' settings into the card that TRL has written into `output_dir`."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    text, section = with_names(trainer, path.read_text(encoding="utf-8")), settings_section(trainer)
+    before, anchor, after = text.partition(_FOLLOWS)
+    path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
+
+
+def with_names(trainer, card: str) -> str:
+    """
+    Say what is known where TRL's card says None: it has a name only for a model of the hub and a run that is pushed.
+
+    Args:
+        trainer ([`LambdaGRPOTrainer`]): The trainer.
+        card (`str`): The card as TRL wrote it.
+
+    Returns:
+        `str`: the card with the folder that the model came from, if it came from one, and the run's own.
+    """
+    base = getattr(trainer.model.config, "_name_or_path", None)
+    came_from = (
+        f"is a fine-tuned version of `{Path(base).resolve().name}`"
+        if base
+        else "was trained from a model without a name"
+    )
+    card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", came_from)
+    if trainer.hub_model_id is None:
+        card = card.replace('model="None"', f'model="{Path(trainer.args.output_dir).resolve().name}"')
+    return card
 
 
 def settings_section(trainer) -> str:
@@ -84,19 +84,22 @@ def settings_section(trainer) -> str:
         `str`: a heading and a table; only what had an effect is in it.
     """
     args, step = trainer.args, trainer.state.global_step
+    f, v = trainer.length_weight, trainer.token_weight
     own = f"TRL's own, of `loss_type={args.loss_type}`"
-    rows = [("length weight (`aggregation`)", _LENGTH_WEIGHTS.get(args.aggregation, own))]
-    if args.aggregation is not None:
+    rows = [("length weight (`aggregation`)", own if f is None else f"{f.formula} ({f.source})")]
+    if f is not None and f.has_scope:
         rows.append(("scope of the token mean (`aggregation_scope`)", args.aggregation_scope))
     if trainer.lambda_value is not None:
         course = f"from {args.lambda_init:g}, learned" if args.lambda_learnable else "fixed"
         rows.append(("λ", f"{trainer.lambda_value:.4f} at step {step} ({course})"))
         if args.lambda_learnable:
             rows.append(("learning rate of λ (`lambda_learning_rate`)", f"{args.lambda_learning_rate:g}"))
-    if args.aggregation == "lambda":
-        rows.append(("r (`length_scale`)", f"{args.length_scale:.4g}"))
-    rows.append(("token weight (`token_regulation`)", _TOKEN_WEIGHTS[args.token_regulation]))
-    rows += _regulation_rows(args)
+    rows += [(f"{symbol} (`{name}`)", f"{value:.4g}") for symbol, name, value in _parameters(f)]
+    rows.append(("token weight (`token_regulation`)", "none" if v is None else f"{v.formula} ({v.source})"))
+    if v is not None:
+        values = ", ".join(f"{symbol} = {value:.4g}" for symbol, _, value in _parameters(v))
+        rows += [("its parameters", values)] if values else []
+        rows.append(("inside the clip", "yes" if args.regulation_inside_clip else "no"))
     rows.append(("surrogate (`loss_type`)", args.loss_type))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
@@ -106,13 +109,8 @@ def settings_section(trainer) -> str:
     )
 
 
-def _regulation_rows(args) -> list[tuple[str, str]]:
-    """The parameters of the token weight that are in use, and where it stands."""
-    if args.token_regulation is None:
+def _parameters(weight: object) -> list[tuple[str, str, float]]:
+    """Symbol, name and value of each parameter of a member."""
+    if not is_dataclass(weight):
         return []
-    alpha = DEFAULT_REGULATION_ALPHA[args.token_regulation] if args.regulation_alpha is None else args.regulation_alpha
-    values = f"α = {alpha:g}"
-    if args.token_regulation == "sigmoid":
-        values += f", k = {args.regulation_slope:g}, p0 = {args.regulation_center:g}"
-        values += f", L = {args.regulation_min:g}, U = {args.regulation_max:g}"
-    return [("its parameters", values), ("inside the clip", "yes" if args.regulation_inside_clip else "no")]
+    return [(f.metadata["symbol"], f.name, getattr(weight, f.name)) for f in fields(weight)]

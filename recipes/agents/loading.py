@@ -21,12 +21,12 @@ from recipes.agents.rewards import TRL_FIRST_MESSAGE
 from recipes.loading import import_function
 
 
-def load_tools(names: list[str] | None, timeout: float | None = None) -> list[Callable]:
+def load_tools(names: list[str] | str | None, timeout: float | None = None) -> list[Callable]:
     """
     Import tools and guard them.
 
     Args:
-        names (`list[str]`, *optional*):
+        names (`list[str]` or `str`, *optional*):
             Dotted paths of functions with type hints and a docstring that describes every argument.
         timeout (`float`, *optional*):
             Seconds that a call may take.
@@ -35,8 +35,9 @@ def load_tools(names: list[str] | None, timeout: float | None = None) -> list[Ca
         ValueError: if one cannot be imported or described to a model, or two have one name.
     """
     _check_timeout(timeout)
-    tools = [import_function("tools has", name, "a dotted path to a function") for name in names or []]
-    for name, tool in zip(names or [], tools, strict=True):
+    names = as_list(names)
+    tools = [import_function("tools has", name, "a dotted path to a function") for name in names]
+    for name, tool in zip(names, tools, strict=True):
         if not inspect.isfunction(tool):
             raise ValueError(f"tools has {name!r}, which is a {type(tool).__name__}; accepted: a function.")
         _check_description(f"tools has {name!r}", tool)
@@ -83,19 +84,24 @@ def load_environment(name: str | None, timeout: float | None = None) -> type | N
     return guard_environment(environment, timeout=timeout)
 
 
+def as_list(names: list[str] | str | None) -> list[str]:
+    """Names as a list: in YAML one name need not be one."""
+    return [names] if isinstance(names, str) else names or []
+
+
 def owns_reward(environment: type | None) -> bool:
     """Whether an environment scores its rollouts itself."""
     return hasattr(environment, "get_reward")
 
 
-def check_reward_names(names: list[str] | None) -> None:
+def check_reward_names(names: list[str] | str | None) -> None:
     """
     Refuse those of TRL's rewards that would never see an answer given after a call.
 
     Raises:
         ValueError: if one is named.
     """
-    for name in names or []:
+    for name in as_list(names):
         if name in TRL_FIRST_MESSAGE:
             raise ValueError(
                 f"reward_funcs has {name!r}, which reads the first message of a completion: with tools, the one "

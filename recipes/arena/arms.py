@@ -40,7 +40,7 @@ _TR = {"token_regulation": "sigmoid"}
 # the same ends, within 0.007 between them.
 _TR_B = {**_TR, "regulation_alpha": 1.5, "regulation_slope": 9.48, "regulation_center": 0.049}
 # Most sampled tokens of the playground's models have π > 0.344, where the weight is U: its mean over a run is 1.38 on
-# running_sum and knights_and_knaves 1.37, 1.39 on checked_sum, 1.31 on slippery_chain (`token_weight_mean`).
+# running_sum, 1.37 on knights_and_knaves, 1.39 on checked_sum and 1.31 on slippery_chain (`token_weight_mean`).
 CONSTANT_WEIGHT = 1.37
 
 ARMS: dict[str, Arm] = {

@@ -47,7 +47,7 @@ class Counts:
     @property
     def argument_checks(self) -> int:
         """Reads by `trl_lambda.weights`, which looks at the values of its arguments on the CPU only."""
-        return sum(count for place, count in self.reads.items() if place[0] == _CPU_CHECKS)
+        return sum(count for place, count in self.reads.items() if place[0].startswith(_CPU_CHECKS))
 
 
 class _Operators(TorchDispatchMode):

@@ -21,7 +21,7 @@ before, cpu = set(sys.modules), time.process_time()
 import trl_lambda
 ours, cpu = time.perf_counter(), time.process_time() - cpu
 modules = len(set(sys.modules) - before)
-from trl_lambda._trl_contract import check_contract
+from trl_lambda.trl_seam.contract import check_contract
 check_contract(GRPOTrainer)
 print(json.dumps([trl - start, ours - trl, time.perf_counter() - ours, cpu, modules]))
 """

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,6 +52,28 @@ def make_trainer(folder: str) -> LambdaGRPOTrainer:
     return LambdaGRPOTrainer(str(PLAYGROUND / "base_model"), exact_answer, args, dataset)
 
 
+def make_loss(trainer: LambdaGRPOTrainer) -> Callable[[bool], None]:
+    """
+    Loss, backward pass and the reduction for a log on the batch that a trainer has trained on last.
+
+    Args:
+        trainer (`LambdaGRPOTrainer`): after `train()`.
+
+    Returns:
+        `Callable`: does it, with or without the metrics as its argument says.
+    """
+    trainer.model.train()
+    inputs = trainer._buffered_inputs[0]
+    on, off = trainer._tally, {"train": _NoTally(), "eval": _NoTally()}
+
+    def run(metrics: bool) -> None:
+        trainer._tally, trainer.args.token_metrics = (on, True) if metrics else (off, False)
+        trainer.compute_loss(trainer.model, inputs).backward()
+        trainer.reduce_metrics("train")
+
+    return run
+
+
 def measure(pairs: int) -> dict[str, float]:
     """
     Time `pairs` pairs.
@@ -63,22 +86,15 @@ def measure(pairs: int) -> dict[str, float]:
         trainer = make_trainer(folder)
         trainer.train()
         step = statistics.median(e["step_time"] for e in trainer.state.log_history[1:] if "step_time" in e)
-        trainer.model.train()
-        inputs = trainer._buffered_inputs[0]
-        on, off = trainer._tally, {"train": _NoTally(), "eval": _NoTally()}
-
-        def run(metrics: bool) -> float:
-            trainer._tally, trainer.args.token_metrics = (on, True) if metrics else (off, False)
-            start = time.perf_counter()
-            trainer.compute_loss(trainer.model, inputs).backward()
-            trainer.reduce_metrics("train")
-            return time.perf_counter() - start
+        run = make_loss(trainer)
 
         run(True), run(False)
         times: dict[bool, list[float]] = {True: [], False: []}
         for pair in range(pairs):
             for metrics in (True, False) if pair % 2 else (False, True):
-                times[metrics].append(run(metrics))
+                start = time.perf_counter()
+                run(metrics)
+                times[metrics].append(time.perf_counter() - start)
     differences = [a - b for a, b in zip(times[True], times[False], strict=True)]
     low, middle, high = statistics.quantiles(differences, n=4)
     return {

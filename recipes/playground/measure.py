@@ -125,26 +125,16 @@ def measure(
     problems: list[Problem],
     *,
     num_samples: int,
-    seed: int,
-    greedy: bool = False,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    **sampling: Any,
 ) -> dict[str, float]:
     """
-    Sample completions as `sample` does and measure them.
+    Sample completions and measure them; the arguments are those of `sample`.
 
     Returns:
         `dict[str, float]`: `accuracy_sampled`, `mean_length` (tokens, with the end token), `share_long` (completions
         that show their steps), `accuracy_short`, `accuracy_long`, `length_reward_correlation`.
     """
-    samples = sample(
-        model,
-        tokenizer,
-        problems,
-        num_samples=num_samples,
-        seed=seed,
-        greedy=greedy,
-        max_new_tokens=max_new_tokens,
-    )
+    samples = sample(model, tokenizer, problems, num_samples=num_samples, **sampling)
     rewards, length = samples.rewards, samples.lengths
     long = torch.tensor(["=" in text for text in samples.texts])  # (P * G,)
     figures = {

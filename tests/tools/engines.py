@@ -1,0 +1,239 @@
+"""
+λ under every engine: the same training on one process, DDP, FSDP2 and DeepSpeed ZeRO-2 and ZeRO-3, one and two ranks.
+
+    python tests/tools/engines.py              # needs deepspeed importable: `make engines` sees to that
+    python tests/tools/engines.py --only fsdp2
+    python tests/tools/engines.py --only optimizers   # λ beside 8-bit Adam, GaLore, APOLLO, LOMO, schedule-free AdamW
+
+Each run asserts the wrapper class it ran under and is compared with the plain single-process run: losses, λ after
+every step, model at the end. λ must be the same to the last bit on all ranks.
+"""
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import offline  # noqa: F401
+import torch
+from launch import launch
+
+# fp32 on other kernels, sums over two ranks, and ZeRO's own flattened Adam: λ and losses agree to rounding.
+TOLERANCE = 2e-5
+
+JOB = {
+    "trainer": "lambda",
+    "noise": 0.2,
+    "options": {
+        "aggregation": "lambda",
+        "lambda_init": 0.7,
+        "lambda_learning_rate": 0.5,
+        "token_regulation": "sigmoid",
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-3,  # at 1e-8 Adam turns the rounding of a gradient near 0 into a whole step
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.5,
+        "max_steps": 3,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 2,
+    },
+}
+
+
+@dataclass
+class Engine:
+    """How to launch, and what must have wrapped the model."""
+
+    wrapper: str
+    processes: int
+    companion: bool
+    command: tuple[str, ...] | None = None
+    job: dict = field(default_factory=dict)
+    env: dict = field(default_factory=dict)
+    rtol: float = TOLERANCE
+
+
+def zero(stage: int, processes: int) -> Engine:
+    command = (
+        f"-m accelerate.commands.launch --use_deepspeed --zero_stage {stage} --num_processes {processes} "
+        "--num_machines 1 --mixed_precision no --dynamo_backend no --gradient_accumulation_steps 2 "
+        "--zero3_save_16bit_model true --main_process_port 0"
+    ).split()
+    return Engine(
+        "DeepSpeedEngine", processes, True, (sys.executable, *command), {"deepspeed": True}, {"DS_ACCELERATOR": "cpu"}
+    )
+
+
+ENGINES = {
+    "ddp ×2": Engine("DistributedDataParallel", 2, False),
+    "fsdp2 ×1": Engine("FSDPQwen2ForCausalLM", 1, True, job={"engine": "fsdp2"}),
+    "fsdp2 ×2": Engine("FSDPQwen2ForCausalLM", 2, True, job={"engine": "fsdp2"}),
+    "zero2 ×1": zero(2, 1),
+    "zero2 ×2": zero(2, 2),
+    "zero3 ×1": zero(3, 1),
+    "zero3 ×2": zero(3, 2),
+}
+REDUCED = ("ddp ×2", "fsdp2 ×2")
+
+
+def make_job(processes: int, changes: dict, **options) -> dict:
+    """Twelve rows per two micro-batches, whatever the number of ranks."""
+    own = JOB["options"] | {"per_device_train_batch_size": 6 // processes} | options
+    return JOB | {"options": own} | changes
+
+
+def run_engine(name: str, folder: Path, single: dict, **options) -> dict[str, float]:
+    """
+    Train under one engine and compare with the single-process run.
+
+    Returns:
+        `dict[str, float]`: largest relative deviation of losses, λ and model.
+    """
+    engine = ENGINES[name]
+    job = make_job(engine.processes, engine.job, **options)
+    (ranks,) = launch(
+        [job], folder, engine.processes, command=list(engine.command) if engine.command else None, env=engine.env
+    )
+    for rank in ranks:
+        assert rank["wrapper"] == engine.wrapper, f"{name} ran under {rank['wrapper']}"
+        assert rank["companion"] == engine.companion
+        assert rank["lambdas"] == ranks[0]["lambdas"], f"{name}: λ differs between ranks"
+    losses, expected = step_losses(ranks), step_losses([single])
+    lambdas, true = torch.tensor(ranks[0]["lambdas"]), torch.tensor(single["lambdas"])
+    model = {key.removeprefix("module."): value for key, value in ranks[0]["model"].items()}
+    assert model.keys() == single["model"].keys()
+    return {
+        "losses": ((losses - expected).abs().max() / expected.abs().max()).item(),
+        "λ": ((lambdas - true).abs() / true.abs()).max().item(),
+        "model": max(
+            ((model[key] - value).abs().max() / value.abs().max()).item() for key, value in single["model"].items()
+        ),
+    }
+
+
+RESUMED = {
+    "fsdp2 ×2": {"TEST_FSDP_STATE_DICT": "FULL_STATE_DICT"},
+    "fsdp2 ×2, sharded checkpoint": {"TEST_FSDP_STATE_DICT": "SHARDED_STATE_DICT"},
+    "zero2 ×2": {},
+    "zero3 ×2": {},
+}
+
+
+def run_resume(name: str, folder: Path) -> dict[str, float]:
+    """
+    Stop after two of four steps, resume from the checkpoint, and compare with going through.
+
+    Returns:
+        `dict[str, float]`: largest relative deviation of λ and of the model; λ's optimizer state must be the same to
+        the last bit.
+    """
+    engine = ENGINES[name.split(",")[0]]
+    output = folder / "output"
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": str(output)}
+    results = []
+    for part in ("through", "resumed"):
+        job = make_job(engine.processes, engine.job, **options)
+        if part == "resumed":
+            job["resume"] = str(output / "checkpoint-2")
+        command = list(engine.command) if engine.command else None
+        results.append(
+            launch([job], folder / part, engine.processes, command=command, env=engine.env | RESUMED[name])[0]
+        )
+    through, resumed = results
+    for mine, theirs in zip(resumed, through, strict=True):
+        assert mine["wrapper"] == engine.wrapper
+        assert all(torch.equal(mine["lambda_state"][key], value) for key, value in theirs["lambda_state"].items())
+    mine, theirs = torch.tensor(resumed[0]["lambdas"]), torch.tensor(through[0]["lambdas"][2:])
+    return {
+        "λ": ((mine - theirs).abs() / theirs.abs()).max().item(),
+        "model": max(
+            ((resumed[0]["model"][key] - value).abs().max() / value.abs().max()).item()
+            for key, value in through[0]["model"].items()
+        ),
+    }
+
+
+OPTIMIZERS = {
+    # name -> (options, whether λ gets a companion)
+    "adamw_8bit": ({}, False),
+    "paged_adamw_8bit": ({}, False),
+    "galore_adamw": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
+    "galore_adamw_layerwise": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
+    "apollo_adamw": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
+    "lomo": ({"max_grad_norm": 0.0}, True),
+    "schedule_free_adamw": ({}, True),
+}
+
+
+def run_optimizers(folder: Path) -> dict[str, float]:
+    """
+    λ beside optimizers of other kinds takes the steps that it takes beside AdamW.
+
+    The model's learning rate is 0, so that all see the same losses; its tensors are large enough (4096 elements) for
+    8-bit Adam to have 8-bit state at all, while λ's stays fp32. One micro-batch: layer-wise GaLore cannot accumulate.
+    """
+    model = {"build": {"hidden": 72, "std": 0.2}}
+    one = {"gradient_accumulation_steps": 1, "steps_per_generation": 1, "per_device_train_batch_size": 12}
+    jobs = [
+        make_job(1, model, **one | {"optim": optim, "learning_rate": 0.0, "lr_scheduler_type": "constant"} | options)
+        for optim, (options, _) in {"adamw_torch": ({}, False), **OPTIMIZERS}.items()
+    ]
+    exact, *others = [ranks[0] for ranks in launch(jobs, folder, 1, command=[sys.executable])]
+    true, deviations = torch.tensor(exact["lambdas"]), {}
+    for (optim, (_, companion)), result in zip(OPTIMIZERS.items(), others, strict=True):
+        assert result["companion"] == companion, optim
+        assert all(value.dtype == torch.float32 for value in result["lambda_state"].values() if torch.is_tensor(value))
+        if "8bit" in optim:
+            assert "torch.uint8" in result["state_dtypes"], f"{optim} has no 8-bit state"
+        deviations[optim] = ((torch.tensor(result["lambdas"]) - true).abs() / true.abs()).max().item()
+    return deviations
+
+
+def step_losses(ranks: list[dict]) -> torch.Tensor:
+    """Loss of each optimizer step: the sum over its two micro-batches, the mean over ranks."""
+    losses = torch.tensor([rank["losses"] for rank in ranks], dtype=torch.float64)
+    return losses.view(len(ranks), -1, 2).sum(dim=2).mean(dim=0)
+
+
+def run_engines(names, folder: Path) -> dict[str, dict[str, float]]:
+    """Deviations by engine; the single-process run is in a process of its own too."""
+    ((single,),) = launch([make_job(1, {})], folder / "single", 1, command=[sys.executable])
+    assert not single["companion"] and len(set(single["lambdas"])) == 3
+    results = {}
+    for number, name in enumerate(names):
+        print(f"{name} …", file=sys.stderr, flush=True)
+        results[name] = run_engine(name, folder / str(number), single)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", help="run what has a name that begins with this, or `resume`, or `optimizers`")
+    args = parser.parse_args()
+    names = [name for name in ENGINES if not args.only or name.startswith(args.only)]
+    if any(name.startswith("zero") for name in names) and importlib.util.find_spec("deepspeed") is None:
+        sys.exit("deepspeed is not importable: run `make engines`, or choose others with --only")
+    with tempfile.TemporaryDirectory() as folder:
+        results = run_engines(names, Path(folder)) if names else {}
+        for number, name in enumerate(RESUMED if not args.only or "resume".startswith(args.only) else ()):
+            print(f"{name}, resumed …", file=sys.stderr, flush=True)
+            results[f"{name}, resumed"] = run_resume(name, Path(folder) / f"resume{number}")
+        if not args.only or "optimizers".startswith(args.only):
+            print("optimizers …", file=sys.stderr, flush=True)
+            for optim, value in run_optimizers(Path(folder) / "optimizers").items():
+                results[f"{optim} ×1"] = {"λ": value}
+    print("| engine | losses | λ | model |\n|---|---|---|---|")
+    for name, quantities in results.items():
+        cells = [f"{quantities[q]:.1e}" if q in quantities else "–" for q in ("losses", "λ", "model")]
+        print(f"| {name} | {' | '.join(cells)} |")
+    largest, where = max((v, f"{n}, {q}") for n, quantities in results.items() for q, v in quantities.items())
+    count = sum(len(quantities) for quantities in results.values())
+    print(f"engines: {count} comparisons, largest deviation {largest:.1e} ({where}), tolerance {TOLERANCE:.0e}")
+    sys.exit(largest > TOLERANCE)
+
+
+if __name__ == "__main__":
+    main()

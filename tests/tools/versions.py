@@ -1,0 +1,91 @@
+"""
+Contract, parity and matrix on other versions of TRL, each installed without its dependencies into a folder of its own.
+
+    python tests/tools/versions.py --folder .versions            # all of them
+    python tests/tools/versions.py --folder .versions --reduced  # the oldest, and part of the tests
+
+The installed torch, transformers and accelerate stay: only TRL changes.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TESTS = ("contract", "config", "parity", "loss", "trainer", "refusals")
+REDUCED_TESTS = ("contract", "config", "parity")
+
+
+def tested_versions() -> list[str]:
+    """Read from the contract's text, so that no TRL has to be imported here."""
+    text = (ROOT / "trl_lambda" / "trl_seam" / "contract.py").read_text(encoding="utf-8")
+    return re.findall(r'"([\d.]+)"', re.search(r"TESTED_VERSIONS = \((.*?)\)", text).group(1))
+
+
+def install(version: str, folder: Path) -> Path:
+    """`pip install --no-deps trl==version` into `folder`/version, unless it is there."""
+    target = folder / version
+    if not (target / "trl").is_dir():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        subprocess.run([*command, "--target", str(target), f"trl=={version}"], check=True)
+    return target
+
+
+def run(version: str, target: Path, reduced: bool) -> tuple[int, int, float, list[str]]:
+    """
+    Run the tests and the matrix against one version.
+
+    Returns:
+        `tuple`: tests passed, matrix comparisons, largest deviation, and what went wrong.
+    """
+    environment = os.environ | {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", "import trl; print(trl.__version__)"], env=environment, capture_output=True, text=True
+    ).stdout.strip()
+    if found != version:
+        return 0, 0, 0.0, [f"TRL {found} was imported instead of {version}"]
+    files = [f"tests/test_{name}.py" for name in (REDUCED_TESTS if reduced else TESTS)]
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    passed = re.search(r"(\d+) passed", tests.stdout)
+    problems = re.findall(r"^(?:FAILED|ERROR) .*", tests.stdout, re.MULTILINE)
+    if tests.returncode and not problems:
+        problems = [tests.stdout[-2000:] + tests.stderr[-2000:]]
+    matrix = subprocess.run(
+        [sys.executable, "tests/tools/matrix.py", "--reduced"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    line = re.search(r"^matrix: (\d+) comparisons, largest deviation (\S+)", matrix.stdout, re.MULTILINE)
+    if matrix.returncode or line is None:
+        problems.append(f"matrix: {matrix.stdout[-1000:]}{matrix.stderr[-1000:]}")
+    comparisons, deviation = (int(line[1]), float(line[2])) if line else (0, 0.0)
+    return int(passed[1]) if passed else 0, comparisons, deviation, problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--folder", type=Path, default=ROOT / ".versions")
+    parser.add_argument("--reduced", action="store_true", help="the oldest version and part of the tests")
+    args = parser.parse_args()
+    versions = tested_versions()
+    totals, failed = [0, 0, 0.0], False
+    for version in versions[:1] if args.reduced else versions:
+        passed, comparisons, deviation, problems = run(version, install(version, args.folder), args.reduced)
+        print(f"TRL {version}: {passed} tests passed, {comparisons} comparisons, largest deviation {deviation:.1e}")
+        print(*problems, sep="\n", end="\n" if problems else "", flush=True)
+        totals = [totals[0] + passed, totals[1] + comparisons, max(totals[2], deviation)]
+        failed = failed or bool(problems)
+    print(f"versions: {totals[0]} tests, {totals[1]} comparisons, largest deviation {totals[2]:.1e}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the loss does, as numbers, logged through TRL."""

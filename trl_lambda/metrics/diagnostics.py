@@ -1,0 +1,186 @@
+"""What the weighted loss does, as numbers: where Σ|w·A| goes by length and by probability, how even f is, what is
+clipped, and the correlation of advantage and length that λ follows.
+
+Pure functions on tensors; `LossTally` adds their sums up over a logging interval.
+"""
+
+import itertools
+import math
+from bisect import bisect_left
+
+import torch
+
+QUARTILES = 4
+# Bins of -log π, evenly spaced in log(-log π): 0.85 % each. Below the least and above the most one bin takes all.
+SURPRISE_BINS, _LEAST_SURPRISE, _MOST_SURPRISE = 2048, 1e-6, 32.0
+# Equal rewards leave advantages that differ by rounding, at most this part of the largest.
+_ROUNDING = 1e-5
+
+
+def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
+    """
+    Effective sample size of each group's weights, as a part of its rows with tokens: ``(Σf)² / (n · Σf²)``.
+
+    Args:
+        weights (`torch.Tensor`): f, shape (P, G), 0 where a row has no tokens.
+
+    Returns:
+        `torch.Tensor`: shape (P,), in (0, 1]; 1 where f is uniform, NaN for a group without tokens.
+    """
+    count = (weights > 0).sum(dim=1)
+    return weights.sum(dim=1).square() / (count * weights.square().sum(dim=1))
+
+
+def quartile_index(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    Quartile of each value among the values under `mask`: 0 for the lowest quarter, 3 for the highest.
+
+    The edges are the values at ranks ⌈n/4⌉, ⌈n/2⌉ and ⌈3n/4⌉; a value equal to an edge belongs below it, so that
+    equal values share a quartile.
+
+    Args:
+        values (`torch.Tensor`): any shape.
+        mask (`torch.Tensor`): same shape, true where a value counts.
+
+    Returns:
+        `torch.Tensor`: long, the shape of `values`; meaningless outside `mask`.
+    """
+    values = values.float()
+    ordered = values.masked_fill(~mask.bool(), torch.inf).flatten().sort().values
+    count = mask.bool().sum()
+    ranks = torch.arange(1, QUARTILES, device=values.device) * count
+    edges = ordered[(torch.div(ranks + QUARTILES - 1, QUARTILES, rounding_mode="floor") - 1).clamp(min=0)]
+    return torch.bucketize(values.contiguous(), edges)
+
+
+def mass_by_bin(mass: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+    """
+    Sum of `mass` in each quartile.
+
+    Args:
+        mass (`torch.Tensor`): any shape, 0 where nothing counts.
+        bins (`torch.Tensor`): long, same shape, values 0..3.
+
+    Returns:
+        `torch.Tensor`: shape (4,), float32.
+    """
+    total = torch.zeros(QUARTILES, dtype=torch.float32, device=mass.device)
+    return total.index_add(0, bins.flatten(), mass.flatten().float())
+
+
+def probability_bins(logps: torch.Tensor) -> torch.Tensor:
+    """
+    Bin of each token's probability, 0 for the most probable: a bin spans 0.85 % of -log π.
+
+    Args:
+        logps (`torch.Tensor`): natural-log probabilities, any shape.
+
+    Returns:
+        `torch.Tensor`: long, same shape, values 0..2047.
+    """
+    width = math.log(_MOST_SURPRISE / _LEAST_SURPRISE) / SURPRISE_BINS
+    places = (logps.float().neg().clamp(min=_LEAST_SURPRISE) / _LEAST_SURPRISE).log() / width
+    return places.long().clamp(0, SURPRISE_BINS - 1)  # after the cast: a NaN is then a bin like any other
+
+
+def quartile_shares(counts: list[float], masses: list[float]) -> list[float]:
+    """
+    Part of all mass in each quarter of the values, from a histogram; a bin on an edge is split in proportion.
+
+    Args:
+        counts (`list[float]`): how many values each bin holds, lowest bin first.
+        masses (`list[float]`): their mass.
+
+    Returns:
+        `list[float]`: four parts, lowest quarter first; NaN without values or without mass.
+    """
+    below, mass_below = list(itertools.accumulate(counts)), list(itertools.accumulate(masses))
+    if not below[-1] or not mass_below[-1]:
+        return [float("nan")] * QUARTILES
+    cuts = [0.0]
+    for quarter in range(1, QUARTILES):
+        edge = below[-1] * quarter / QUARTILES
+        i = bisect_left(below, edge)
+        cuts.append(mass_below[i] - masses[i] * (below[i] - edge) / counts[i])
+    return [(high - low) / mass_below[-1] for low, high in itertools.pairwise([*cuts, mass_below[-1]])]
+
+
+def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What the correlation of advantage and length within groups, and the mean length by sign of A, are ratios of.
+
+    Only rows with tokens count, and only groups in which their advantages differ by more than rounding: elsewhere A is
+    0 and says nothing about length.
+
+    Args:
+        lengths (`torch.Tensor`): own tokens |o|, (P, G), 0 for a row without any.
+        advantages (`torch.Tensor`): A, (P, G), unweighted.
+
+    Returns:
+        `torch.Tensor`: (3,): Σ a·l, Σ a², Σ l² with a and l centred on their group's mean.
+        `torch.Tensor`: (2, 2): by A > 0 and A < 0, the sum of lengths and the number of rows.
+    """
+    present = lengths > 0
+    lengths, advantages = lengths.float() * present, advantages.float() * present
+    count = present.sum(dim=1, keepdim=True).clamp(min=1)
+    a = (advantages - advantages.sum(dim=1, keepdim=True) / count) * present
+    differ = a.abs().amax(dim=1, keepdim=True) > _ROUNDING * advantages.abs().amax(dim=1, keepdim=True)
+    a = a * differ
+    centred = (lengths - lengths.sum(dim=1, keepdim=True) / count) * present * differ
+    by_sign = torch.stack([(advantages > 0) & differ, (advantages < 0) & differ])
+    rows_by_sign = torch.stack([(by_sign * lengths).sum(dim=(1, 2)), by_sign.sum(dim=(1, 2))], dim=1)
+    return torch.stack([(a * centred).sum(), a.square().sum(), centred.square().sum()]), rows_by_sign
+
+
+def clipped_tokens(
+    ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> torch.Tensor:
+    """
+    Which tokens have no gradient in min(ρA, clip(ρ, 1 - ε_low, 1 + ε_high)A), the first ρ at most δ if given.
+
+    Args:
+        ratio (`torch.Tensor`): ρ, shape (B, T) or (B, 1).
+        advantages (`torch.Tensor`): A, shape (B, 1) or (B, T).
+        epsilon_low, epsilon_high (`float`): the clip is [1 - epsilon_low, 1 + epsilon_high].
+        delta (`float`, *optional*): bound of the two-sided clip.
+
+    Returns:
+        `torch.Tensor`: bool, broadcast of both shapes.
+    """
+    high = 1 + epsilon_high
+    delta = math.inf if delta is None else delta
+    negative = (ratio < 1 - epsilon_low) | (ratio > max(delta, high))
+    return ((ratio > min(delta, high)) & (advantages > 0)) | (negative & (advantages < 0))
+
+
+def clipped_by_weight(
+    log_ratio: torch.Tensor,
+    weights: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None = None,
+) -> torch.Tensor:
+    """
+    Which tokens lose their gradient only because v stands inside the clip: vρ is clipped and ρ is not.
+
+    Args:
+        log_ratio (`torch.Tensor`): log ρ, shape (B, T).
+        weights (`torch.Tensor`): v, shape (B, T).
+        advantages (`torch.Tensor`): A, shape (B, 1) or (B, T).
+        epsilon_low, epsilon_high (`float`): the clip is [1 - epsilon_low, 1 + epsilon_high].
+        delta (`float`, *optional*): upper bound of the ratio for A < 0, of two-sided clipping.
+
+    Returns:
+        `torch.Tensor`: bool, shape (B, T).
+    """
+
+    def clipped(ratio: torch.Tensor) -> torch.Tensor:
+        return clipped_tokens(ratio, advantages, epsilon_low, epsilon_high, delta)
+
+    ratio = log_ratio.exp()
+    return clipped(ratio * weights) & ~clipped(ratio)

@@ -1,0 +1,121 @@
+"""What the weights do in training and evaluation, measured for TRL's logs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from ..trl_seam.generation_batch import GenerationBatch
+from .diagnostics import clipped_by_weight, clipped_tokens, quartile_index
+from .loss_tally import LossTally
+
+# Own tokens and padding that wait for a log at most, per process; above, they are counted at once.
+_WAITING_TOKENS = 2**20
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """The PPO clip of the run: its bounds, and whether the ratio is one per sequence or v stands in it."""
+
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None
+    per_sequence: bool
+    regulation_inside: bool
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One micro-batch at its loss, all detached: per row (B,) or (B, 1 or T), per token (B, T)."""
+
+    mask: torch.Tensor
+    logps: torch.Tensor
+    old_logps: torch.Tensor | None  # `None`: this very pass, ρ = 1
+    advantages: torch.Tensor  # unweighted, (B, 1 or T)
+    length_weight: torch.Tensor  # (B,)
+    length_quartile: torch.Tensor  # (B,)
+    token_weight: torch.Tensor | None
+
+
+class LossMetrics:
+    """
+    Metrics of the weights over a logging interval.
+
+    The loss only hands over what it has in hand. The work is done when a log is due, or when so many tokens wait that
+    keeping them would cost memory.
+
+    Args:
+        clip ([`Surrogate`], *optional*): the PPO clip; `None` for a surrogate that has none.
+        token_bounds (`tuple[float, float]`, *optional*): the bounds of a v that is clipped to them.
+    """
+
+    def __init__(self, clip: Surrogate | None, token_bounds: tuple[float, float] | None):
+        self._clip = clip
+        self._token_bounds = token_bounds
+        self._tallies = {"train": LossTally(), "eval": LossTally()}
+        self._batches: dict[str, list[GenerationBatch]] = {"train": [], "eval": []}
+        self._weights: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self._tokens: dict[str, list[Tokens]] = {"train": [], "eval": []}
+        self._waiting = 0
+
+    def note_generation_batch(self, mode: str, batch: GenerationBatch) -> None:
+        """Take in a new generation batch; `mode` is `"train"` or `"eval"`."""
+        self._batches[mode].append(batch)
+
+    def note_length_weights(self, mode: str, weights: torch.Tensor) -> None:
+        """Take in f of the generation batch at one loss, (P, G)."""
+        self._weights[mode].append(weights.detach())
+
+    def note_tokens(self, mode: str, tokens: Tokens) -> None:
+        """Take in the tokens of one micro-batch."""
+        self._tokens[mode].append(tokens)
+        self._waiting += tokens.mask.numel()
+        if self._waiting > _WAITING_TOKENS:
+            self._count(mode)
+
+    def flush(self, mode: str, accelerator: Accelerator) -> Mapping[str, float]:
+        """The metrics since the last call, reduced over the processes. Every process must call it."""
+        self._count(mode)
+        return self._tallies[mode].flush(accelerator)
+
+    @torch.no_grad()
+    def _count(self, mode: str) -> None:
+        """Add all that waits to the sums."""
+        tally = self._tallies[mode]
+        for batch in self._batches[mode]:
+            if batch.advantages is not None:
+                tally.add_responses(batch.lengths, batch.advantages)
+        for weights in self._weights[mode]:
+            tally.add_length_weights(weights)
+        for tokens in self._tokens[mode]:
+            self._count_tokens(tally, tokens)
+        self._batches[mode], self._weights[mode], self._tokens[mode], self._waiting = [], [], [], 0
+
+    def _count_tokens(self, tally: LossTally, tokens: Tokens) -> None:
+        mask, weights, advantages = tokens.mask, tokens.token_weight, tokens.advantages
+        mass = (advantages.abs() * tokens.length_weight.unsqueeze(1)).expand_as(tokens.logps)
+        if weights is not None:
+            tally.add_token_weights(weights, mask, self._token_bounds)
+            mass = mass * weights
+        if self._clip is not None:
+            old = tokens.logps if tokens.old_logps is None else tokens.old_logps
+            self._count_clipped(tally, tokens.logps - old, tokens)
+        tally.add_shares(mass, tokens.length_quartile, tokens.logps, mask)
+
+    def _count_clipped(self, tally: LossTally, log_ratio: torch.Tensor, tokens: Tokens) -> None:
+        assert self._clip is not None
+        mask, weights, advantages, clip = tokens.mask, tokens.token_weight, tokens.advantages, self._clip
+        bounds = (clip.epsilon_low, clip.epsilon_high, clip.delta)
+        if clip.regulation_inside and weights is not None:
+            by_weight = clipped_by_weight(log_ratio, weights, advantages, *bounds)
+            tally.add_clipped_by_regulation(by_weight, mask)
+            log_ratio = log_ratio + weights.log()
+        if clip.per_sequence:
+            log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        tally.add_clipped(clipped_tokens(log_ratio.exp(), advantages, *bounds), advantages, mask)
+
+
+def length_quartiles(lengths: torch.Tensor) -> torch.Tensor:
+    """Quartile of each row's length among the rows with tokens of a generation batch, flat, (P·G,)."""
+    return quartile_index(lengths, lengths > 0).flatten()

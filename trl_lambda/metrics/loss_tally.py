@@ -1,0 +1,152 @@
+"""The loss's metrics over a logging interval: sums kept on the device, reduced over the processes once per log."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+
+from .diagnostics import (
+    SURPRISE_BINS,
+    advantage_length_sums,
+    effective_sample_size,
+    mass_by_bin,
+    probability_bins,
+    quartile_shares,
+)
+
+Finish = Callable[[list[float]], dict[str, float]]
+
+
+def ratio(part: float, whole: float) -> float:
+    """`part` of `whole`; NaN for a ratio over nothing."""
+    return part / whole if whole else math.nan
+
+
+class LossTally:
+    """
+    Sums, least and largest values over the micro-batches and processes of a logging interval.
+
+    A metric is a ratio of sums, not a mean of ratios: however the batch is cut, it comes out the same. Nothing waits
+    for the device before `flush`.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._finish: dict[str, Finish] = {}
+        self._least: dict[str, torch.Tensor] = {}
+        self._largest: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, sums: torch.Tensor, finish: Finish) -> None:
+        """Add to the sums under `name`, 1-d; `finish` turns their totals into metrics, name -> value."""
+        sums = sums.float()
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._finish[name] = finish
+
+    def add_ratio(self, name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Add to a metric that is one sum over another, both 0-d."""
+        self.add(name, torch.stack([part.float(), whole.float()]), lambda sums: {name: ratio(*sums)})
+
+    def add_range(self, name: str, values: torch.Tensor, where: torch.Tensor) -> None:
+        """Take `values` under the mask `where` into `name`/min and `name`/max."""
+        least = values.masked_fill(~where, torch.inf).min().float()
+        largest = values.masked_fill(~where, -torch.inf).max().float()
+        self._least[name] = torch.minimum(self._least[name], least) if name in self._least else least
+        self._largest[name] = torch.maximum(self._largest[name], largest) if name in self._largest else largest
+
+    def add_responses(self, lengths: torch.Tensor, advantages: torch.Tensor) -> None:
+        """Take in lengths and advantages of a whole generation batch, both (P, G), the same on every process."""
+        sums, by_sign = advantage_length_sums(lengths, advantages)
+        self.add("advantage/length_correlation", sums, _correlation)
+        for name, (length, rows) in zip(("positive", "negative"), by_sign, strict=True):
+            self.add_ratio(f"advantage/{name}_mean_length", length, rows)
+
+    def add_length_weights(self, weights: torch.Tensor) -> None:
+        """Take in f of a whole generation batch, shape (P, G), the same on every process."""
+        weights = weights.detach().float()
+        ess = effective_sample_size(weights)
+        self.add_ratio("length_weight/ess", ess.nan_to_num().sum(), (~ess.isnan()).sum())
+        self.add_range("length_weight", weights, weights > 0)
+
+    def add_token_weights(
+        self, weights: torch.Tensor, mask: torch.Tensor, bounds: tuple[float, float] | None = None
+    ) -> None:
+        """Take in v of a micro-batch and its mask of own tokens, both (B, T), and the bounds of a v that has them."""
+        own = mask.bool()
+        count = own.sum()
+        self.add_ratio("token_weight/mean", (weights * own).sum(), count)
+        self.add_range("token_weight", weights, own)
+        if bounds is not None:
+            self.add_ratio("token_weight/at_min", ((weights <= bounds[0]) & own).sum(), count)
+            self.add_ratio("token_weight/at_max", ((weights >= bounds[1]) & own).sum(), count)
+
+    def add_clipped(self, clipped: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> None:
+        """Take in which tokens have no gradient, (B, T) or (B, 1), A, (B, 1), and the mask of own tokens, (B, T)."""
+        for name, of_sign in (("positive", mask * (advantages > 0)), ("negative", mask * (advantages < 0))):
+            self.add_ratio(f"clipped/advantage_{name}", (clipped * of_sign).sum(), of_sign.sum())
+
+    def add_clipped_by_regulation(self, clipped: torch.Tensor, mask: torch.Tensor) -> None:
+        """Take in which tokens are clipped only because v stands inside the clip, and own tokens, both (B, T)."""
+        self.add_ratio("token_weight/clipped_by_regulation", (clipped * mask).sum(), mask.sum())
+
+    def add_shares(
+        self, mass: torch.Tensor, length_bins: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor
+    ) -> None:
+        """
+        Take in |w·A| of a micro-batch.
+
+        Args:
+            mass (`torch.Tensor`): |w·A|, shape (B, T).
+            length_bins (`torch.Tensor`): quartile of each response's length in its generation batch, (B,).
+            logps (`torch.Tensor`): log-probabilities, (B, T); their quartiles are those of the interval.
+            mask (`torch.Tensor`): own tokens, (B, T).
+        """
+        own = mask.float()
+        mass = mass.detach().float() * own
+        self.add("share/length", mass_by_bin(mass.sum(dim=1), length_bins), _length_shares)
+        bins = probability_bins(logps.detach()).flatten()
+        values = torch.stack([own, mass], dim=-1).view(-1, 2)
+        histogram = mass.new_zeros(SURPRISE_BINS, 2).index_add(0, bins, values)
+        self.add("share/probability", histogram.flatten(), _probability_shares)
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        Reduce over the processes, empty the tally and return the metrics. Every process must call it.
+
+        Returns:
+            `dict[str, float]`: metric name -> value; NaN for a ratio, least or largest value over nothing.
+        """
+        if not self._sums:
+            return {}
+        ranges = [*self._least.values(), *(-value for value in self._largest.values())]
+        local = torch.cat([*self._sums.values(), *(value.unsqueeze(0) for value in ranges)])
+        everywhere = accelerator.gather(local.unsqueeze(0))  # (processes, all of it): one collective, one transfer
+        count = local.numel() - len(ranges)
+        values = torch.cat([everywhere[:, :count].sum(dim=0), everywhere[:, count:].amin(dim=0)]).tolist()
+        metrics: dict[str, float] = {}
+        for name, sums in self._sums.items():
+            metrics |= self._finish[name](values[: sums.numel()])
+            values = values[sums.numel() :]
+        for name, least in zip(self._least, values, strict=False):
+            metrics[f"{name}/min"] = least if math.isfinite(least) else math.nan
+        for name, negated in zip(self._largest, values[len(self._least) :], strict=True):
+            metrics[f"{name}/max"] = -negated if math.isfinite(negated) else math.nan
+        self._sums, self._finish, self._least, self._largest = {}, {}, {}, {}
+        return metrics
+
+
+def _correlation(sums: list[float]) -> dict[str, float]:
+    """From Σ a·l, Σ a² and Σ l²."""
+    return {"advantage/length_correlation": ratio(sums[0], math.sqrt(sums[1]) * math.sqrt(sums[2]))}
+
+
+def _length_shares(masses: list[float]) -> dict[str, float]:
+    """From the mass in each quartile."""
+    return {f"share/length_q{q}": ratio(mass, sum(masses)) for q, mass in enumerate(masses, start=1)}
+
+
+def _probability_shares(histogram: list[float]) -> dict[str, float]:
+    """From count and mass in each bin, the most probable first; the quarters begin with the least."""
+    histogram = histogram[::-1]
+    shares = quartile_shares(histogram[1::2], histogram[0::2])
+    return {f"share/probability_q{q}": share for q, share in enumerate(shares, start=1)}

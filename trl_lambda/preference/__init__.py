@@ -1,0 +1,1 @@
+"""λ: its value, its parameter group, its step, and its state on disk."""

@@ -1,0 +1,245 @@
+"""λ itself: its value and bounds, its optimizer parameter group, its step, and its state on disk.
+
+λ is not a parameter of the model. There it would enter the saved weights, the weight sync with vLLM and the joint
+gradient clip, and PEFT would drop it. Outside the model nobody else reduces, clips, clears or saves it: that is done
+here.
+"""
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+GROUP_NAME = "lambda"
+
+
+class LambdaParameter:
+    """
+    The learnable length preference λ of arXiv 2510.06870: one scalar for the whole run.
+
+    Its parameter group sits in the trainer's optimizer (`add_group`) or, where an engine or the user owns that one, in
+    a companion optimizer that holds nothing else (`make_companion`). Either way a step is, in this order:
+    `reduce_gradient` after the last backward pass, `prepare_step`, the optimizer, `finish_step`.
+
+    Args:
+        init (`float`): λ at step 0.
+        learnable (`bool`): `False` keeps λ at `init`: no gradient, no parameter group.
+        bounds (`tuple[float, float]`, *optional*): λ is projected into them after each step.
+        max_grad_norm (`float`): bound of |dL/dλ|, apart from the model's clip; 0 turns it off.
+        device (`torch.device`): where the losses are computed.
+    """
+
+    def __init__(
+        self,
+        init: float,
+        *,
+        learnable: bool,
+        bounds: tuple[float, float] | None,
+        max_grad_norm: float,
+        device: torch.device,
+    ):
+        # One element rather than 0-d, float32 whatever the model's dtype.
+        self.tensor = torch.nn.Parameter(
+            torch.tensor([init], dtype=torch.float32, device=device), requires_grad=learnable
+        )
+        self.bounds = bounds
+        self.max_grad_norm = max_grad_norm
+        self.companion: torch.optim.Optimizer | None = None
+        self.learning_rate = 0.0
+        self.model_learning_rate = 0.0
+        self.last_grad = 0.0
+        self.skipped = 0
+        self._is_reduced = False
+        self._scale_probe: torch.Tensor | None = None
+        self._micro_batches = 0
+
+    @property
+    def learnable(self) -> bool:
+        return self.tensor.requires_grad
+
+    @property
+    def value(self) -> float:
+        """λ now."""
+        return self.tensor.item()
+
+    def in_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether λ is in a parameter group of `optimizer`, by identity."""
+        groups = getattr(optimizer, "param_groups", ())  # an engine's placeholder has none
+        return any(p is self.tensor for group in groups for p in group["params"])
+
+    def add_group(self, optimizer: torch.optim.Optimizer, *, learning_rate: float, adam_eps: float | None) -> None:
+        """
+        Append λ's own parameter group, without weight decay. Call it before the learning rate scheduler is built.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): The trainer's optimizer.
+            learning_rate (`float`): base learning rate of λ.
+            adam_eps (`float`, *optional*): `eps` of the group; `None` leaves the optimizer's own.
+        """
+        group = self._group(learning_rate)
+        optimizer.add_param_group(group if adam_eps is None else group | {"eps": adam_eps})
+        self.learning_rate = learning_rate
+
+    def make_companion(
+        self, optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any], *, learning_rate: float
+    ) -> torch.optim.Optimizer:
+        """
+        Put λ's group into an optimizer of its own.
+
+        Args:
+            optimizer_class (`type`): A torch optimizer class.
+            options (`dict`): Its other arguments, as for the model.
+            learning_rate (`float`): base learning rate of λ; each step multiplies it by the model's schedule.
+
+        Returns:
+            `torch.optim.Optimizer`: the companion.
+        """
+        self.companion = optimizer_class([self._group(learning_rate)], **options)
+        self.learning_rate = learning_rate
+        return self.companion
+
+    def set_eps(self, adam_eps: float | None) -> None:
+        """Set `eps` of the companion's group; `None` leaves the optimizer's own."""
+        if adam_eps is not None and self.companion is not None:
+            self.companion.param_groups[0]["eps"] = adam_eps
+
+    def _group(self, learning_rate: float) -> dict[str, Any]:
+        return {"params": [self.tensor], "lr": learning_rate, "weight_decay": 0.0, "name": GROUP_NAME}
+
+    def group_in(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """λ's parameter group: the companion's, else the one in `optimizer`, else `None`."""
+        groups = getattr(optimizer if self.companion is None else self.companion, "param_groups", ())
+        return next((group for group in groups if any(p is self.tensor for p in group["params"])), None)
+
+    def follow_schedule(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+        """
+        Set λ's learning rate for this step: its base rate times the factor of the model's schedule.
+
+        A schedule sets every group's rate in its own way (OneCycleLR gives all groups one peak, ReduceLROnPlateau one
+        floor); set here, λ's is the same multiple of `lambda_learning_rate` under all of them, in either home.
+        """
+        group = self.group_in(optimizer)
+        if group is not None:
+            group["lr"] = self.learning_rate * schedule_factor(scheduler, self.model_learning_rate)
+
+    def probe_scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """
+        Let backward measure the factor that fp16 loss scaling puts on a loss: nobody unscales the companion's λ.
+
+        Returns:
+            `torch.Tensor`: `loss` plus an exact 0, whose gradient in the probe is the scale, summed over micro-batches
+            as dL/dλ is.
+        """
+        if self._scale_probe is None:
+            self._scale_probe = torch.zeros((), device=loss.device, requires_grad=True)
+        if not torch.is_grad_enabled():  # evaluation has no backward pass
+            return loss
+        self._micro_batches += 1
+        return loss + (self._scale_probe - self._scale_probe.detach())
+
+    def reduce_gradient(self, accelerator: Accelerator) -> None:
+        """
+        Average dL/dλ over the processes: one collective of one scalar, once per optimizer step, outside backward.
+
+        Losses are scaled for DDP's averaging, so that λ's gradient is averaged too. A process without a gradient
+        joins with zero. It comes before any unscaling of fp16 gradients, so that a non-finite value reaches every
+        process alike.
+        """
+        grad = self.tensor.grad if self.tensor.grad is not None else torch.zeros_like(self.tensor)
+        if self._scale_probe is not None and self._scale_probe.grad is not None:
+            grad = grad / (self._scale_probe.grad / self._micro_batches)
+            self._scale_probe.grad = None
+        self._micro_batches = 0
+        self.tensor.grad = accelerator.reduce(grad, reduction="mean")
+        self._is_reduced = True
+
+    def prepare_step(self) -> None:
+        """
+        Clip the reduced gradient, or drop it when it is not finite: the optimizer then leaves λ alone.
+
+        Raises:
+            `RuntimeError`: nobody has reduced the gradient: a subclass replaced `training_step`.
+        """
+        if not self._is_reduced:
+            raise RuntimeError(
+                "λ's gradient was not averaged over the processes: a subclass overrides training_step without calling "
+                "super().training_step, which does it. Call it, or set lambda_learnable=False."
+            )
+        self._is_reduced = False
+        self.last_grad = self.tensor.grad.item()
+        if not math.isfinite(self.last_grad):
+            self.tensor.grad = None
+            self.skipped += 1
+        elif self.max_grad_norm > 0:
+            self.tensor.grad.clamp_(-self.max_grad_norm, self.max_grad_norm)
+
+    def step_companion(self) -> None:
+        """Step the companion, if there is one."""
+        if self.companion is not None:
+            self.companion.step()
+
+    @torch.no_grad()
+    def finish_step(self) -> None:
+        """Clear the gradient, which `Trainer` does for the model only, and project λ into its bounds."""
+        self.tensor.grad = None
+        if self.bounds is not None:
+            self.tensor.clamp_(*self.bounds)
+
+    @torch.no_grad()
+    def load(self, value: float, skipped: int) -> None:
+        """Set λ in place and inside its bounds, so that optimizer state that refers to it stays attached."""
+        self.tensor.fill_(value)
+        if self.bounds is not None:
+            self.tensor.clamp_(*self.bounds)
+        self.skipped = skipped
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate or an engine."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def has_scalar_eps(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` is Adam-like: it divides by a root of squared gradients plus a scalar `eps`."""
+    return isinstance(optimizer.defaults.get("eps"), float)
+
+
+def base_learning_rate(optimizer: Any, default: float) -> float:
+    """
+    The learning rate that schedules start from: the first group's initial one.
+
+    Args:
+        optimizer: The trainer's optimizer, or an engine's placeholder for one that it builds itself.
+        default (`float`): for such a placeholder.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return default
+    group = optimizer.param_groups[0]
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def schedule_factor(scheduler: Any, base: float) -> float:
+    """
+    What a learning rate scheduler multiplies the model's learning rate by at this step.
+
+    Args:
+        scheduler: A torch scheduler, or a wrapper of accelerate or an engine around one.
+        base (`float`): the first group's learning rate before any schedule.
+
+    Returns:
+        `float`: exact for a `LambdaLR`, which most of transformers' schedules are. Else the first group's learning
+        rate over the schedule's peak, at most 1: the peak is `max_lr` where the schedule has one (OneCycleLR,
+        CyclicLR), else `base`. 1 where the peak is 0.
+    """
+    while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return float(scheduler.lr_lambdas[0](scheduler.last_epoch))
+    group = scheduler.optimizer.param_groups[0]
+    peak = group.get("max_lr")  # OneCycleLR keeps it in the group, CyclicLR in the scheduler
+    if peak is None:
+        peak = getattr(scheduler, "max_lrs", [base])[0]
+    return min(1.0, float(group["lr"]) / float(peak)) if peak else 1.0

@@ -1,0 +1,91 @@
+"""The copy of a micro-batch that carries the weights into TRL's loss."""
+
+from typing import Any
+
+import torch
+
+
+class WeightedInputs(dict[str, Any]):
+    """
+    A copy of one micro-batch whose advantages carry the weights, and which knows whether the loss has read them.
+
+    A TRL that reads an entry before the weights are in it, or from elsewhere, must not train something else in
+    silence.
+    """
+
+    def __init__(self, inputs: dict[str, Any]):
+        super().__init__(inputs)
+        self._pending: set[str] = {"advantages"}
+        self._complete = False
+
+    def peek(self, key: str) -> Any:
+        """An entry, or `None`, without counting as a reader: for the weights themselves."""
+        return super().get(key)
+
+    def scale_advantages(self, weights: torch.Tensor) -> None:
+        """Multiply advantages of shape (B,) or (B, T) by weights of shape (B,) or (B, T)."""
+        advantages = super().__getitem__("advantages")
+        if weights.dim() > advantages.dim():
+            advantages = advantages.unsqueeze(1)
+        elif weights.dim() < advantages.dim():
+            weights = weights.unsqueeze(1)
+        super().__setitem__("advantages", advantages * weights)
+
+    def scale_ratio(self, logps: torch.Tensor, weights: torch.Tensor) -> None:
+        """Put weights (B, T) into the importance ratio by way of the old log-probabilities."""
+        old = super().get("old_per_token_logps")
+        old = logps.detach() if old is None else old
+        super().__setitem__("old_per_token_logps", old - weights.log())
+        self._pending.add("old_per_token_logps")
+
+    def complete(self) -> None:
+        """
+        All weights are in.
+
+        Raises:
+            `RuntimeError`: they were in already: the loss has asked for log-probabilities twice.
+        """
+        if self._complete:
+            raise RuntimeError(
+                "The loss asked for the policy's log-probabilities twice, and would have weighted its tokens twice. "
+                "trl_lambda does not support this TRL or this subclass of its trainer."
+            )
+        self._complete = True
+
+    def check_consumed(self, trainer_class: type) -> None:
+        """
+        Raises:
+            `RuntimeError`: the loss was computed without reading the weighted entries after they were complete; the
+                message names a class that may have passed on a copy of the inputs.
+        """
+        if not self._pending and self._complete:
+            return
+        entries = ", ".join(sorted(self._pending)) or "inputs"
+        methods = ("compute_loss", "_compute_loss")
+        between = [
+            f"{cls.__name__}.{name}"
+            for cls in trainer_class.__mro__
+            for name in methods
+            if name in vars(cls) and not cls.__module__.startswith(("trl.", "transformers.", "trl_lambda."))
+        ]
+        cause = "trl_lambda does not support this TRL or this combination of options."
+        if between:
+            cause = (
+                f"{' and '.join(between)} may pass on a copy of `inputs`, such as dict(inputs), which the weights do "
+                "not reach: pass on `inputs` itself, with its entries changed."
+            )
+        raise RuntimeError(
+            f"TRL computed the loss without reading the weighted {entries}: the weights had no effect. {cause}"
+        )
+
+    def _note(self, key: str) -> None:
+        if self._complete:
+            self._pending.discard(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self._note(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+        self._note(key)
+        return super().get(key, default)

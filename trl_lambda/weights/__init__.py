@@ -1,0 +1,148 @@
+r"""
+Token aggregation as arrays in, array out: the loss is ``Σ_i f_i Σ_t v_it ℓ_it / Σ_i |o_i|`` over a generation batch,
+with ℓ TRL's token loss and a weight ``w_it = f_i · v_it > 0`` per token.
+
+f, one number per response (S = Σ|o| and μ = S/N over the scope, h_i = 1 + r·(|o_i| - μ)/σ of the group):
+
+    "lambda"   f_i = G · softmax_i(h_i^λ)                             λ-GRPO, arXiv 2510.06870
+    "power"    f_i = (|o_i|/μ)^λ · S / Σ_j |o_j|·(|o_j|/μ)^λ          this project's: λ = 0 DAPO, λ = -1 GRPO
+    "grpo"     f_i = μ / |o_i|                                        GRPO, arXiv 2402.03300
+    "dapo"     f_i = 1                                                DAPO, arXiv 2503.14476
+    "dr_grpo"  f_i = μ / max_completion_length                        Dr. GRPO, arXiv 2503.20783
+
+v, one number per token (`probability_weights`; π the policy's own probability of the sampled token, a constant):
+
+    "sigmoid"  v = clip(α·σ(k·(π - p0)), L, U)                        TR-GRPO, arXiv 2511.00066
+    "linear"   v = α·π + 1 - α                                        AR, arXiv 2505.12929
+
+The two papers are read as this project understands them. A function or an object of your own takes the place of either
+factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
+"""
+
+import torch
+
+from .length_weight import (
+    LENGTH_WEIGHTS,
+    SCOPES,
+    LengthWeight,
+    as_length_weight,
+    make_length_weight,
+    sequence_mean_weights,
+    weigh_responses,
+)
+from .token_weight import TOKEN_WEIGHTS, TokenWeight, as_token_weight, make_token_weight, weigh_tokens
+
+LENGTH_AGGREGATIONS = tuple(LENGTH_WEIGHTS)
+LEARNABLE_AGGREGATIONS = tuple(name for name, member in LENGTH_WEIGHTS.items() if member.has_lambda)
+TOKEN_REGULATIONS = tuple(TOKEN_WEIGHTS)
+
+__all__ = [
+    "LEARNABLE_AGGREGATIONS",
+    "LENGTH_AGGREGATIONS",
+    "SCOPES",
+    "TOKEN_REGULATIONS",
+    "LengthWeight",
+    "TokenWeight",
+    "as_length_weight",
+    "as_token_weight",
+    "length_weights",
+    "make_length_weight",
+    "make_token_weight",
+    "probability_weights",
+    "sequence_mean_weights",
+    "weigh_responses",
+    "weigh_tokens",
+]
+
+
+def length_weights(
+    lengths: torch.Tensor,
+    lam: torch.Tensor | float | None = None,
+    *,
+    aggregation: str,
+    scope: str = "batch",
+    length_scale: float = 1 / 9,
+    max_completion_length: int | None = None,
+    advantages: torch.Tensor | None = None,
+) -> torch.Tensor:
+    r"""
+    Length weight f of every response, for the loss ``Σ_i f_i Σ_t ℓ_it / Σ_i |o_i|`` summed over a generation batch.
+
+    What is preserved in scope "batch": Σ_i f_i for `"lambda"` (it equals the number of the group's rows with tokens),
+    the token mass Σ_i |o_i| f_i = S for `"power"`. In scope "prompt" each group's weights come times a factor of its
+    own, so that Σ_i |o_i| f_i of a group is S_batch / P for `"dapo"` and `"power"`. λ = 0 is `"dapo"` in both, bit for
+    bit; power λ = -1 is `"grpo"` where every row has tokens (and else N / (rows with tokens) times it).
+
+    Args:
+        lengths (`torch.Tensor`):
+            Response lengths |o_i| in tokens, shape (P, G): P prompts, G responses each, integer or float, >= 0. A 0
+            marks a row without tokens: it gets weight 0 and takes no part in μ, σ and the normaliser of `"lambda"`
+            and `"power"`; the fixed members count it as a row, as TRL does.
+        lam (`torch.Tensor` or `float`, *optional*):
+            λ, one element, any finite real number. Required by `"lambda"` and `"power"`, without effect elsewhere.
+        aggregation (`str`):
+            One of `"lambda"`, `"power"`, `"grpo"`, `"dapo"`, `"dr_grpo"`; the formulas are in this module's docstring.
+        scope (`str`, defaults to `"batch"`):
+            Where μ and S are taken. `"batch"`: over all rows, TRL's token mean. `"prompt"`: over each group, the
+            token mean of each prompt and then the mean over all P prompts; returned times ``(S_batch / P) / S_p``, so
+            that the division by the batch's token count above yields just that. `"grpo"` and `"dr_grpo"` come out
+            the same in both.
+        length_scale (`float`, defaults to `1/9`):
+            r of `"lambda"`, > 0 and below 1/√(G-1), so that every h_i > 0.
+        max_completion_length (`int`, *optional*):
+            Divisor of `"dr_grpo"`, in tokens, required there.
+        advantages (`torch.Tensor`, *optional*):
+            A_i, shape (P, G), for members that look at them.
+
+    Returns:
+        `torch.Tensor`: weights, shape (P, G), differentiable in `lam`, positive where `lengths` is. The dtype is that
+        of a floating `lam` tensor or of floating `lengths` (the wider of the two), else float32.
+
+    Raises:
+        `ValueError`: unknown member or scope, wrong shape or dtype, a negative or non-finite length or λ (looked at on
+        the CPU only: on other devices the look would force a synchronisation), r out of range, a missing argument.
+    """
+    options = {"length_scale": length_scale, "max_completion_length": max_completion_length}
+    member = make_length_weight(aggregation, options)
+    return weigh_responses(member, lengths, lam, scope=scope, advantages=advantages)
+
+
+def probability_weights(
+    logps: torch.Tensor,
+    *,
+    regulation: str,
+    alpha: float | None = None,
+    slope: float = 9.0,
+    center: float = 0.25,
+    min: float = 1.0,
+    max: float = 1.4,
+) -> torch.Tensor:
+    r"""
+    Probability weight v of every token, increasing in the policy's own probability π of it, a constant to autograd.
+
+    Args:
+        logps (`torch.Tensor`):
+            Natural-log probabilities of the sampled tokens under the current policy, <= 0, floating, any shape.
+        regulation (`str`):
+            `"sigmoid"` or `"linear"`; the formulas are in this module's docstring.
+        alpha (`float`, *optional*):
+            α: > 0 for `"sigmoid"` (2.0 if `None`), in [0, 1] for `"linear"` (0.2 if `None`).
+        slope (`float`, defaults to `9.0`):
+            k of the sigmoid, > 0.
+        center (`float`, defaults to `0.25`):
+            p0 of the sigmoid, a probability in [0, 1].
+        min (`float`, defaults to `1.0`):
+            L of the sigmoid, > 0.
+        max (`float`, defaults to `1.4`):
+            U of the sigmoid, >= L.
+
+    Returns:
+        `torch.Tensor`: weights, the shape of `logps`, detached, strictly positive; float64 for float64 input, else
+        float32.
+
+    Raises:
+        `ValueError`: unknown shape of v, a parameter out of its range, `logps` that is not floating or, on the CPU,
+        holds values that cannot be log-probabilities.
+    """
+    options = {"alpha": alpha, "slope": slope, "center": center, "min": min, "max": max}
+    return weigh_tokens(make_token_weight(regulation, options), logps)
