@@ -252,6 +252,16 @@ def test_an_environments_tools_are_guarded_and_nothing_else():
             """Look."""
             return b"bytes"
 
+        @staticmethod
+        def count(to: int) -> str:
+            """
+            Count.
+
+            Args:
+                to: Up to here.
+            """
+            return str(to)
+
         def get_reward(self):
             return 1.0
 
@@ -261,6 +271,7 @@ def test_an_environments_tools_are_guarded_and_nothing_else():
     guarded = guard_environment(Environment)
     assert guarded.__name__ == "Environment" and issubclass(guarded, Environment)
     instance = guarded()
+    assert instance.count(to=3) == "3" and instance.count("a") == "a"
     assert instance.reset() == b"observation" and instance._hidden() == b"hidden" and instance.get_reward() == 1.0
     with pytest.raises(ToolError, match="look: the answer is of type bytes"):
         instance.look()

@@ -1,8 +1,12 @@
 """The playground's agent: its problems, its environment, its conversations in TRL and outside, and that it learns."""
 
 import csv
+import json
 import random
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -210,6 +214,19 @@ def test_it_learns_to_look_everything_up(tmp_path):
     assert sum(logged["tools/call_frequency"][-10:]) > sum(logged["tools/call_frequency"][:10])
     assert trainer.lambda_value > 0  # longer is right more often
     assert max(logged["tools/failure_frequency"]) < 0.2
+
+
+def test_the_recipes_own_command_runs(tmp_path):
+    """Two steps of the command that the file's comment gives, in processes of their own."""
+    text = learn_agent.RECIPE.read_text().replace("#", "").replace("\\\n", " ")
+    _, _, *arguments = shlex.split(re.search(r"^ +(accelerate launch .*lookup_agent\.yaml)$", text, re.MULTILINE)[1])
+    options = ["--output_dir", str(tmp_path), "--max_steps", "2", "--dataset_test_split", "validation"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *options]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "Summary of 2 optimizer steps" in process.stdout and (tmp_path / "run.png").is_file()
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["tools/call_frequency"] > 0.5 for entry in history if "reward" in entry)
 
 
 def test_the_rows_of_six_seeds_show_what_the_readme_says():

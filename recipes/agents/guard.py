@@ -74,7 +74,11 @@ def guard_environment(environment: type, *, timeout: float | None = None) -> typ
     Make a subclass of an environment whose tools are guarded. `reset` and `get_reward` are the user's own code on the
     user's own data, not on what a model wrote: an error there ends the run, as one in a reward function does.
     """
-    tools = {name: guard(method, timeout=timeout) for name, method in tool_methods(environment)}
+    tools = {}
+    for name, method in tool_methods(environment):
+        tools[name] = guard(method, timeout=timeout)
+        if isinstance(inspect.getattr_static(environment, name), staticmethod):
+            tools[name] = staticmethod(tools[name])
     return type(environment.__name__, (environment,), {**tools, "__doc__": environment.__doc__})
 
 

@@ -75,12 +75,12 @@ def load_environment(name: str | None, timeout: float | None = None) -> type | N
     methods = tool_methods(environment)
     if not methods:
         raise ValueError(f"{label}, which has no tool: no public method beside reset and get_reward.")
-    for method_name, method in methods:
-        _check_description(f"{label}: its tool {method_name!r}", method)
     try:
-        environment()
+        instance = environment()
     except Exception as error:  # whatever the user's own code raises
         raise ValueError(f"{label}, which cannot be made: {type(error).__name__}: {error}") from error
+    for method_name, _ in methods:
+        _check_description(f"{label}: its tool {method_name!r}", getattr(instance, method_name))
     return guard_environment(environment, timeout=timeout)
 
 
