@@ -16,8 +16,8 @@ from PIL import Image
 from support import Batch, build, config
 from transformers import TrainerControl, TrainerState
 
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, report
-from trl_lambda.report import ReportCallback, main, plot_run, read_log_history, summarize_run
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda.report import ReportCallback, main, plot_run, read_log_history, run_report, summarize_run
 from trl_lambda.report.panels import PANELS
 from trl_lambda.weights import length_weights
 
@@ -61,13 +61,13 @@ def without(*prefixes: str) -> list[dict]:
 def drawn(monkeypatch):
     """The axes of each panel, by title."""
     seen = {}
-    finish = report.finish_panel
+    finish = run_report.finish_panel
 
     def spy(axes, panel, run):
         finish(axes, panel, run)
         seen[panel.title] = axes
 
-    monkeypatch.setattr(report, "finish_panel", spy)
+    monkeypatch.setattr(run_report, "finish_panel", spy)
     return seen
 
 
@@ -665,7 +665,7 @@ def arguments(folder: Path) -> SimpleNamespace:
 
 def test_the_callback_writes_every_so_many_logs_and_at_the_end(tmp_path: Path, monkeypatch):
     written = []
-    monkeypatch.setattr(report, "_write_report", lambda log, paths: written.append((len(log.history), log, paths)))
+    monkeypatch.setattr(run_report, "_write_report", lambda log, paths: written.append((len(log.history), log, paths)))
     callback, state, control = ReportCallback(every=3, html=True), TrainerState(), TrainerControl()
     for step in range(1, 8):
         state.log_history.append(entry(step))

@@ -258,12 +258,6 @@ def test_a_dataset_without_prompts_is_refused(tmp_path: Path, monkeypatch):
     assert "split 'train' has no 'prompt' column; it has: question, solution." in line
 
 
-def test_a_dataset_without_the_rewards_column_is_refused(tmp_path: Path, monkeypatch):
-    name = dataset(tmp_path, prompt="A1+1=", answer="2")
-    line = error_of([*BASE, "--dataset_name", name], monkeypatch)
-    assert "'solution'" in line and "exact_answer" in line
-
-
 def test_a_checkpoint_that_is_not_there_or_has_no_lambda_is_refused(tmp_path: Path, monkeypatch):
     line = error_of([*BASE, "--resume_from_checkpoint", str(tmp_path)], monkeypatch)
     assert line == f"error: resume_from_checkpoint is {str(tmp_path)!r}; accepted: the folder of a checkpoint."
