@@ -359,5 +359,7 @@ def test_trls_own_tool_loop(micro, regulation, tmp_path):
     assert run.lambdas[0] != run.lambdas[1]
     assert run.logs[0]["tools/call_frequency"] == pytest.approx(CALLS / 8)
     assert run.logs[0]["tools/failure_frequency"] == pytest.approx(FAILURES / CALLS)
+    # Two are cut off in a turn. The one whose answer did not fit ends with the end token, and TRL does not count it.
+    assert run.logs[0]["completions/clipped_ratio"] == pytest.approx(2 / 8)
     table = trainer._logs["completion"]
     assert len(table) == 8 and len(trainer._logs["extra"]["length_weight"]) == 8

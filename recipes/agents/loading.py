@@ -8,13 +8,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 from trl import GRPOTrainer
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-    parse_response,
-    supports_tool_calling,
-)
 
 from recipes.agents.guard import guard, guard_environment, tool_methods
 from recipes.agents.rewards import TRL_FIRST_MESSAGE
@@ -117,6 +110,15 @@ def check_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
         ValueError: if its chat template leaves calls or answers out, nobody knows how to read calls, or an earlier
             turn's calls would be read again in the next.
     """
+    try:  # here, so that the script itself needs no more of TRL than it did
+        from trl.chat_template_utils import (
+            add_response_schema,
+            get_training_chat_template,
+            is_chat_template_prefix_preserving,
+            supports_tool_calling,
+        )
+    except ImportError as error:
+        raise ValueError(f"tools and environment need a newer TRL ({error}); 1.16.0 has been tried.") from error
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     label = f"model_name_or_path is {name!r}"
     if not supports_tool_calling(tokenizer):
@@ -145,6 +147,8 @@ def check_tokenizer(name: str, revision: str | None, trust_remote_code: bool) ->
 
 def _reads_earlier_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Parse an empty turn after a call and its answer: whatever calls come out are the earlier turn's."""
+    from trl.chat_template_utils import parse_response
+
     if getattr(tokenizer, "response_template", None) is None:  # the older response_schema sees the new turn alone
         return False
     call = {"type": "function", "function": {"name": "tool", "arguments": {"argument": "value"}}}

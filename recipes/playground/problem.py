@@ -32,9 +32,8 @@ class Problem:
     short: str
     long: str
 
-    environment: ClassVar[Callable[[], Any] | None] = (
-        None  # what TRL's `environment_factory` makes, if the task has one
-    )
+    # What TRL's `environment_factory` takes, for a task that is a conversation.
+    environment: ClassVar[Callable[[], Any] | None] = None
 
     def row(self) -> dict[str, Any]:
         """The problem as a row of its data file."""
