@@ -481,6 +481,13 @@ def test_a_query_is_words_and_no_language(index, query):
         environment._connection.execute("DELETE FROM paragraphs")
 
 
+def test_paragraphs_are_read_in_both_forms_that_data_sets_have():
+    columns = {"title": ["A", "B"], "sentences": [["One.", " Two."], ["Three."]]}
+    paragraphs = [{"title": "A", "sentences": ["One.", " Two."]}, {"title": "B", "sentences": ["Three."]}]
+    for context in (columns, paragraphs):
+        assert list(search.context_paragraphs([{"context": context}])) == [("A", "One. Two."), ("B", "Three.")]
+
+
 def test_long_paragraphs_and_queries_are_cut(tmp_path, monkeypatch):
     search.build_index([(f"Title {i}", "word " * 10_000) for i in range(10)], tmp_path / "long.sqlite")
     monkeypatch.setenv(search.INDEX_VARIABLE, str(tmp_path / "long.sqlite"))

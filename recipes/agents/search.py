@@ -50,10 +50,14 @@ def build_index(paragraphs: Iterable[tuple[str, str]], path: str | Path) -> int:
 
 
 def context_paragraphs(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Title and text of the paragraphs in the `context` column of HotpotQA and 2WikiMultihopQA."""
+    """Title and text of the paragraphs in HotpotQA's `context` column: lists by name, or a list of paragraphs."""
     for row in rows:
         context = row["context"]
-        for title, sentences in zip(context["title"], context["sentences"], strict=True):
+        if isinstance(context, dict):
+            pairs = zip(context["title"], context["sentences"], strict=True)
+        else:
+            pairs = ((paragraph["title"], paragraph["sentences"]) for paragraph in context)
+        for title, sentences in pairs:
             yield title, "".join(sentences).strip()
 
 
