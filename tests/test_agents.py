@@ -297,6 +297,7 @@ def test_a_run_with_tools_that_go_wrong_goes_on_and_counts_them(agent_model, tmp
         "output_dir": tmp_path / "out",
     }
     flags = ["--use_cpu", "--bf16", "false", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]
+    flags += ["--save_strategy", "no"]
     pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     trainer = train.make_trainer(*train.parse([*pairs, *flags]))
     trainer.train()
