@@ -46,6 +46,14 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:  # run as a script, Python puts this file's own folder there instead
     sys.path.insert(0, ROOT)
 
+from recipes.agents.loading import (  # noqa: E402
+    check_reward_names,
+    check_rows,
+    check_tokenizer,
+    load_environment,
+    load_tools,
+    owns_reward,
+)
 from recipes.config_file import check_config_file  # noqa: E402
 from recipes.loading import import_function, load_splits  # noqa: E402
 
@@ -77,6 +85,15 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             Reward functions: `"accuracy_reward"`, `"reasoning_accuracy_reward"`, `"think_format_reward"`,
             `"get_soft_overlong_punishment"` (with `max_completion_len=1280`, `soft_punish_cache=256`, as in TRL's
             script), or a dotted path that can be imported from the current directory.
+        tools (`list[str]`, *optional*):
+            Tools of the policy: dotted paths to functions with type hints and a docstring for every argument, such as
+            `recipes.agents.calculator.calculate`.
+        environment (`str`, *optional*):
+            Environment of the policy: dotted path to a class as TRL's `environment_factory` takes it, such as
+            `recipes.playground.lookup_agent.LookUp`. Its public methods are tools, `reset(**row)` starts a rollout,
+            and `get_reward()`, if it has one, scores it.
+        tool_timeout (`float`, *optional*):
+            Seconds after which a call of a tool is broken off and counted as a failure.
         plot (`bool`, *optional*, defaults to `False`):
             Write `run.png` (λ, reward and length over steps) into the output folder; needs `trl-lambda[plots]`.
         short_progress (`bool`, *optional*, defaults to `False`):
@@ -105,6 +122,25 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             "`get_soft_overlong_punishment` (max_completion_len=1280, soft_punish_cache=256, as in TRL's script), or "
             "a dotted path that can be imported from the current directory."
         },
+    )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tools of the policy: dotted paths to functions with type hints and a docstring for every "
+            "argument, such as `recipes.agents.calculator.calculate`."
+        },
+    )
+    environment: str | None = field(
+        default=None,
+        metadata={
+            "help": "Environment of the policy: dotted path to a class as TRL's `environment_factory` takes it, such "
+            "as `recipes.playground.lookup_agent.LookUp`. Its public methods are tools, `reset(**row)` starts a "
+            "rollout, and `get_reward()`, if it has one, scores it."
+        },
+    )
+    tool_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds after which a call of a tool is broken off and counted as a failure."},
     )
     plot: bool = field(
         default=False,
@@ -177,12 +213,12 @@ def parse(args: list[str]) -> tuple[LambdaGRPOScriptArguments, LambdaGRPOConfig,
     return tuple(parsed)
 
 
-def load_rewards(script_args: LambdaGRPOScriptArguments) -> list[str | Callable]:
+def load_rewards(script_args: LambdaGRPOScriptArguments, environment: type | None = None) -> list[str | Callable]:
     """
     Resolve the names of reward model and reward functions to what the trainer takes as `reward_funcs`.
 
     Raises:
-        ValueError: if none is given, or a name cannot be resolved.
+        ValueError: if none is given and the environment has none of its own, or a name cannot be resolved.
     """
     rewards: list[str | Callable] = []
     if script_args.reward_model_name_or_path:
@@ -194,7 +230,7 @@ def load_rewards(script_args: LambdaGRPOScriptArguments) -> list[str | Callable]
         accepted = f"{', '.join(REWARD_FUNCS)}, or a dotted path to a function"
         known = name in REWARD_FUNCS
         rewards.append(REWARD_FUNCS[name] if known else import_function("reward_funcs has", name, accepted))
-    if not rewards:
+    if not rewards and not owns_reward(environment):
         raise ValueError("no reward: set reward_funcs, reward_model_name_or_path, or both.")
     return rewards
 
@@ -239,6 +275,22 @@ def check_resume(args: LambdaGRPOConfig) -> None:
         read_lambda_file(checkpoint)
 
 
+def load_agent(script_args: LambdaGRPOScriptArguments) -> tuple[list[Callable], type | None]:
+    """
+    Load the tools and the environment that the arguments name.
+
+    Raises:
+        ValueError: if one cannot be used.
+    """
+    timeout = script_args.tool_timeout
+    if timeout is not None and not script_args.tools and not script_args.environment:
+        raise ValueError("tool_timeout is set without tools and environment.")
+    tools, environment = load_tools(script_args.tools, timeout), load_environment(script_args.environment, timeout)
+    if tools or environment:
+        check_reward_names(script_args.reward_funcs)
+    return tools, environment
+
+
 def make_trainer(
     script_args: LambdaGRPOScriptArguments,
     training_args: LambdaGRPOConfig,
@@ -254,10 +306,15 @@ def make_trainer(
     """
     if script_args.plot:
         require_matplotlib()
-    rewards = load_rewards(script_args)
+    tools, environment = load_agent(script_args)
+    rewards = load_rewards(script_args, environment)
     check_model(model_args, training_args.trust_remote_code)
     check_resume(training_args)
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
+    if tools or environment:
+        name, revision = model_args.model_name_or_path, model_args.model_revision
+        check_tokenizer(name, revision, training_args.trust_remote_code)
+        check_rows(train_dataset, environment, script_args.environment)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -273,6 +330,8 @@ def make_trainer(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        **({"tools": tools} if tools else {}),
+        **({"environment_factory": environment} if environment else {}),
     )
     if script_args.short_progress and not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

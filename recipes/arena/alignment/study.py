@@ -39,7 +39,7 @@ from recipes.arena.alignment.weights import BASE, all_weights
 from recipes.arena.comparison.ledger import Ledger
 from recipes.arena.comparison.run import RunSpec, environment, make_trainer
 from recipes.playground.make_base_model import BASE_MODELS
-from recipes.playground.tasks import TASKS
+from recipes.playground.tasks import TASKS, environment_of
 
 RESULTS = Path(__file__).parent.parent / "results"
 KEY = ("task", "checkpoint", "seed", "learning_rate", "batches", "weight")
@@ -169,7 +169,8 @@ def default_learning_rate() -> float:
 def main() -> None:
     """Parse the command line, run the study and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=DEFAULT_TASKS, metavar="TASK")
+    one_turn = [task for task in TASKS if environment_of(task) is None]
+    parser.add_argument("--tasks", nargs="+", choices=one_turn, default=DEFAULT_TASKS, metavar="TASK")
     parser.add_argument("--batches", type=int, default=40, help="per checkpoint (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs per task (default: %(default)s)")
     parser.add_argument(

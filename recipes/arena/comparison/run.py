@@ -28,7 +28,7 @@ from recipes.arena.comparison.arms import ARMS
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.measure import sample
 from recipes.playground.rewards import exact_answer
-from recipes.playground.tasks import make_splits
+from recipes.playground.tasks import environment_of, make_splits
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
 PROMPTS, GENERATIONS = 8, 8  # of one generation batch
@@ -39,6 +39,7 @@ MAX_COMPLETION_LENGTH = {
     "idle_filler": 36,
     "knights_and_knaves": 48,
     "checked_sum": 72,
+    "lookup_agent": 48,
 }
 LAMBDA_EVERY = 5  # optimizer steps between two points of the λ path
 
@@ -126,13 +127,14 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         train_dataset=training_problems(spec.task),
         processing_class=AutoTokenizer.from_pretrained(spec.base_model),
         callbacks=[LambdaPath()],
+        environment_factory=environment_of(spec.task),
     )
 
 
 @cache
 def training_problems(task: str) -> Dataset:
     """The task's training split as TRL wants it, with `prompt` and `solution`."""
-    return Dataset.from_list([{"prompt": p.prompt, "solution": p.solution} for p in make_splits(task)["train"]])
+    return Dataset.from_list([problem.row() for problem in make_splits(task)["train"]])
 
 
 class LambdaPath(TrainerCallback):

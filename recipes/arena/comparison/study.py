@@ -40,12 +40,13 @@ LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
 TUNING_SEEDS = (101,)
 TUNING_TASKS = ("running_sum", "slippery_chain")
 TEST_SEEDS = tuple(range(12))
-TASKS = ("running_sum", "slippery_chain", "checked_sum", "knights_and_knaves", "idle_filler")
+TASKS = ("running_sum", "slippery_chain", "checked_sum", "knights_and_knaves", "idle_filler", "lookup_agent")
 # Where not all arms are run. Length is idle in `idle_filler`, so that the path of λ is all there is to see.
 TASK_ARMS = {
     "checked_sum": ("grpo", "dapo", "softmax", "power", "power_-1.75", "tr"),
     "knights_and_knaves": ("grpo", "dapo", "softmax", "tr", "softmax_tr"),
     "idle_filler": ("grpo", "dapo", *LEARNED),
+    "lookup_agent": ("grpo", "dapo", "softmax", "tr"),
 }
 ONE_STEP_ARMS = ("grpo", "dapo", "tr")
 
