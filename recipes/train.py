@@ -14,6 +14,7 @@ several splits and with the test split in a configuration of its own; a summary,
 import difflib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -41,6 +42,8 @@ from trl.rewards import (
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.preference.files import read_lambda_file
 from trl_lambda.report import plot_run, require_matplotlib, summarize_run
+from trl_lambda.weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight
+from trl_lambda.weights.custom import import_function as import_weight
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:  # run as a script, Python puts this file's own folder there instead
@@ -77,6 +80,10 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             Reward functions: `"accuracy_reward"`, `"reasoning_accuracy_reward"`, `"think_format_reward"`,
             `"get_soft_overlong_punishment"` (with `max_completion_len=1280`, `soft_punish_cache=256`, as in TRL's
             script), or a dotted path that can be imported from the current directory.
+        length_weight (`str`, *optional*):
+            Dotted path to a function or an object, in place of `aggregation`: see the trainer's `length_weight`.
+        token_weight (`str`, *optional*):
+            The same in place of `token_regulation`: see the trainer's `token_weight`.
         plot (`bool`, *optional*, defaults to `False`):
             Write `run.png` (λ, reward and length over steps) into the output folder; needs `trl-lambda[plots]`.
         short_progress (`bool`, *optional*, defaults to `False`):
@@ -105,6 +112,17 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             "`get_soft_overlong_punishment` (max_completion_len=1280, soft_punish_cache=256, as in TRL's script), or "
             "a dotted path that can be imported from the current directory."
         },
+    )
+    length_weight: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path to a function or an object, in place of `aggregation`: see the trainer's "
+            "`length_weight`."
+        },
+    )
+    token_weight: str | None = field(
+        default=None,
+        metadata={"help": "The same in place of `token_regulation`: see the trainer's `token_weight`."},
     )
     plot: bool = field(
         default=False,
@@ -199,6 +217,22 @@ def load_rewards(script_args: LambdaGRPOScriptArguments) -> list[str | Callable]
     return rewards
 
 
+def load_weights(script_args: LambdaGRPOScriptArguments) -> tuple[LengthWeight | None, TokenWeight | None]:
+    """
+    Import the user's own weights, where there are any.
+
+    Raises:
+        ValueError: if a path cannot be imported, or is of something else than a weight.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    f, v = script_args.length_weight, script_args.token_weight
+    return (
+        None if f is None else as_length_weight(import_weight(f, "length_weight")),
+        None if v is None else as_token_weight(import_weight(v, "token_weight")),
+    )
+
+
 def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
     """
     Check that the model exists, by its configuration alone, before anything large is loaded.
@@ -254,7 +288,8 @@ def make_trainer(
     """
     if script_args.plot:
         require_matplotlib()
-    rewards = load_rewards(script_args)
+    rewards, (length_weight, token_weight) = load_rewards(script_args), load_weights(script_args)
+    training_args.validate(length_weight, token_weight)
     check_model(model_args, training_args.trust_remote_code)
     check_resume(training_args)
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
@@ -273,6 +308,8 @@ def make_trainer(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        length_weight=length_weight,
+        token_weight=token_weight,
     )
     if script_args.short_progress and not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)

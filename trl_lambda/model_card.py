@@ -2,6 +2,13 @@
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .weights import LengthWeight, TokenWeight
+from .weights.custom import USERS
+
+if TYPE_CHECKING:
+    from .lambda_grpo_trainer import LambdaGRPOTrainer
 
 LAMBDA_CITATION = """\
 @article{wang2025lambdagrpo,
@@ -34,7 +41,7 @@ TR_PAPER = {
 _FOLLOWS = "### Framework versions"  # the part of TRL's template that the settings go before
 
 
-def weight_tags(trainer, tags: str | list[str] | None) -> list[str]:
+def weight_tags(trainer: "LambdaGRPOTrainer", tags: str | list[str] | None) -> list[str]:
     """The tags of the card: the caller's and those of the papers whose weights are on."""
     tags = {tags} if isinstance(tags, str) else set(tags or ())
     tags |= {"lambda-grpo"} if trainer.args.aggregation == "lambda" else set()
@@ -42,7 +49,7 @@ def weight_tags(trainer, tags: str | list[str] | None) -> list[str]:
     return sorted(tags)
 
 
-def complete_card(trainer) -> None:
+def complete_card(trainer: "LambdaGRPOTrainer") -> None:
     """Put the weights' settings into the card that TRL has written into `output_dir`."""
     path = Path(trainer.args.output_dir) / "README.md"
     text, section = with_names(trainer, path.read_text(encoding="utf-8")), settings_section(trainer)
@@ -50,7 +57,7 @@ def complete_card(trainer) -> None:
     path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 
-def with_names(trainer, card: str) -> str:
+def with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
     """
     Say what is known where TRL's card says None: it has a name only for a model of the hub and a run that is pushed.
 
@@ -73,7 +80,7 @@ def with_names(trainer, card: str) -> str:
     return card
 
 
-def settings_section(trainer) -> str:
+def settings_section(trainer: "LambdaGRPOTrainer") -> str:
     """
     Say in Markdown how the tokens of a run were weighted.
 
@@ -86,7 +93,7 @@ def settings_section(trainer) -> str:
     args, step = trainer.args, trainer.state.global_step
     f, v = trainer.length_weight, trainer.token_weight
     own = f"TRL's own, of `loss_type={args.loss_type}`"
-    rows = [("length weight (`aggregation`)", own if f is None else f"{f.formula} ({f.source})")]
+    rows = [("length weight (`aggregation`)", own if f is None else _what_it_is(f))]
     if f is not None and f.has_scope:
         rows.append(("scope of the token mean (`aggregation_scope`)", args.aggregation_scope))
     if trainer.lambda_value is not None:
@@ -94,10 +101,10 @@ def settings_section(trainer) -> str:
         rows.append(("λ", f"{trainer.lambda_value:.4f} at step {step} ({course})"))
         if args.lambda_learnable:
             rows.append(("learning rate of λ (`lambda_learning_rate`)", f"{args.lambda_learning_rate:g}"))
-    rows += [(f"{symbol} (`{name}`)", f"{value:.4g}") for symbol, name, value in _parameters(f)]
-    rows.append(("token weight (`token_regulation`)", "none" if v is None else f"{v.formula} ({v.source})"))
+    rows += [(f"{symbol} (`{name}`)", value) for symbol, name, value in _parameters(f)]
+    rows.append(("token weight (`token_regulation`)", "none" if v is None else _what_it_is(v)))
     if v is not None:
-        values = ", ".join(f"{symbol} = {value:.4g}" for symbol, _, value in _parameters(v))
+        values = ", ".join(f"{symbol} = {value}" for symbol, _, value in _parameters(v))
         rows += [("its parameters", values)] if values else []
         rows.append(("inside the clip", "yes" if args.regulation_inside_clip else "no"))
     rows.append(("surrogate (`loss_type`)", args.loss_type))
@@ -109,8 +116,17 @@ def settings_section(trainer) -> str:
     )
 
 
-def _parameters(weight: object) -> list[tuple[str, str, float]]:
-    """Symbol, name and value of each parameter of a member."""
+def _what_it_is(weight: LengthWeight | TokenWeight) -> str:
+    """Formula and source of a member; a user's own need not tell either."""
+    return f"{weight.formula or weight.name} ({weight.source or USERS})"
+
+
+def _parameters(weight: object) -> list[tuple[str, str, str]]:
+    """Symbol, name and value of each parameter of a member; a user's own need not have symbols, nor numbers."""
     if not is_dataclass(weight):
         return []
-    return [(f.metadata["symbol"], f.name, getattr(weight, f.name)) for f in fields(weight)]
+    values = [(f.metadata.get("symbol", f.name), f.name, getattr(weight, f.name)) for f in fields(weight)]
+    return [
+        (symbol, name, f"{value:.4g}" if isinstance(value, int | float) else str(value))
+        for symbol, name, value in values
+    ]

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from .custom import check_result, function_name, named_arguments
+from .custom import USERS, check_follows_lambda, check_result, function_name, named_arguments
 from .tensors import kind, listing, one_where_zero, strictly_positive
 
 SCOPES = ("batch", "prompt")
 # What a length weight may name among its arguments; see `LengthWeight`.
 LENGTH_ARGUMENTS = ("lengths", "advantages", "lam", "has_tokens", "dim", "mean_logp", "min_logp")
+# What `**kwargs` get unasked: who names another one is called in another way by it.
+_KWARGS = ("lengths", "advantages")
 # Keeps z finite where σ = 0. Lengths are integers, so that a σ other than 0 is at least 0.1: this is far below it.
 _SIGMA_EPSILON = 1e-8
 
@@ -33,7 +35,8 @@ class LengthWeight(ABC):
                      does not name it is called once per prompt in scope "prompt".
         mean_logp, min_logp   (P, G): mean and least log-probability of the own tokens under the sampling policy
 
-    and returns positive weights, (P, G). Rows without tokens, scope, dtype and positivity are not its business.
+    and returns positive weights, (P, G). `**kwargs` get lengths and advantages. Rows without tokens, scope, dtype and
+    positivity are not its business.
 
     Class attributes: `name`, as in `aggregation`; `formula` and `source` for the model card; `has_lambda`, whether it
     reads λ; `has_scope`, whether μ and Σ|o| depend on `aggregation_scope`.
@@ -165,12 +168,12 @@ LENGTH_WEIGHTS: dict[str, type[LengthWeight]] = {
 class FunctionLengthWeight(LengthWeight):
     """A function of the user's as a member: `name` is the function's, and it has a λ if it names `lam`."""
 
-    source = "the user's"
+    source = USERS
 
     def __init__(self, function: Callable[..., torch.Tensor]):
         self.function = function
         self.name = self.formula = function_name(function)
-        self.takes = named_arguments(function, LENGTH_ARGUMENTS)
+        self.takes = named_arguments(function, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)
         self.has_lambda = "lam" in self.takes
 
     def __call__(self, **known: Any) -> torch.Tensor:
@@ -185,14 +188,17 @@ def as_length_weight(weight: object) -> LengthWeight:
         `ValueError`: it is neither a `LengthWeight` nor a function whose arguments there are, or it names `lam` and
             says that it has no λ.
     """
-    if isinstance(weight, type) and issubclass(weight, LengthWeight):
+    if isinstance(weight, type):
         raise ValueError(f"length_weight={weight.__name__} is a class: pass an object, {weight.__name__}().")
     if not isinstance(weight, LengthWeight):
         return FunctionLengthWeight(weight)  # type: ignore[arg-type]  checked there
-    if "lam" in arguments_of(weight) and not weight.has_lambda:
-        raise ValueError(f"{function_name(weight)} names lam, and there is no λ: set its has_lambda = True.")
+    if ("lam" in arguments_of(weight)) != weight.has_lambda:
+        names = "names lam, and there is no λ" if not weight.has_lambda else "does not name lam, and there is a λ"
+        raise ValueError(f"{function_name(weight)} {names}: set its has_lambda = {not weight.has_lambda}.")
     if not weight.name:
         raise ValueError(f"{function_name(weight)} has no name: set its class attribute name.")
+    if type(weight) is not LENGTH_WEIGHTS.get(weight.name, type(weight)):
+        raise ValueError(f"{function_name(weight)} has the name {weight.name!r} of another member: give it its own.")
     return weight
 
 
@@ -200,7 +206,7 @@ def arguments_of(member: LengthWeight) -> tuple[str, ...]:
     """The arguments that a member is called with."""
     if isinstance(member, FunctionLengthWeight):
         return member.takes
-    return named_arguments(member, LENGTH_ARGUMENTS)
+    return named_arguments(member, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)
 
 
 def make_length_weight(name: str, options: Mapping[str, Any]) -> LengthWeight:
@@ -257,9 +263,10 @@ def weigh_responses(
         weights = member(**given)
         if isinstance(member, FunctionLengthWeight) or type(member) not in LENGTH_WEIGHTS.values():
             check_result(member.name, weights, rows.shape, has_tokens)
+    check_follows_lambda(member.name, weights, given.get("lam"))
     if scope == "prompt" and member.has_scope:
         weights = weights * (rows.sum() / rows.size(0)) / one_where_zero(rows.sum(dim=1, keepdim=True))
-    return strictly_positive(weights, _result_dtype(lengths, lam)) * has_tokens
+    return strictly_positive(weights, _result_dtype(lengths, lam)).masked_fill(~has_tokens, 0)
 
 
 def sequence_mean_weights(weights: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -290,7 +297,8 @@ def _one_prompt_at_a_time(member: LengthWeight, given: Mapping[str, Any], has_to
 def _fill_empty_rows(rows: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
     """Show a row without tokens as its group's mean length: neutral to a mean, and no division by zero."""
     mean = rows.sum(dim=1, keepdim=True) / one_where_zero(has_tokens.sum(dim=1, keepdim=True))
-    return torch.where(has_tokens, rows, one_where_zero(mean).expand_as(rows))
+    everyones = one_where_zero(rows.sum() / one_where_zero(has_tokens.sum()))  # for a group without any tokens
+    return torch.where(has_tokens, rows, torch.where(mean > 0, mean, everyones))
 
 
 def _check_arguments(
