@@ -2,7 +2,7 @@
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .weights import LengthWeight, TokenWeight
 from .weights.custom import USERS
@@ -43,15 +43,15 @@ _FOLLOWS = "### Framework versions"  # the part of TRL's template that the setti
 
 def weight_tags(trainer: "LambdaGRPOTrainer", tags: str | list[str] | None) -> list[str]:
     """The tags of the card: the caller's and those of the papers whose weights are on."""
-    tags = {tags} if isinstance(tags, str) else set(tags or ())
-    tags |= {"lambda-grpo"} if trainer.args.aggregation == "lambda" else set()
-    tags |= {"tr-grpo"} if trainer.args.token_regulation == "sigmoid" else set()
-    return sorted(tags)
+    all_tags = {tags} if isinstance(tags, str) else set(tags or ())
+    all_tags |= {"lambda-grpo"} if trainer.args.aggregation == "lambda" else set()
+    all_tags |= {"tr-grpo"} if trainer.args.token_regulation == "sigmoid" else set()
+    return sorted(all_tags)
 
 
 def complete_card(trainer: "LambdaGRPOTrainer") -> None:
     """Put the weights' settings into the card that TRL has written into `output_dir`."""
-    path = Path(trainer.args.output_dir) / "README.md"
+    path = Path(str(trainer.args.output_dir)) / "README.md"
     text, section = with_names(trainer, path.read_text(encoding="utf-8")), settings_section(trainer)
     before, anchor, after = text.partition(_FOLLOWS)
     path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
@@ -68,7 +68,7 @@ def with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
     Returns:
         `str`: the card with the folder that the model came from, if it came from one, and the run's own.
     """
-    base = getattr(trainer.model.config, "_name_or_path", None)
+    base: Any = getattr(trainer.model.config, "_name_or_path", None)
     came_from = (
         f"is a fine-tuned version of `{Path(base).resolve().name}`"
         if base
@@ -76,7 +76,7 @@ def with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
     )
     card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", came_from)
     if trainer.hub_model_id is None:
-        card = card.replace('model="None"', f'model="{Path(trainer.args.output_dir).resolve().name}"')
+        card = card.replace('model="None"', f'model="{Path(str(trainer.args.output_dir)).resolve().name}"')
     return card
 
 

@@ -50,7 +50,7 @@ class LossMetrics:
         token_bounds (`tuple[float, float]`, *optional*): the bounds of a v that is clipped to them.
     """
 
-    def __init__(self, clip: Surrogate | None, token_bounds: tuple[float, float] | None):
+    def __init__(self, clip: Surrogate | None, token_bounds: tuple[float, float] | None) -> None:
         self._clip = clip
         self._token_bounds = token_bounds
         self._tallies = {"train": LossTally(), "eval": LossTally()}

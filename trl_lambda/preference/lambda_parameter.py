@@ -38,7 +38,7 @@ class LambdaParameter:
         bounds: tuple[float, float] | None,
         max_grad_norm: float,
         device: torch.device,
-    ):
+    ) -> None:
         # One element rather than 0-d, float32 whatever the model's dtype.
         self.tensor = torch.nn.Parameter(
             torch.tensor([init], dtype=torch.float32, device=device), requires_grad=learnable
@@ -151,7 +151,8 @@ class LambdaParameter:
             grad = grad / (self._scale_probe.grad / self._micro_batches)
             self._scale_probe.grad = None
         self._micro_batches = 0
-        self.tensor.grad = accelerator.reduce(grad, reduction="mean")
+        reduced: Any = accelerator.reduce(grad, reduction="mean")
+        self.tensor.grad = reduced
         self._is_reduced = True
 
     def prepare_step(self) -> None:
@@ -161,18 +162,19 @@ class LambdaParameter:
         Raises:
             `RuntimeError`: nobody has reduced the gradient: a subclass replaced `training_step`.
         """
-        if not self._is_reduced:
+        grad = self.tensor.grad
+        if grad is None or not self._is_reduced:
             raise RuntimeError(
                 "λ's gradient was not averaged over the processes: a subclass overrides training_step without calling "
                 "super().training_step, which does it. Call it, or set lambda_learnable=False."
             )
         self._is_reduced = False
-        self.last_grad = self.tensor.grad.item()
+        self.last_grad = grad.item()
         if not math.isfinite(self.last_grad):
             self.tensor.grad = None
             self.skipped += 1
         elif self.max_grad_norm > 0:
-            self.tensor.grad.clamp_(-self.max_grad_norm, self.max_grad_norm)
+            grad.clamp_(-self.max_grad_norm, self.max_grad_norm)
 
     def step_companion(self) -> None:
         """Step the companion, if there is one."""

@@ -188,7 +188,9 @@ def _draw_curves(axes: Any, run: RunLog) -> None:
         chosen.setdefault(f"{values[index]:.2f}", when)  # a λ that stands still is one curve
     chosen = {when: lam for lam, when in chosen.items()}
     chosen = {when: chosen[when] for when in ("at start", "midway", "at end") if when in chosen}
-    lengths = torch.linspace(*_curve_lengths(run), rows, dtype=torch.float64)
+    ends = _curve_lengths(run)
+    assert ends is not None and run.aggregation is not None  # `_has_curves` has seen to it
+    lengths = torch.linspace(*ends, rows, dtype=torch.float64)
     axes.axhline(1.0, color="0.85", linewidth=2.5)  # f = 1: the token mean
     for (when, lam), (color, dash) in zip(chosen.items(), _CURVES[-len(chosen) :], strict=True):
         weights = length_weights(

@@ -170,7 +170,7 @@ class FunctionLengthWeight(LengthWeight):
 
     source = USERS
 
-    def __init__(self, function: Callable[..., torch.Tensor]):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self.function = function
         self.name = self.formula = function_name(function)
         self.takes = named_arguments(function, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)

@@ -101,7 +101,7 @@ class FunctionTokenWeight(TokenWeight):
 
     source = USERS
 
-    def __init__(self, function: Callable[..., torch.Tensor]):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         if "probs" not in named_arguments(function, ("probs",), to_kwargs=("probs",)):
             raise ValueError(f"{function_name(function)} must take probs, the probabilities that it weighs by.")
         self.function = function
