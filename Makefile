@@ -31,9 +31,10 @@ demo-vllm: $(STAMP) .vllm/.installed ## the demo with vLLM generating, in the tr
 test: lint ## lint and run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-lint: $(STAMP) ## ruff: rules and format
+lint: $(STAMP) ## ruff: rules and format; pyright: the package's types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in README.md
 	$(BIN)/python tests/tools/matrix.py --write README.md

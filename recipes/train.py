@@ -14,6 +14,7 @@ several splits and with the test split in a configuration of its own; a summary,
 import difflib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -41,6 +42,8 @@ from trl.rewards import (
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.preference.files import read_lambda_file
 from trl_lambda.report import plot_run, require_matplotlib, summarize_run
+from trl_lambda.weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight
+from trl_lambda.weights.custom import import_function as import_weight
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:  # run as a script, Python puts this file's own folder there instead
@@ -94,6 +97,10 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             and `get_reward()`, if it has one, scores it.
         tool_timeout (`float`, *optional*):
             Seconds after which a call of a tool is broken off and counted as a failure.
+        length_weight (`str`, *optional*):
+            Dotted path to a function or an object, in place of `aggregation`: see the trainer's `length_weight`.
+        token_weight (`str`, *optional*):
+            The same in place of `token_regulation`: see the trainer's `token_weight`.
         plot (`bool`, *optional*, defaults to `False`):
             Write `run.png` (λ, reward and length over steps) into the output folder; needs `trl-lambda[plots]`.
         short_progress (`bool`, *optional*, defaults to `False`):
@@ -141,6 +148,17 @@ class LambdaGRPOScriptArguments(ScriptArguments):
     tool_timeout: float | None = field(
         default=None,
         metadata={"help": "Seconds after which a call of a tool is broken off and counted as a failure."},
+    )
+    length_weight: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path to a function or an object, in place of `aggregation`: see the trainer's "
+            "`length_weight`."
+        },
+    )
+    token_weight: str | None = field(
+        default=None,
+        metadata={"help": "The same in place of `token_regulation`: see the trainer's `token_weight`."},
     )
     plot: bool = field(
         default=False,
@@ -235,6 +253,22 @@ def load_rewards(script_args: LambdaGRPOScriptArguments, environment: type | Non
     return rewards
 
 
+def load_weights(script_args: LambdaGRPOScriptArguments) -> tuple[LengthWeight | None, TokenWeight | None]:
+    """
+    Import the user's own weights, where there are any.
+
+    Raises:
+        ValueError: if a path cannot be imported, or is of something else than a weight.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    f, v = script_args.length_weight, script_args.token_weight
+    return (
+        None if f is None else as_length_weight(import_weight(f, "length_weight")),
+        None if v is None else as_token_weight(import_weight(v, "token_weight")),
+    )
+
+
 def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
     """
     Check that the model exists, by its configuration alone, before anything large is loaded.
@@ -308,6 +342,8 @@ def make_trainer(
         require_matplotlib()
     tools, environment = load_agent(script_args)
     rewards = load_rewards(script_args, environment)
+    length_weight, token_weight = load_weights(script_args)
+    training_args.validate(length_weight, token_weight)
     check_model(model_args, training_args.trust_remote_code)
     check_resume(training_args)
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
@@ -332,6 +368,8 @@ def make_trainer(
         peft_config=get_peft_config(model_args),
         **({"tools": tools} if tools else {}),
         **({"environment_factory": environment} if environment else {}),
+        length_weight=length_weight,
+        token_weight=token_weight,
     )
     if script_args.short_progress and not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
