@@ -5,6 +5,7 @@ import json
 import math
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import reference
@@ -382,7 +383,7 @@ def test_logs_and_card_name_every_lambda():
     assert list(values) == THREE and result.trainer.lambda_value == values["length"]
     assert last["lambda/mean_logp"] == pytest.approx(values["mean_logp"])
     result.trainer.create_model_card("x")
-    card = (result.trainer.args.output_dir and open(f"{result.trainer.args.output_dir}/README.md").read()) or ""
+    card = Path(result.trainer.args.output_dir, "README.md").read_text()
     assert "| side (`lambda_side`) | positive |" in card and "length, mean_logp, min_logp" in card
     assert "| how λ learns (`lambda_rule`) | regression |" in card
 

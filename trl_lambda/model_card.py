@@ -138,7 +138,7 @@ def _parameters(weight: object) -> list[tuple[str, str, str]]:
     parameters = []
     for f in fields(weight):
         value, is_text = getattr(weight, f.name), not isinstance(f.default, int | float)
-        if is_text and value == f.default:  # side "both", length alone: the paper's
+        if "option" in f.metadata and value == f.default:  # side "both", length alone: the paper's
             continue
         text = ", ".join(value) if isinstance(value, tuple) else value if is_text else f"{value:.4g}"
         parameters.append((f.metadata.get("symbol", f.name), f.metadata.get("option", f.name), str(text)))
