@@ -6,7 +6,7 @@ Everything that wants a GPU, in one command of under 25 minutes: `make gpu`, or
     python -m recipes.bench.gpu --tiny                  # the device set aside: every line on a CPU, in minutes
 
 Part a is correctness against a CPU (4 minutes), b cost beside `GRPOTrainer` at 1.5 billion parameters (8), c the LoRA
-recipe end to end (5), d learning with the large arena (8). Each row is on disk when it is measured, with hardware and
+recipe end to end (5), d learning with the large arena (7). Each row is on disk when it is measured, with hardware and
 versions. A part whose time is up begins nothing new and says so in a row; a step that fails says how, the rest runs,
 and the exit status is 1.
 """

@@ -92,6 +92,8 @@ def beside_the_baseline(results: Results, bench: str, times: tuple[str, ...], pe
     for group in results.groups(bench):
         arms = [arm for arm in results.arms(bench, group) if arm != BASELINE]
         base = results.get(bench, group, BASELINE, "whole step", "ms")
+        if base is None:
+            continue
         sample = next(row for row in results.rows.values() if (row["hardware"], row["setting"]) == group)
         caption = f"{group[1]}; `GRPOTrainer` takes {number(base)} ms a step"
         caption += f" ({group[0]}; torch {sample['torch']}, TRL {sample['trl']}; {sample['commit']})."

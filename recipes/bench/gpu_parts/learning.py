@@ -15,7 +15,7 @@ from recipes.bench.gpu_parts.schedule import Context, Part, Rows
 from recipes.bench.measure.rows import RESULTS, row
 
 BENCH = "gpu d: learning"
-MINUTES = 8
+MINUTES = 7
 TASK = "long_sum"
 BENCH_FOLDER = RESULTS.parent
 
