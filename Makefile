@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-vllm test lint matrix versions engines vllm fuzz mutations arena arena-smoke \
-	alignment bench clean
+	alignment bench gpu gpu-wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,5 +94,19 @@ bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/re
 	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
 	$(BIN)/python -m recipes.bench.table --write README.md --overhead-only
 
+gpu: $(if $(BARE),.gpu-site/.installed,$(STAMP)) ## all that wants a GPU, under 25 minutes (TINY=1: every line on a CPU; PARTS=; OUT=; BARE=1: no network)
+	$(if $(BARE),PYTHONPATH=.gpu-site $(PYTHON),$(BIN)/python) -m recipes.bench.gpu \
+		$(if $(TINY),--tiny) $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT))
+
+gpu-wheels: ## what `make gpu BARE=1` needs beside torch, transformers, accelerate and peft, in .gpu-wheels (LEAN=1: without pyarrow and pandas)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest .gpu-wheels --requirement recipes/bench/gpu_wheels$(if $(LEAN),_lean).txt
+
+.gpu-site/.installed: $(wildcard .gpu-wheels/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .gpu-site .gpu-wheels/*.whl
+	touch $@
+
 clean: ## remove .venv, caches, runs and the folders that other targets install into
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines .vllm runs *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines .vllm .gpu-site .gpu-wheels runs *.egg-info
