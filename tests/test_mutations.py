@@ -15,8 +15,8 @@ def test_a_mutant_can_be_made(mutant):
         assert f"def {function}" in Path(ROOT, "tests", file).read_text(encoding="utf-8")
 
 
-def test_the_page_has_no_mutant_that_is_gone_and_none_that_survived():
+def test_the_page_has_every_mutant_and_none_that_survived():
     page = PAGE.read_text(encoding="utf-8")
     names = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines()[6:]]
-    assert names == [mutant.name for mutant in MUTANTS if mutant.name in names] and names
+    assert names == [mutant.name for mutant in MUTANTS]
     assert "**nothing**" not in page
