@@ -15,6 +15,8 @@ def test_a_mutant_can_be_made(mutant):
         assert f"def {function}" in Path(ROOT, "tests", file).read_text(encoding="utf-8")
 
 
-def test_the_page_has_every_mutant_once():
-    names = [line.split(" | ")[0].removeprefix("| ") for line in PAGE.read_text(encoding="utf-8").splitlines()[6:]]
+def test_the_page_has_every_mutant_and_none_that_survived():
+    page = PAGE.read_text(encoding="utf-8")
+    names = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines()[6:]]
     assert names == [mutant.name for mutant in MUTANTS]
+    assert "**nothing**" not in page
