@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint matrix versions engines fuzz mutations arena arena-smoke alignment bench clean
+.PHONY: help setup demo test lint docs pictures release matrix versions engines fuzz mutations arena arena-smoke alignment bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,8 +30,17 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in README.md
-	$(BIN)/python tests/tools/matrix.py --write README.md
+docs: $(STAMP) ## the pages in docs/ as a site in site/, offline; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+pictures: $(STAMP) ## the pictures in docs/images/ that come from formulas
+	$(BIN)/python docs/pictures.py
+
+release: $(STAMP) ## wheel and sdist in dist/, checked, installed where no checkout is, and used there
+	$(BIN)/python tests/tools/release.py --outdir dist
+
+matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in docs/verification.md
+	$(BIN)/python tests/tools/matrix.py --write docs/verification.md
 
 versions: $(STAMP) ## contract, parity and matrix on every tested version of TRL (REDUCED=1: the oldest, a part)
 	$(BIN)/python tests/tools/versions.py --folder .versions $(if $(REDUCED),--reduced)
@@ -64,14 +73,14 @@ arena-smoke: $(STAMP) ## the same in small, minutes, in runs/arena_smoke
 alignment: $(STAMP) ## which weights point where learning goes: minutes per task; goes on where it stopped
 	$(BIN)/python -m recipes.arena.alignment
 
-bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the table in README.md
+bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the tables
 	$(BIN)/python -m recipes.bench.overhead
 	$(BIN)/python -m recipes.bench.weights_micro
 	$(BIN)/python -m recipes.bench.head_memory
 	$(BIN)/python -m recipes.bench.gather
 	$(BIN)/python -m recipes.bench.import_time
 	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
-	$(BIN)/python -m recipes.bench.table --write README.md --overhead-only
+	$(BIN)/python -m recipes.bench.table --write docs/cost.md --overhead-only
 
 clean: ## remove .venv, caches, runs and the folders that other targets install into
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines runs *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines runs site dist *.egg-info

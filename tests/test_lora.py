@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from recipes import train
 from recipes.bench import lora_gpu
+from trl_lambda import training as train
 
 ROOT = Path(__file__).parent.parent
 PLAYGROUND = ROOT / "recipes" / "configs" / "playground.yaml"

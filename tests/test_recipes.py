@@ -18,8 +18,8 @@ from support import train as train_prepared
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-from recipes import train
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda import training as train
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))

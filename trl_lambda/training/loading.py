@@ -5,11 +5,14 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def import_function(argument: str, name: str, accepted: str = "a dotted path to a function") -> Callable:
@@ -74,9 +77,20 @@ def load_named(script_args: ScriptArguments, mixture: DatasetMixtureConfig, conf
     try:
         if mixture.datasets:
             return get_dataset(mixture)
-        return load_dataset(script_args.dataset_name, name=config, streaming=script_args.dataset_streaming)
+        name, streaming = script_args.dataset_name, script_args.dataset_streaming
+        if Path(name).is_file():  # which `datasets` takes by its format only; its one split is "train"
+            return load_dataset(file_format(name), name=config, data_files=name, streaming=streaming)
+        return load_dataset(name, name=config, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"{dataset_label(script_args, mixture)}, which cannot be loaded: {error}") from error
+
+
+def file_format(name: str) -> str:
+    """The format of a dataset that is one file, by its ending; a `ValueError` names those accepted."""
+    ending = Path(name).suffix.lower()
+    if ending not in FILE_FORMATS:
+        raise ValueError(f"a file must end in one of {', '.join(FILE_FORMATS)}, not {ending!r}")
+    return FILE_FORMATS[ending]
 
 
 def pick_split(script_args: ScriptArguments, mixture: DatasetMixtureConfig, dataset: Any, argument: str) -> Any:

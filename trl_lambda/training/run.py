@@ -1,0 +1,154 @@
+"""One run: what is cheap to check is checked first, then the trainer is built, trains, and says what came out."""
+
+import json
+import sys
+from pathlib import Path
+
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig, ProgressCallback
+from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
+
+from ..lambda_grpo_config import LambdaGRPOConfig
+from ..lambda_grpo_trainer import LambdaGRPOTrainer
+from ..preference.files import read_lambda_file
+from ..report import plot_run, require_matplotlib, summarize_run
+from .arguments import LambdaGRPOScriptArguments, parse
+from .loading import load_splits
+from .progress import ShortProgress
+from .rewards import load_rewards
+
+
+def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
+    """
+    Check that the model exists, by its configuration alone, before anything large is loaded.
+
+    Raises:
+        ValueError: if no model is given, or its configuration cannot be read.
+    """
+    name = model_args.model_name_or_path
+    if not name:
+        raise ValueError("no model: set model_name_or_path to a hub name or a local folder.")
+    try:
+        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path is {name!r}, which cannot be loaded: {error}") from error
+
+
+def check_resume(args: LambdaGRPOConfig) -> None:
+    """
+    Check that the checkpoint to resume from is there, and λ in it, before anything large is loaded.
+
+    Raises:
+        ValueError: if it is no folder, is torn, or has no λ where the run needs one.
+    """
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint is None:
+        return
+    state = Path(checkpoint, "trainer_state.json")
+    if not state.is_file():
+        raise ValueError(f"resume_from_checkpoint is {checkpoint!r}; accepted: the folder of a checkpoint.")
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint is {checkpoint!r}, whose trainer_state.json is damaged ({error}); resume from an "
+            "older checkpoint."
+        ) from error
+    if args.has_lambda:
+        read_lambda_file(checkpoint)
+
+
+def make_trainer(
+    script_args: LambdaGRPOScriptArguments,
+    training_args: LambdaGRPOConfig,
+    model_args: ModelConfig,
+    mixture: DatasetMixtureConfig,
+) -> LambdaGRPOTrainer:
+    """
+    Build the trainer from the parsed arguments; what is cheap to check is checked first.
+
+    Raises:
+        ValueError: if an argument cannot be honoured.
+        ImportError: if an optional package is needed and missing.
+    """
+    if script_args.plot:
+        require_matplotlib()
+    rewards = load_rewards(script_args)
+    check_model(model_args, training_args.trust_remote_code)
+    check_resume(training_args)
+    train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = LambdaGRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    if script_args.short_progress and not training_args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ShortProgress())
+    return trainer
+
+
+def lambda_line(args: LambdaGRPOConfig, lam: float | None) -> tuple[str, str]:
+    """Say what became of λ, as a line of the summary; `lam` is λ at the end, `None` where there is none."""
+    if lam is None:
+        return "lambda", f"none (aggregation: {args.aggregation})"
+    if not args.lambda_learnable:
+        return "lambda", f"fixed at {lam:g}"
+    return "lambda", f"{args.lambda_init:.3f} -> {lam:.3f} (learned)"
+
+
+def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -> None:
+    """Save the model, the log history and the picture, say what came out, push if asked, and end the trackers."""
+    args = trainer.args
+    trainer.save_model(args.output_dir)
+    trainer.save_state()  # the log history, for `trl_lambda.report`
+    on_hub = script_args.dataset_name if not Path(script_args.dataset_name or "").exists() else None
+    trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=on_hub)
+    if trainer.accelerator.is_main_process:
+        history, output_dir = trainer.state.log_history, Path(args.output_dir)
+        lines = [*summarize_run(history), lambda_line(args, trainer.lambda_value)]
+        files = [
+            ("model", output_dir),
+            ("lambda", output_dir / "lambda.json"),
+            ("model card", output_dir / "README.md"),
+        ]
+        if script_args.plot:
+            files.append(("plot", plot_run(output_dir, output_dir / "run.png")))
+        files = [(name, path) for name, path in files if path.exists()]
+        print(f"\nSummary of {trainer.state.global_step} optimizer steps")
+        print("\n".join(f"  {name:<34} {text}" for name, text in lines))
+        print("Files written")
+        print("\n".join(f"  {name:<34} {path}" for name, path in files), flush=True)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=on_hub)
+    if Version(transformers.__version__) >= Version("5.18.0"):  # older ones have no `end`
+        trainer.end()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """
+    Parse, build, train, finish; what the user can mend is told in one line, without a traceback.
+
+    Args:
+        arguments (`list[str]`, *optional*):
+            The command line after its command; that of the process if not given.
+    """
+    try:
+        script_args, training_args, model_args, mixture = parse(sys.argv[1:] if arguments is None else arguments)
+        trainer = make_trainer(script_args, training_args, model_args, mixture)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    finish(trainer, script_args)
