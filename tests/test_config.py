@@ -22,6 +22,12 @@ DEFAULTS = {
     "lambda_adam_eps": 1.0,
     "lambda_max_grad_norm": 1.0,
     "lambda_bounds": None,
+    "lambda_side": "both",
+    "lambda_features": ["length"],
+    "lambda_rule": None,
+    "lambda_gain": 2.0,
+    "positive_weight": 1.0,
+    "length_target": None,
     "length_scale": 1 / 9,
     "token_regulation": None,
     "regulation_alpha": None,
@@ -39,10 +45,15 @@ def own_fields(config_class):
     return {f.name: f for f in dataclasses.fields(config_class) if f.name not in inherited}
 
 
+def defaults(config_class):
+    fields = own_fields(config_class).items()
+    return {name: f.default_factory() if f.default is dataclasses.MISSING else f.default for name, f in fields}
+
+
 def test_fields_and_defaults():
-    assert {name: f.default for name, f in own_fields(LambdaGRPOConfig).items()} == DEFAULTS
+    assert defaults(LambdaGRPOConfig) == DEFAULTS
     changed = {"aggregation": None, "token_regulation": "sigmoid"}
-    assert {name: f.default for name, f in own_fields(TRGRPOConfig).items()} == DEFAULTS | changed
+    assert defaults(TRGRPOConfig) == DEFAULTS | changed
     LambdaGRPOConfig(**BASE), TRGRPOConfig(**BASE)
 
 
@@ -64,7 +75,7 @@ def test_command_line():
 
 
 REFUSALS = [
-    ({"aggregation": "mean"}, "aggregation='mean' is unknown; accepted: lambda, power, grpo, dapo, dr_grpo or None"),
+    ({"aggregation": "mean"}, "aggregation='mean' is unknown; accepted: lambda, power, grpo, dapo, dr_grpo, balanced or None"),
     ({"aggregation_scope": "group"}, "aggregation_scope='group' is unknown; accepted: batch, prompt"),
     ({"lambda_init": math.nan}, "lambda_init=nan must be finite"),
     ({"lambda_init": math.inf}, "lambda_init=inf must be finite"),

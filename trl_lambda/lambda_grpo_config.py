@@ -2,11 +2,13 @@
 
 import math
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from trl import GRPOConfig
 
 from .preference.files import LARGEST_FLOAT32
+from .preference.rules import RULES
 from .weights import SCOPES, LengthWeight, TokenWeight, make_length_weight, make_token_weight
 from .weights.length_weight import LENGTH_WEIGHTS
 from .weights.token_weight import TOKEN_WEIGHTS
@@ -29,6 +31,9 @@ SCORE_FUNCTION_LOSS_TYPES = ("cispo", "vespo")
 
 _NUMBER_FIELDS = (
     "lambda_init",
+    "lambda_gain",
+    "positive_weight",
+    "length_target",
     "lambda_learning_rate",
     "lambda_adam_eps",
     "lambda_max_grad_norm",
@@ -40,10 +45,19 @@ _NUMBER_FIELDS = (
     "regulation_max",
 )
 _LAMBDA_FIELDS = ("lambda_init", "lambda_bounds")
-_GROUP_FIELDS = ("lambda_learning_rate", "lambda_adam_eps", "lambda_max_grad_norm")
+_GROUP_FIELDS = (
+    "lambda_rule",
+    "lambda_gain",
+    "length_target",
+    "lambda_learning_rate",
+    "lambda_adam_eps",
+    "lambda_max_grad_norm",
+)
 _TOKEN_PREFIX = "regulation_"
 # Options of ours that are parameters of some member: without effect beside a member that does not have them.
-_LENGTH_PARAMETERS = sorted({f.name for member in LENGTH_WEIGHTS.values() for f in fields(member)} - set(_TRL_FIELDS))
+_LENGTH_PARAMETERS = {  # parameter of a member -> option
+    f.name: f.metadata.get("option", f.name) for member in LENGTH_WEIGHTS.values() for f in fields(member)
+}
 _TOKEN_PARAMETERS = sorted({f.name for member in TOKEN_WEIGHTS.values() for f in fields(member)})
 
 
@@ -65,12 +79,37 @@ class LambdaGRPOConfig(GRPOConfig):
             on the two main tasks of `recipes/arena`;
             `"power"`: (|o|/μ)^λ with the token mass preserved, which is DAPO at λ = 0 and, where every response has
             tokens, GRPO at λ = -1;
-            `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members; `None`: TRL's own reduction for `loss_type`.
+            `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members; `"balanced"`: right and wrong responses of a group each
+            count for their number, whatever their length (arXiv 2605.04077, as its abstract reads); `None`: TRL's own
+            reduction for `loss_type`.
         aggregation_scope (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: token mean over the generation batch, as TRL does; `"prompt"`: token mean of each prompt, then
             the mean over prompts, the paper's formula as written.
+        lambda_side (`str`, *optional*, defaults to `"both"`):
+            Whose lengths λ weighs: `"both"`: every response's, the paper; `"signed"`: λ·sign(A); `"positive"`: those
+            with A > 0 only; `"negative"`: those with A < 0 only. With the last three (this project's) λ > 0 makes a
+            longer right answer count more, without making a longer wrong one count more too.
+        lambda_features (`list[str]`, *optional*, defaults to `["length"]`):
+            What λ weighs, one λ each: `"length"`, `"mean_logp"`, `"min_logp"` (mean and least log-probability of the
+            own tokens under the sampling policy). More than length with `"power"` and a side other than `"both"`.
+            They are taken from TRL's old log-probabilities; where TRL computes none (one optimizer step per generation
+            batch without vLLM) they cost one more forward pass without gradient per generation batch.
+        lambda_rule (`str`, *optional*):
+            How λ learns. `"descent"`: on the policy loss, the paper; side `"both"` only. `"regression"`: λ follows
+            `lambda_gain` times the regression of the advantage on what λ weighs. `"target"`: a controller that holds
+            the mean completion length at `length_target`. `None`: descent for side `"both"`, target where
+            `length_target` is set, else regression.
+        lambda_gain (`float`, *optional*, defaults to `2.0`):
+            κ of `"regression"`, > 0.
+        positive_weight (`float`, *optional*, defaults to `1.0`):
+            c > 0: a response with A > 0 counts c times, the token mass preserved over the scope. With any
+            `aggregation`, `None` included.
+        length_target (`float`, *optional*):
+            What `"target"` steers the mean completion length to: above 1, a number of own tokens; up to 1, a part of
+            the length at the start (the mean over the first four generation batches). With it `lambda_side="both"`
+            means `"positive"`, and λ is held in [-3, 3] where `lambda_bounds` is not set.
         lambda_init (`float`, *optional*, defaults to `0.0`):
-            λ at step 0. 0 is DAPO's token mean.
+            λ at step 0; of the first feature, where there are several. 0 is DAPO's token mean.
         lambda_learnable (`bool`, *optional*, defaults to `True`):
             Whether λ is trained. `False` keeps it at `lambda_init`, without a parameter group.
         lambda_learning_rate (`float`, *optional*, defaults to `0.1`):
@@ -130,6 +169,35 @@ class LambdaGRPOConfig(GRPOConfig):
         metadata={
             "help": "'batch': token mean over the generation batch, as TRL does. 'prompt': token mean of each prompt, "
             "then the mean over prompts."
+        },
+    )
+    lambda_side: str = field(
+        default="both",
+        metadata={
+            "help": "Whose lengths λ weighs: 'both', 'signed' (by the sign of the advantage), 'positive' (A > 0), "
+            "'negative' (A < 0)."
+        },
+    )
+    lambda_features: list[str] = field(
+        default_factory=lambda: ["length"],
+        metadata={"help": "What λ weighs, one λ each: any of 'length', 'mean_logp', 'min_logp'."},
+    )
+    lambda_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How λ learns: 'descent' on the policy loss, 'regression' of the advantage on what λ weighs, "
+            "'target' (a set point for the length), or none: what goes with side and length_target."
+        },
+    )
+    lambda_gain: float = field(default=2.0, metadata={"help": "κ of lambda_rule='regression'."})
+    positive_weight: float = field(
+        default=1.0, metadata={"help": "Responses with A > 0 count this many times, token mass preserved."}
+    )
+    length_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean completion length that lambda_rule='target' steers to: above 1 in tokens, up to 1 as a part "
+            "of the length at the start."
         },
     )
     lambda_init: float = field(default=0.0, metadata={"help": "λ at step 0. 0 is DAPO's token mean."})
@@ -192,7 +260,11 @@ class LambdaGRPOConfig(GRPOConfig):
 
     def make_length_weight(self) -> LengthWeight | None:
         """The member f that `aggregation` names, with its parameters; `None` for TRL's own reduction."""
-        options = {name: getattr(self, name) for name in (*_LENGTH_PARAMETERS, "max_completion_length")}
+        options = {name: getattr(self, option) for name, option in _LENGTH_PARAMETERS.items()}
+        if self.length_target is not None and self.lambda_side == "both":
+            options["side"] = "positive"
+        if isinstance(self.lambda_features, list):
+            options["features"] = tuple(self.lambda_features)
         return None if self.aggregation is None else make_length_weight(self.aggregation, options)
 
     def make_token_weight(self) -> TokenWeight | None:
@@ -204,6 +276,7 @@ class LambdaGRPOConfig(GRPOConfig):
         # The command line passes "none" as a string.
         self.aggregation = _none_from_text(self.aggregation)
         self.token_regulation = _none_from_text(self.token_regulation)
+        self.lambda_rule = _none_from_text(self.lambda_rule)
         for name in _NUMBER_FIELDS:  # YAML reads 1e-2 as text
             setattr(self, name, _number_from_text(getattr(self, name)))
         if isinstance(self.lambda_bounds, list | tuple):
@@ -237,13 +310,15 @@ class LambdaGRPOConfig(GRPOConfig):
         v = self.make_token_weight() if token_weight is None else token_weight
         self._check_length_weight(f)
         self._check_unused(f, v)
+        if f is not None and f.has_lambda and self.lambda_learnable:
+            self._check_rule(f)
         if self.regulation_inside_clip:
             self._check_inside_clip()
 
     def _check_numbers(self) -> None:
         for name in _NUMBER_FIELDS:
             value = getattr(self, name)
-            if not (_is_number(value) or value is None and name == "regulation_alpha"):
+            if not (_is_number(value) or value is None and name in ("regulation_alpha", "length_target")):
                 raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
         if not abs(self.lambda_init) <= LARGEST_FLOAT32:
             raise ValueError(f"lambda_init={self.lambda_init} must be finite in float32, the dtype of λ.")
@@ -251,6 +326,13 @@ class LambdaGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value} must be finite and > 0.")
+        for name in ("lambda_gain", "positive_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value} must be finite and > 0.")
+        target, most = self.length_target, self.max_completion_length
+        if target is not None and not (target > 0 and (most is None or target <= most)):
+            raise ValueError(f"length_target={target} must be > 0 and at most max_completion_length={most}.")
         if not self.lambda_max_grad_norm >= 0:
             raise ValueError(f"lambda_max_grad_norm={self.lambda_max_grad_norm} must be >= 0 (0 turns the clip off).")
         if self.lambda_bounds is not None:
@@ -282,7 +364,9 @@ class LambdaGRPOConfig(GRPOConfig):
             raise ValueError(f"lambda_init={self.lambda_init} must lie in lambda_bounds={bounds}.")
 
     def _warn_about_score_function(self) -> None:
-        if self.has_lambda and self.lambda_learnable and self.loss_type in SCORE_FUNCTION_LOSS_TYPES:
+        f = self.make_length_weight()
+        by_descent = f is not None and f.has_lambda and self.rule_of(f) == "descent"
+        if by_descent and self.lambda_learnable and self.loss_type in SCORE_FUNCTION_LOSS_TYPES:
             warnings.warn(
                 f"loss_type={self.loss_type!r} with a learnable λ: the value of this surrogate is A·log π times a "
                 "constant, of which only the gradient in the policy is meaningful, and λ descends on the value. Its "
@@ -291,6 +375,40 @@ class LambdaGRPOConfig(GRPOConfig):
                 UserWarning,
                 stacklevel=4,
             )
+
+    def rule_of(self, f: LengthWeight) -> str:
+        """The name of the rule that λ of `f` learns by."""
+        if self.lambda_rule is not None:
+            return self.lambda_rule
+        if self.length_target is not None:
+            return "target"
+        return "descent" if getattr(f, "side", "both") == "both" else "regression"
+
+    def _check_rule(self, f: LengthWeight) -> None:
+        rule, side = self.rule_of(f), getattr(f, "side", "both")
+        if rule not in RULES:
+            raise ValueError(f"lambda_rule={rule!r} is unknown; accepted: {', '.join(RULES)} or None.")
+        if rule == "descent" and side != "both":
+            raise ValueError(
+                f"lambda_rule='descent' cannot serve lambda_side={side!r}: dL/dλ would only say that right answers "
+                "that are longer have more tokens. Use lambda_rule='regression' or 'target', or a fixed λ "
+                "(lambda_learnable=False)."
+            )
+        if rule != "descent" and side == "both":
+            raise ValueError(
+                f"lambda_rule={rule!r} needs lambda_side='signed', 'positive' or 'negative': with side 'both' λ > 0 "
+                "weighs right and wrong responses alike and does not steer."
+            )
+        if rule != "regression" and self.lambda_gain != self._default("lambda_gain"):
+            raise ValueError(
+                f"lambda_gain={self.lambda_gain} has no effect with lambda_rule={rule!r}: leave it at 2.0."
+            )
+        if rule == "target" and self.length_target is None:
+            raise ValueError("lambda_rule='target' requires length_target: a number of tokens, or a part up to 1.")
+        if rule == "target" and f.lambda_features != ("length",):
+            raise ValueError(f"lambda_rule='target' weighs length alone, got lambda_features={self.lambda_features}.")
+        if rule != "target" and self.length_target is not None:
+            raise ValueError(f"length_target={self.length_target} has no effect with lambda_rule={rule!r}.")
 
     def _check_unused(self, f: LengthWeight | None, v: TokenWeight | None) -> None:
         """An option that differs from its default and would have no effect is a mistake, not a preference."""
@@ -301,7 +419,8 @@ class LambdaGRPOConfig(GRPOConfig):
             unused += [(name, because_f) for name in ("lambda_learnable", *_LAMBDA_FIELDS, *_GROUP_FIELDS)]
         elif not self.lambda_learnable:
             unused += [(name, "lambda_learnable=False") for name in (*_GROUP_FIELDS, "lambda_bounds")]
-        unused += [(name, because_f) for name in _LENGTH_PARAMETERS if not hasattr(f, name)]
+        options = {option for name, option in _LENGTH_PARAMETERS.items() if not hasattr(f, name)}
+        unused += [(option, because_f) for option in sorted(options - set(_TRL_FIELDS))]
         if f is None:  # "grpo" and "dr_grpo" come out the same in both scopes
             unused.append(("aggregation_scope", because_f))
         unused += [(_TOKEN_PREFIX + name, because_v) for name in _TOKEN_PARAMETERS if not hasattr(v, name)]
@@ -310,9 +429,13 @@ class LambdaGRPOConfig(GRPOConfig):
         if f is None and v is None:
             unused.append(("token_metrics", f"{because_f} and {because_v}"))
         for name, because in unused:
-            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            value, default = getattr(self, name), self._default(name)
             if value != default:
                 raise ValueError(f"{name}={value!r} has no effect with {because}: leave it at {default!r}.")
+
+    def _default(self, name: str) -> Any:
+        field = self.__dataclass_fields__[name]
+        return field.default if field.default is not MISSING else field.default_factory()
 
     def _check_inside_clip(self) -> None:
         """v inside the clip goes through `old_per_token_logps`: refuse whatever else reads that tensor."""

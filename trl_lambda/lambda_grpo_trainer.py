@@ -8,6 +8,7 @@ and stay unweighted. Then the optimizers step, λ's with the model's, and λ is 
 """
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,20 @@ from .metrics.loss_metrics import LossMetrics, Surrogate, Tokens, length_quartil
 from .model_card import LAMBDA_PAPER, TR_PAPER, complete_card, weight_tags
 from .preference.checkpoint import LambdaCheckpoint
 from .preference.lambda_parameter import LambdaParameter, base_learning_rate, unwrap_optimizer
+from .preference.making import TARGET_BOUNDS, make_rule
 from .preference.placement import companion_class, engine_owns_optimizer, lambda_eps
 from .preference.step import LambdaStep
 from .preference.whole_checkpoint import check_whole
 from .trl_seam.contract import check_contract
-from .trl_seam.generation_batch import ROW_KEY, GenerationBatch, gather_generation_batch, number_rows, own_tokens
+from .trl_seam.generation_batch import (
+    FEATURES_KEY,
+    FORWARD_KEYS,
+    ROW_KEY,
+    GenerationBatch,
+    gather_generation_batch,
+    number_rows,
+    own_tokens,
+)
 from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
 from .trl_seam.weighted_inputs import WeightedInputs
 from .weights import (
@@ -39,7 +49,8 @@ from .weights import (
     weigh_responses,
     weigh_tokens,
 )
-from .weights.length_weight import DAPO, GRPO
+from .weights.features import FEATURES
+from .weights.length_weight import DAPO, GRPO, features_of
 
 _TABLE_COLUMN = "length_weight"  # of TRL's table of completions
 
@@ -107,6 +118,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         args.validate(own_f, own_v)
         self.length_weight: LengthWeight | None = own_f or args.make_length_weight()
         self.token_weight: TokenWeight | None = own_v or args.make_token_weight()
+        self._is_weighted = bool(self.length_weight or self.token_weight or args.positive_weight != 1)
         if self._is_weighted:
             refuse_other_losses(type(self), self.length_weight, self.token_weight)
         if own_f or own_v:  # logs and trackers show the names of what is used
@@ -115,6 +127,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             args.token_regulation = self.token_weight and self.token_weight.name
 
         self._known: dict[str, _Known] = {}  # the last generation batch of "train" and of "eval"
+        self._features = features_of(self.length_weight)  # that rows are scored for, beside length
         self._rows_scored = 0  # of a generation batch that is new to `_prepare_inputs`
         self._loss_inputs: WeightedInputs | None = None
         self._column_is_taken = False
@@ -125,11 +138,12 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._lambda: LambdaParameter | None = None
         if self.length_weight is not None and self.length_weight.has_lambda:
             self._lambda = LambdaParameter(
-                args.lambda_init,
+                [args.lambda_init, *[0.0] * (len(self.length_weight.lambda_features) - 1)],
                 learnable=args.lambda_learnable,
-                bounds=args.lambda_bounds,
+                bounds=args.lambda_bounds or (TARGET_BOUNDS if args.length_target is not None else None),
                 max_grad_norm=args.lambda_max_grad_norm,
                 device=self.accelerator.device,
+                rule=make_rule(args, self.length_weight, num_iterations=self.num_iterations),
             )
             self.add_callback(LambdaStep(self._lambda, self.accelerator, self._metrics["train"]))
         identity = {
@@ -138,6 +152,12 @@ class LambdaGRPOTrainer(GRPOTrainer):
             "length_scale": getattr(self.length_weight, "length_scale", None),
             "token_weight": own_v and own_v.name,
         }
+        if self._lambda is not None:
+            identity |= {
+                "lambda_side": getattr(self.length_weight, "side", "both"),
+                "lambda_features": list(self.length_weight.lambda_features),
+                "lambda_rule": args.rule_of(self.length_weight) if args.lambda_learnable else None,
+            }
         self._lambda_checkpoint = LambdaCheckpoint(self._lambda, identity, is_custom=bool(own_f or own_v))
         self._loss_metrics = LossMetrics(self._clip(), self.token_weight and self.token_weight.bounds)
 
@@ -147,8 +167,11 @@ class LambdaGRPOTrainer(GRPOTrainer):
         return None if self._lambda is None else self._lambda.value
 
     @property
-    def _is_weighted(self) -> bool:
-        return self.length_weight is not None or self.token_weight is not None
+    def lambda_values(self) -> dict[str, float]:
+        """λ of every feature that it weighs, by name; empty where f has none."""
+        if self._lambda is None or self.length_weight is None:
+            return {}
+        return dict(zip(self.length_weight.lambda_features, self._lambda.values, strict=True))
 
     @property
     def _mode(self) -> str:
@@ -169,6 +192,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if self._is_weighted:
             number_rows(output, self.accelerator)
             self._rows_scored = output["completion_mask"].size(0)
+            if self._features:
+                output[FEATURES_KEY] = self._score_features(output)
             self._take_generation_batch([output])
         return output
 
@@ -178,7 +203,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
             if type(self)._generate_and_score_completions is not LambdaGRPOTrainer._generate_and_score_completions:
                 # A subclass may have masked rows or changed advantages since they were gathered: take them again.
                 self._take_generation_batch(self._buffered_inputs if self.model.training else [inputs])
-            self._loss_metrics.note_generation_batch(self._mode, self._known[self._mode].batch)
+            batch = self._known[self._mode].batch
+            self._loss_metrics.note_generation_batch(self._mode, batch)
+            if self._lambda is not None and self._lambda.rule is not None and self.model.training:
+                self._lambda.rule.observe(batch, (self._metrics["train"]["reward"] or [math.nan])[-1])
             self._fill_completions_table()
             self._rows_scored = 0
         return inputs
@@ -186,8 +214,29 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _take_generation_batch(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
         """Keep lengths and advantages of all processes' rows, from this process's share of them."""
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        batch = gather_generation_batch(micro_batches, self._rows_scored, group_size, self.accelerator)
+        batch = gather_generation_batch(micro_batches, self._rows_scored, group_size, self.accelerator, self._features)
         self._known[self._mode] = _Known(batch, length_quartiles(batch.lengths))
+
+    @torch.no_grad()
+    def _score_features(self, output: dict[str, Any]) -> torch.Tensor:
+        """
+        What λ weighs beside length, (B, K), from the sampling policy's log-probabilities of the own tokens.
+
+        TRL has them where old log-probabilities are needed; else they cost a forward pass of their own.
+        """
+        logps = output.get("old_per_token_logps")
+        if logps is None:
+            kept = {key: output[key] for key in FORWARD_KEYS if key in output}
+            logps = self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
+                torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
+                output["completion_ids"].size(1),
+                self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size,
+                **kept,
+            )[0]
+        mask = own_tokens(output)
+        return torch.stack([FEATURES[name](logps.float(), mask) for name in self._features], dim=1)
 
     # ---- The loss: A ← f·v·A where the current log-probabilities exist ----
 
@@ -224,6 +273,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if self.length_weight is not None:
             restated = f if self._reduction == "token_mean" else sequence_mean_weights(f, known.batch.lengths)
             inputs.scale_advantages(restated.flatten()[rows])
+        elif self.args.positive_weight != 1:  # on top of TRL's own reduction
+            plain = self._weigh_responses(self._member, known, positive_weight=1.0)
+            inputs.scale_advantages((f / plain.masked_fill(plain == 0, 1)).flatten()[rows])
         v = None if self.token_weight is None else weigh_tokens(self.token_weight, logps)
         if v is not None and self.args.regulation_inside_clip:
             inputs.scale_ratio(logps, v)
@@ -231,34 +283,58 @@ class LambdaGRPOTrainer(GRPOTrainer):
             inputs.scale_advantages(v)
         inputs.complete()
 
-        if self.length_weight is not None:
+        if self.length_weight is not None or self.args.positive_weight != 1:
             self._loss_metrics.note_length_weights(self._mode, f)
         if self.args.token_metrics:
-            mask, ratio = own_tokens(inputs), inputs.peek("importance_sampling_ratio")
-            if ratio is not None and "mask" in self.args.vllm_importance_sampling_mode:
-                mask = mask * (ratio != 0)  # what TRL's correction takes out of the loss counts nowhere
+            mask = own_tokens(inputs)
             per_row = (f.detach().flatten()[rows], known.quartiles[rows])
             unweighted = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-            tokens = Tokens(mask, logps.detach(), old_logps, unweighted, *per_row, v)
+            left = mask * self._left_in_loss(inputs, unweighted, logps.detach(), mask)
+            tokens = Tokens(mask, left, logps.detach(), old_logps, unweighted, *per_row, v)
             self._loss_metrics.note_tokens(self._mode, tokens)
+
+    def _left_in_loss(
+        self, inputs: WeightedInputs, advantages: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Which own tokens the correction for vLLM and the off-policy mask leave in the loss, (B, T) or (B, 1)."""
+        left = torch.ones_like(mask[:, :1])
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            kept = inputs.peek("importance_sampling_ratio") != 0  # (B, T) or (B, 1); 0 is what both mask modes write
+            if self.loss_type == "vespo":  # takes the product over the row: one masked token takes the row out
+                kept = (kept | ~mask.bool()).all(dim=1, keepdim=True)
+            left = left * kept
+        threshold = self.off_policy_mask_threshold
+        if threshold is not None:
+            old = inputs.peek("old_per_token_logps")
+            sampled = inputs.peek("sampling_per_token_logps")
+            sampled = sampled if sampled is not None else logps if old is None else old
+            left = left * self.get_off_policy_mask(advantages, logps, sampled, mask, threshold)
+        return left
 
     def _length_weights(self, known: _Known) -> torch.Tensor:
         """f of the whole generation batch, (P, G); with TRL's own reduction, the weight that it amounts to."""
         if known.weights is not None:
             return known.weights
-        member = self.length_weight
-        if member is None:
-            member = GRPO() if self.loss_type in ("grpo", "sapo") else DAPO()
-        weights = weigh_responses(
-            member,
-            known.batch.lengths,
-            None if self._lambda is None else self._lambda.tensor,
-            scope=self.args.aggregation_scope,
-            advantages=known.batch.advantages,
-        )
+        weights = self._weigh_responses(self._member, known, self.args.positive_weight)
         if self._lambda is None or not self._lambda.learnable:
             known.weights = weights
         return weights
+
+    @property
+    def _member(self) -> LengthWeight:
+        """f; with TRL's own reduction, the member that it amounts to."""
+        return self.length_weight or (GRPO() if self.loss_type in ("grpo", "sapo") else DAPO())
+
+    def _weigh_responses(self, member: LengthWeight, known: _Known, positive_weight: float) -> torch.Tensor:
+        return weigh_responses(
+            member,
+            known.batch.lengths,
+            None if self._lambda is None else self._lambda.for_loss,
+            scope=self.args.aggregation_scope,
+            advantages=known.batch.advantages,
+            features=known.batch.features,
+            positive_weight=positive_weight,
+        )
 
     @property
     def _reduction(self) -> str:
@@ -331,7 +407,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._metrics[mode][name].append(value)
         if metrics and mode == "train" and self._lambda is not None:
             # Read for a log only: it waits for the model's optimizer.
-            self._metrics[mode]["lambda/value"] = [self._lambda.value]
+            for name, value in self.lambda_values.items():
+                self._metrics[mode]["lambda/value" if name == "length" else f"lambda/{name}"] = [value]
+            for name, value in (self._lambda.rule.metrics() if self._lambda.rule is not None else {}).items():
+                self._metrics[mode][name] = [value]
 
     def _log_completion_extra(self, column: str, values: list[Any]) -> None:
         if column == _TABLE_COLUMN and not self._column_is_taken:

@@ -1,4 +1,4 @@
-"""Run `worker.py` in processes of its own and read back what each rank wrote."""
+"""Run `worker.py`, or another script like it, in processes of its own and read back what each rank wrote."""
 
 import json
 import os
@@ -13,9 +13,17 @@ HERE = Path(__file__).parent
 HANG = 3600
 
 
-def launch(jobs: list[dict], folder: Path, processes: int, *, command: list[str] | None = None, env=None):
+def launch(
+    jobs: list[dict],
+    folder: Path,
+    processes: int,
+    *,
+    command: list[str] | None = None,
+    env=None,
+    worker="worker.py",
+):
     """
-    Run `jobs` under torchrun (or `command`) and return, per job, the results of all ranks.
+    Run `jobs` in `worker` under torchrun (or `command`) and return, per job, the results of all ranks.
 
     The per-rank files are what counts: a gloo process can finish its work and still abort on its way out.
     """
@@ -32,7 +40,7 @@ def launch(jobs: list[dict], folder: Path, processes: int, *, command: list[str]
         ]
     )
     done = subprocess.run(
-        [*command, str(HERE / "worker.py"), str(folder / "jobs.json"), str(folder)],
+        [*command, str(HERE / worker), str(folder / "jobs.json"), str(folder)],
         env=environment,
         capture_output=True,
         text=True,

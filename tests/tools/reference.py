@@ -96,28 +96,61 @@ def loss_shares(rows, quartiles=4):
     return [math.fsum(mass for mass, b in rows if b == q) / total for q in range(quartiles)]
 
 
-def policy_loss(
-    model, prompts, completions, old_logps, advantages, length_weight, *, loss_type, level="token", regulation=None,
-    inside=False, delta=None, own=None, eps=0.2, tau=(1.0, 1.05), vespo=((2.0, 3.0), (3.0, 2.0)), **regulation_options,
-):  # fmt: skip
+def group_advantages(rewards):
+    """A = (R - mean) / (std + 1e-4) within each group of rewards, std with G - 1; the same nesting back."""
+    advantages = []
+    for group in rewards:
+        mean = math.fsum(group) / len(group)
+        std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / (len(group) - 1))
+        advantages.append([(r - mean) / (std + 1e-4) for r in group])
+    return advantages
+
+
+def sampler_correction(old_logps, sampled_logps, mode, low, high):
+    """TRL's importance ratio of model to sampler for the tokens of one row, truncated to [low, high] or masked."""
+    differences = [old - sampled for old, sampled in zip(old_logps, sampled_logps, strict=True)]
+    if mode.startswith("sequence"):
+        differences = [math.fsum(differences)] * len(differences)
+    ratios = [math.exp(difference) for difference in differences]
+    if mode.endswith("truncate"):
+        return [min(max(ratio, low), high) for ratio in ratios]
+    return [ratio if low <= ratio <= high else 0.0 for ratio in ratios]
+
+
+def policy_loss(model, prompts, completions, old_logps, advantages, length_weight, **options):
     """
     -1/Σ|o| Σ_i f_i Σ_t v_it s_it, row by row and token by token, without padding; differentiable in the model.
 
-    `old_logps`: per row and token; `length_weight`: f per row; `own`: per row, mask of the policy's own tokens.
+    `length_weight`: f per row; the rest as for `policy_terms`.
+    """
+    terms = policy_terms(model, prompts, completions, old_logps, advantages, **options)
+    return sum(f * term for f, term in zip(length_weight, terms, strict=True))
+
+
+def policy_terms(
+    model, prompts, completions, old_logps, advantages, *, loss_type, level="token", regulation=None, inside=False,
+    delta=None, own=None, correction=None, eps=0.2, tau=(1.0, 1.05), vespo=((2.0, 3.0), (3.0, 2.0)),
+    **regulation_options,
+):  # fmt: skip
+    """
+    -1/Σ|o| Σ_t v_it s_it of each row: what f multiplies; differentiable in the model.
+
+    `old_logps`: per row and token; `own`: per row, mask of the policy's own tokens; `correction`: per row and token,
+    the ratio of model to sampler, which multiplies the token's term, or for VESPO enters the sequence's w.
     """
     import torch
 
     own = [[1] * len(c) for c in completions] if own is None else own
+    correction = [[1.0] * len(c) for c in completions] if correction is None else correction
     tokens = sum(sum(mask) for mask in own)
-    loss = 0.0
-    for prompt, completion, old, advantage, f, mask in zip(
-        prompts, completions, old_logps, advantages, length_weight, own, strict=True
+    terms = []
+    for prompt, completion, old, advantage, mask, ratios in zip(
+        prompts, completions, old_logps, advantages, own, correction, strict=True
     ):
-        logits = model(torch.tensor([prompt + completion])).logits[0]
-        logps = [
-            torch.log_softmax(logits[len(prompt) + t - 1].float(), dim=-1)[token] for t, token in enumerate(completion)
-        ]
+        logits = model(torch.tensor([prompt + completion])).logits[0].double()
+        logps = [torch.log_softmax(logits[len(prompt) + t - 1], dim=-1)[token] for t, token in enumerate(completion)]
         mine = [t for t in range(len(completion)) if mask[t]]
+        term = 0.0
         for t in mine:
             v = 1.0 if regulation is None else probability_weight(logps[t].item(), regulation, **regulation_options)
             if level == "sequence":
@@ -135,7 +168,10 @@ def policy_loss(
                 surrogate = torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage
             elif loss_type == "vespo":
                 k, decay = vespo[0] if advantage >= 0 else vespo[1]
-                w = torch.exp(sum(logps[s] - old[s] for s in mine)).detach()
+                of_sampler = math.fsum(math.log(max(ratios[s], 1e-8)) for s in mine)
+                w = torch.exp((sum(logps[s] - old[s] for s in mine) + of_sampler).clamp(min=math.log(1e-8))).detach()
                 surrogate = math.exp(decay) * w**k * torch.exp(-decay * w) * advantage * logps[t]
-            loss = loss - f * v * surrogate / tokens
-    return loss
+            c = 1.0 if loss_type == "vespo" else ratios[t]
+            term = term - v * c * surrogate / tokens
+        terms.append(term)
+    return terms

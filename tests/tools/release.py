@@ -87,8 +87,8 @@ def clean_environment(folder: Path, wheel: Path) -> Path:
     """
     An environment with the wheel and, by a path of this Python's, with its dependencies.
 
-    This Python may hold the package itself, as an editable install. That is a `.pth` file, which Python reads in its own
-    folders only and not in those that another `.pth` names.
+    This Python may hold the package itself, as an editable install. That is a `.pth` file, which Python reads in its
+    own folders only and not in those that another `.pth` names.
     """
     venv.create(folder, with_pip=False)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))

@@ -147,14 +147,15 @@ def exit_code(job: dict) -> dict:
     return {"exit_code": process.exitcode}
 
 
-def main() -> None:
+def work(run) -> None:
+    """Call `run` with each job of the file that the command line names, and write what it returns."""
     jobs, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = int(os.environ.get("RANK", "0"))
     if jobs[0].get("engine") == "fsdp2":
         use_fsdp2()
     for number, job in enumerate(jobs):
         is_alone = "WORLD_SIZE" not in os.environ  # a rank dies itself, and its launcher ends the others
-        result = exit_code(job) if "kill" in job and is_alone else run_job(job)
+        result = exit_code(job) if "kill" in job and is_alone else run(job)
         temporary = folder / f"job{number}-rank{rank}.tmp"
         torch.save(result, temporary)
         temporary.rename(folder / f"job{number}-rank{rank}.pt")
@@ -164,4 +165,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work(run_job)

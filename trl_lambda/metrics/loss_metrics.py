@@ -30,6 +30,7 @@ class Tokens:
     """One micro-batch at its loss, all detached: per row (B,) or (B, 1 or T), per token (B, T)."""
 
     mask: torch.Tensor
+    left: torch.Tensor  # the own tokens that TRL's corrections leave in the loss
     logps: torch.Tensor
     old_logps: torch.Tensor | None  # `None`: this very pass, ρ = 1
     advantages: torch.Tensor  # unweighted, (B, 1 or T)
@@ -101,7 +102,7 @@ class LossMetrics:
         if self._clip is not None:
             old = tokens.logps if tokens.old_logps is None else tokens.old_logps
             self._count_clipped(tally, tokens.logps - old, tokens)
-        tally.add_shares(mass, tokens.length_quartile, tokens.logps, mask)
+        tally.add_shares(mass, tokens.length_quartile, tokens.logps, tokens.left)
 
     def _count_clipped(self, tally: LossTally, log_ratio: torch.Tensor, tokens: Tokens) -> None:
         assert self._clip is not None

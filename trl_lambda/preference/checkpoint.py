@@ -18,6 +18,8 @@ from .files import (
 from .lambda_parameter import LambdaParameter, unwrap_optimizer
 from .optimizer_state import LambdaState, fit_scheduler, widen_scheduler
 
+# Options that say what λ is, with what a file that does not name them means.
+_PREFERENCE = {"lambda_side": "both", "lambda_features": ["length"], "lambda_rule": "descent"}
 Folder = str | os.PathLike[str]
 
 
@@ -45,9 +47,13 @@ class LambdaCheckpoint:
         if not self._is_written:
             return
         parameter = self._parameter
-        own = {"lambda": None, "skipped": 0, "learnable": False}
+        own: dict[str, Any] = {"lambda": None, "skipped": 0, "learnable": False}
         if parameter is not None:
             own = {"lambda": parameter.value, "skipped": parameter.skipped, "learnable": parameter.learnable}
+            if len(parameter.values) > 1:
+                own["lambdas"] = parameter.values
+            if parameter.rule is not None:
+                own["rule_state"] = parameter.rule.state_dict()
         write_json(folder, LAMBDA_FILE, {"format": 1, **own, **self._identity, "global_step": global_step})
 
     def write_optimizer(self, folder: Folder) -> None:
@@ -66,7 +72,7 @@ class LambdaCheckpoint:
         """Set λ to a checkpoint's, without its optimizer."""
         if self._parameter is not None:
             content = read_lambda_file(checkpoint)
-            self._parameter.load(content["lambda"], content["skipped"])
+            self._parameter.load(content["lambdas"] or [content["lambda"]], content["skipped"])
 
     def load(
         self, checkpoint: Folder, optimizer: Any, scheduler: Any, load: Callable[[], None], *, owned: bool
@@ -104,7 +110,16 @@ class LambdaCheckpoint:
         if not owned:
             fit_scheduler(scheduler, optimizer)
         state.finish()
-        parameter.load(content["lambda"], content["skipped"])
+        parameter.load(content["lambdas"] or [content["lambda"]], content["skipped"])
+        if parameter.rule is not None and parameter.learnable and content["learnable"]:
+            try:
+                parameter.rule.load_state_dict(content["rule_state"])
+            except (KeyError, TypeError, ValueError) as error:
+                value = content["lambda"]
+                raise ValueError(
+                    f"{Path(checkpoint) / LAMBDA_FILE} is damaged ({type(error).__name__}: {error}). To start λ's "
+                    f"rule afresh, pass model={str(checkpoint)!r} and lambda_init={value} to a new trainer."
+                ) from error
 
     def _check(self, checkpoint: Folder) -> dict[str, Any]:
         """Read what a checkpoint says of its weights; empty where there is nothing and nothing is needed."""
@@ -124,12 +139,20 @@ class LambdaCheckpoint:
                 f"aggregation={name!r}, but {checkpoint} was trained with {was!r}, which weighs otherwise. Resume "
                 f"with that one. To go on with the new one, {new_run}."
             )
+        for key, default in _PREFERENCE.items():
+            saved, mine = content.get(key) or default, self._identity.get(key) or default
+            if self._parameter is not None and saved != mine:
+                raise ValueError(
+                    f"{key}={mine!r}, but {checkpoint} was trained with {saved!r}, whose λ has another meaning. "
+                    f"Resume with that one. To go on with the new one, {new_run}."
+                )
         if content.get("token_weight") != self._identity["token_weight"]:
             raise ValueError(
                 f"token_weight={self._identity['token_weight']!r}, but {checkpoint} was trained with "
                 f"{content.get('token_weight')!r}. Resume with that one. To go on with the new one, {new_run}."
             )
-        if self._parameter is not None and not self._parameter.learnable and value != self._parameter.value:
+        saved_values = content["lambdas"] or [value]
+        if self._parameter is not None and not self._parameter.learnable and saved_values != self._parameter.values:
             raise ValueError(
                 f"lambda_init={self._parameter.value} is fixed (lambda_learnable=False), but {checkpoint} has "
                 f"λ = {value}. Resume with lambda_init={value}."

@@ -46,7 +46,8 @@ def read_lambda_file(folder: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         `dict`: as written. `"lambda"` is a finite float that float32 holds, `None` for an f without λ; `"skipped"` a
-        count; `"aggregation"` the member's name; `"learnable"` whether λ was trained.
+        count; `"aggregation"` the member's name; `"learnable"` whether λ was trained; `"lambdas"` λ of every feature
+        where there are several, else empty.
 
     Raises:
         `ValueError`: the file is missing or damaged; the message says how to start λ afresh.
@@ -63,6 +64,7 @@ def read_lambda_file(folder: str | os.PathLike) -> dict[str, Any]:
         return {
             **content,
             "lambda": None if content["lambda"] is None else _float32(content["lambda"]),
+            "lambdas": [_float32(value) for value in content.get("lambdas") or ()],
             "skipped": int(content["skipped"]),
             "aggregation": None if content["aggregation"] is None else str(content["aggregation"]),
             "learnable": bool(content.get("learnable", True)),
@@ -84,12 +86,13 @@ def companion_state_to_json(state: dict[str, Any]) -> dict[str, Any]:
     return {"state": slots, "param_groups": state["param_groups"]}
 
 
-def read_companion_state(folder: str | os.PathLike) -> dict[str, Any]:
+def read_companion_state(folder: str | os.PathLike, size: int = 1) -> dict[str, Any]:
     """
     Read the state of λ's companion optimizer from a checkpoint.
 
     Args:
         folder (`str` or `os.PathLike`): A checkpoint folder, with the file.
+        size (`int`, defaults to 1): how many λ there are.
 
     Returns:
         `dict`: for `optimizer.load_state_dict`; one group of one parameter, and its slot if it was ever stepped.
@@ -119,8 +122,8 @@ def read_companion_state(folder: str | os.PathLike) -> dict[str, Any]:
         state = {int(i): {name: value_of(value) for name, value in slot.items()} for i, slot in slots.items()}
         for slot in state.values():
             for name, value in slot.items():
-                if torch.is_tensor(value) and value.numel() != 1:
-                    raise ValueError(f"{name} has {value.numel()} values for one λ")
+                if torch.is_tensor(value) and value.numel() not in (1, size):
+                    raise ValueError(f"{name} has {value.numel()} values for {size} λ")
         return {"state": state, "param_groups": groups}
 
 

@@ -6,43 +6,50 @@ here.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+
+from .rules import Rule
 
 GROUP_NAME = "lambda"
 
 
 class LambdaParameter:
     """
-    The learnable length preference λ of arXiv 2510.06870: one scalar for the whole run.
+    The learnable length preference λ of arXiv 2510.06870: one scalar for the whole run, or one per feature.
 
     Its parameter group sits in the trainer's optimizer (`add_group`) or, where an engine or the user owns that one, in
     a companion optimizer that holds nothing else (`make_companion`). Either way a step is, in this order:
     `reduce_gradient` after the last backward pass, `prepare_step`, the optimizer, `finish_step`.
 
     Args:
-        init (`float`): λ at step 0.
+        init (`float` or `Sequence[float]`): λ at step 0, one number per feature.
         learnable (`bool`): `False` keeps λ at `init`: no gradient, no parameter group.
         bounds (`tuple[float, float]`, *optional*): λ is projected into them after each step.
         max_grad_norm (`float`): bound of |dL/dλ|, apart from the model's clip; 0 turns it off.
         device (`torch.device`): where the losses are computed.
+        rule ([`Rule`], *optional*): what λ's gradient comes from, if not from the loss.
     """
 
     def __init__(
         self,
-        init: float,
+        init: float | Sequence[float],
         *,
         learnable: bool,
         bounds: tuple[float, float] | None,
         max_grad_norm: float,
         device: torch.device,
+        rule: Rule | None = None,
     ):
         # One element rather than 0-d, float32 whatever the model's dtype.
+        values = [init] if isinstance(init, int | float) else list(init)
         self.tensor = torch.nn.Parameter(
-            torch.tensor([init], dtype=torch.float32, device=device), requires_grad=learnable
+            torch.tensor(values, dtype=torch.float32, device=device), requires_grad=learnable
         )
+        self.rule = rule
         self.bounds = bounds
         self.max_grad_norm = max_grad_norm
         self.companion: torch.optim.Optimizer | None = None
@@ -60,8 +67,18 @@ class LambdaParameter:
 
     @property
     def value(self) -> float:
-        """λ now."""
-        return self.tensor.item()
+        """λ now; of the first feature, where there are several."""
+        return self.tensor[0].item()
+
+    @property
+    def values(self) -> list[float]:
+        """λ of every feature."""
+        return self.tensor.tolist()
+
+    @property
+    def for_loss(self) -> torch.Tensor:
+        """λ as the loss takes it: a constant where its gradient comes from a rule."""
+        return self.tensor if self.rule is None else self.tensor.detach()
 
     def in_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether λ is in a parameter group of `optimizer`, by identity."""
@@ -146,13 +163,15 @@ class LambdaParameter:
         joins with zero. It comes before any unscaling of fp16 gradients, so that a non-finite value reaches every
         process alike.
         """
+        self._is_reduced = True
+        if self.rule is not None:  # made of what every process has alike
+            return
         grad = self.tensor.grad if self.tensor.grad is not None else torch.zeros_like(self.tensor)
         if self._scale_probe is not None and self._scale_probe.grad is not None:
             grad = grad / (self._scale_probe.grad / self._micro_batches)
             self._scale_probe.grad = None
         self._micro_batches = 0
         self.tensor.grad = accelerator.reduce(grad, reduction="mean")
-        self._is_reduced = True
 
     def prepare_step(self) -> None:
         """
@@ -167,12 +186,19 @@ class LambdaParameter:
                 "super().training_step, which does it. Call it, or set lambda_learnable=False."
             )
         self._is_reduced = False
-        self.last_grad = self.tensor.grad.item()
+        if self.rule is not None:
+            self.tensor.grad = self.rule.gradient(self.tensor)
+        grad = self.tensor.grad
+        assert grad is not None  # `reduce_gradient` or the rule has made it
+        self.last_grad = grad.item() if grad.numel() == 1 else grad.norm().item()
         if not math.isfinite(self.last_grad):
             self.tensor.grad = None
             self.skipped += 1
         elif self.max_grad_norm > 0:
-            self.tensor.grad.clamp_(-self.max_grad_norm, self.max_grad_norm)
+            if grad.numel() == 1:
+                grad.clamp_(-self.max_grad_norm, self.max_grad_norm)
+            elif self.last_grad > self.max_grad_norm:
+                grad.mul_(self.max_grad_norm / self.last_grad)
 
     def step_companion(self) -> None:
         """Step the companion, if there is one."""
@@ -187,9 +213,9 @@ class LambdaParameter:
             self.tensor.clamp_(*self.bounds)
 
     @torch.no_grad()
-    def load(self, value: float, skipped: int) -> None:
+    def load(self, values: Sequence[float], skipped: int) -> None:
         """Set λ in place and inside its bounds, so that optimizer state that refers to it stays attached."""
-        self.tensor.fill_(value)
+        self.tensor.copy_(torch.tensor(values, dtype=torch.float32))
         if self.bounds is not None:
             self.tensor.clamp_(*self.bounds)
         self.skipped = skipped

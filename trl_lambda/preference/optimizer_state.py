@@ -34,7 +34,7 @@ class LambdaState:
         self._is_loaded = False
         self._state: dict[str, Any] | None = None  # of λ alone, as an optimizer with one parameter has it
         if (self._checkpoint / COMPANION_FILE).is_file():
-            self._state = read_companion_state(checkpoint)
+            self._state = read_companion_state(checkpoint, parameter.tensor.numel())
 
     def fit_into(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle | None:
         """

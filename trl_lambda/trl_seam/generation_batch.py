@@ -5,7 +5,7 @@ generation batch; what is known about all rows is held once per process.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,20 @@ from accelerate import Accelerator
 # Entry added to the scored batch: each row's place in the generation batch, (B,). Dimension 0 is this process's rows,
 # so that TRL's shuffle and split keep it right.
 ROW_KEY = "generation_batch_row"
+# Entries of the scored batch that TRL passes to a forward pass beside the tokens.
+FORWARD_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+FEATURES_KEY = "generation_batch_features"  # (B, K), where λ weighs more than length
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,7 @@ class GenerationBatch:
 
     lengths: torch.Tensor
     advantages: torch.Tensor | None  # `None` where a subclass has one per token
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what else λ weighs, name -> (P, G)
 
 
 def own_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -38,19 +53,24 @@ def number_rows(output: dict[str, Any], accelerator: Accelerator) -> None:
 
 
 def gather_generation_batch(
-    micro_batches: Sequence[Mapping[str, Any]], rows: int, group_size: int, accelerator: Accelerator
+    micro_batches: Sequence[Mapping[str, Any]],
+    rows: int,
+    group_size: int,
+    accelerator: Accelerator,
+    features: Sequence[str] = (),
 ) -> GenerationBatch:
     """
-    Collect lengths and advantages of all processes' rows in one collective. Every process must call it.
+    Collect lengths, advantages and features of all processes' rows in one collective. Every process must call it.
 
     Args:
         micro_batches (`Sequence[dict]`): this process's whole share of the generation batch, in any order.
         rows (`int`): how many rows were scored on this process; a row that is missing since has no tokens.
         group_size (`int`): G.
         accelerator (`Accelerator`): gathers over the processes.
+        features (`Sequence[str]`): names of the columns of the micro-batches' features.
 
     Returns:
-        `GenerationBatch`: lengths (P, G) int32, advantages (P, G) float32.
+        `GenerationBatch`: lengths (P, G) int32, advantages and features (P, G) float32.
 
     Raises:
         `RuntimeError`: a subclass has returned rows without their places.
@@ -65,9 +85,12 @@ def gather_generation_batch(
     lengths = torch.cat([own_tokens(batch).sum(dim=1) for batch in micro_batches])
     per_row = all(batch["advantages"].dim() == 1 for batch in micro_batches)
     columns = [lengths, *([torch.cat([batch["advantages"] for batch in micro_batches])] if per_row else [])]
+    if features:
+        columns += torch.cat([batch[FEATURES_KEY] for batch in micro_batches]).unbind(dim=1)
     # float32 holds a length exactly up to 2^24 tokens.
     local = torch.zeros(rows, len(columns), dtype=torch.float32, device=lengths.device)
     local[place] = torch.stack([column.float() for column in columns], dim=1)
     everywhere = accelerator.gather(local).view(-1, group_size, len(columns))
     advantages = everywhere[..., 1].contiguous() if per_row else None
-    return GenerationBatch(everywhere[..., 0].to(torch.int32), advantages)
+    named = zip(features, everywhere[..., len(columns) - len(features) :].unbind(dim=-1), strict=True)
+    return GenerationBatch(everywhere[..., 0].to(torch.int32), advantages, dict(named))

@@ -9,6 +9,15 @@ f, one number per response (S = Σ|o| and μ = S/N over the scope, h_i = 1 + r·
     "grpo"     f_i = μ / |o_i|                                        GRPO, arXiv 2402.03300
     "dapo"     f_i = 1                                                DAPO, arXiv 2503.14476
     "dr_grpo"  f_i = μ / max_completion_length                        Dr. GRPO, arXiv 2503.20783
+    "balanced" f_i = m_group / m_sign(A_i), m the mean length         Balanced Aggregation, arXiv 2605.04077
+
+Whose lengths λ weighs is its side: s_i = 1 ("both"), sign(A_i) ("signed"), 1 where A_i > 0 ("positive") or where
+A_i < 0 ("negative"), else 0. For the last three (this project's), and with features x centred in the group,
+
+    "lambda"   f_i = G · softmax_i(h_i^(λ·s_i))
+    "power"    f_i = p_i · S / Σ_j |o_j|·p_j,  p_i = exp(s_i · clamp(Σ_k λ_k·x_ik, ±2)),  x: ln|o|, mean_logp, min_logp
+
+and with any f a response with A > 0 may count c times (`positive_weight`), the token mass of the scope preserved.
 
 v, one number per token (`probability_weights`; π the policy's own probability of the sampled token, a constant):
 
@@ -19,17 +28,22 @@ The two papers are read as this project understands them. A function or an objec
 factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 """
 
+from typing import Any
+
 import torch
 
 from .length_weight import (
     LENGTH_WEIGHTS,
     SCOPES,
+    SIDES,
     LengthWeight,
+    Power,
     as_length_weight,
     make_length_weight,
     sequence_mean_weights,
     weigh_responses,
 )
+from .tensors import kind, listing
 from .token_weight import TOKEN_WEIGHTS, TokenWeight, as_token_weight, make_token_weight, weigh_tokens
 
 LENGTH_AGGREGATIONS = tuple(LENGTH_WEIGHTS)
@@ -40,6 +54,7 @@ __all__ = [
     "LEARNABLE_AGGREGATIONS",
     "LENGTH_AGGREGATIONS",
     "SCOPES",
+    "SIDES",
     "TOKEN_REGULATIONS",
     "LengthWeight",
     "TokenWeight",
@@ -64,6 +79,9 @@ def length_weights(
     length_scale: float = 1 / 9,
     max_completion_length: int | None = None,
     advantages: torch.Tensor | None = None,
+    side: str = "both",
+    features: torch.Tensor | None = None,
+    positive_weight: float = 1.0,
 ) -> torch.Tensor:
     r"""
     Length weight f of every response, for the loss ``Σ_i f_i Σ_t ℓ_it / Σ_i |o_i|`` summed over a generation batch.
@@ -92,7 +110,14 @@ def length_weights(
         max_completion_length (`int`, *optional*):
             Divisor of `"dr_grpo"`, in tokens, required there.
         advantages (`torch.Tensor`, *optional*):
-            A_i, shape (P, G), for members that look at them.
+            A_i, shape (P, G): required where the member, the side or `positive_weight` looks at its sign.
+        side (`str`, defaults to `"both"`):
+            Whose lengths λ weighs, for `"lambda"` and `"power"`: `"both"`, `"signed"`, `"positive"`, `"negative"`.
+        features (`torch.Tensor`, *optional*):
+            Raw values of what λ weighs beside length, shape (P, G, K), for `"power"` and a side other than `"both"`.
+            `lam` then has 1 + K elements, length first, or K elements, without length.
+        positive_weight (`float`, defaults to `1.0`):
+            c > 0: a response with A > 0 counts c times, the token mass Σ|o|f of the scope preserved.
 
     Returns:
         `torch.Tensor`: weights, shape (P, G), differentiable in `lam`, positive where `lengths` is. The dtype is that
@@ -102,9 +127,36 @@ def length_weights(
         `ValueError`: unknown member or scope, wrong shape or dtype, a negative or non-finite length or λ (looked at on
         the CPU only: on other devices the look would force a synchronisation), r out of range, a missing argument.
     """
-    options = {"length_scale": length_scale, "max_completion_length": max_completion_length}
+    options: dict[str, Any] = {"length_scale": length_scale, "max_completion_length": max_completion_length}
+    options["side"] = side
+    named: dict[str, torch.Tensor] = {}
+    if features is not None:
+        if aggregation != "power" or side == "both":
+            raise ValueError(f"features have no effect with aggregation={aggregation!r} and side={side!r}.")
+        if not torch.is_tensor(features) or features.shape[:2] != lengths.shape or features.dim() != 3:
+            raise ValueError(f"features must be a tensor of shape (P, G, K) beside lengths, got {kind(features)}.")
+        named = {f"feature {k}": features[..., k] for k in range(features.size(2))}
+    if not positive_weight > 0 or positive_weight == float("inf"):
+        raise ValueError(f"positive_weight={positive_weight} must be finite and > 0.")
+    if side not in SIDES:
+        raise ValueError(f"side={side!r} is unknown; accepted: {listing(SIDES)}.")
     member = make_length_weight(aggregation, options)
-    return weigh_responses(member, lengths, lam, scope=scope, advantages=advantages)
+    if named:
+        size = lam.numel() if isinstance(lam, torch.Tensor) else 1
+        member = _AnyFeatures(side, (*(("length",) if size == len(named) + 1 else ()), *named))
+    for given in (advantages, *named.values()):
+        if given is not None and given.shape != lengths.shape:
+            raise ValueError(f"advantages and features must have the shape of lengths, got {kind(given)}.")
+    return weigh_responses(
+        member, lengths, lam, scope=scope, advantages=advantages, features=named, positive_weight=positive_weight
+    )
+
+
+class _AnyFeatures(Power):
+    """`"power"` over features that are given as arrays, under no name of the table."""
+
+    def check(self, group_size: int) -> None:
+        return
 
 
 def probability_weights(

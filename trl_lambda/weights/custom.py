@@ -16,13 +16,16 @@ def function_name(function: Callable[..., Any]) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def named_arguments(function: Callable[..., Any], accepted: tuple[str, ...]) -> tuple[str, ...]:
+def named_arguments(
+    function: Callable[..., Any], accepted: tuple[str, ...], *, required: bool = False
+) -> tuple[str, ...]:
     """
     The arguments that a function is to be called with.
 
     Args:
         function (`Callable`): A function or an object with `__call__`.
         accepted (`tuple[str, ...]`): names of all that there is.
+        required (`bool`, defaults to `False`): leave out those that have a default.
 
     Returns:
         `tuple[str, ...]`: those that it names; all, for one that takes `**kwargs`.
@@ -34,8 +37,10 @@ def named_arguments(function: Callable[..., Any], accepted: tuple[str, ...]) -> 
         raise ValueError(f"a weight must be a function or an object with __call__, got {type(function).__name__}.")
     names = []
     for parameter in inspect.signature(function).parameters.values():
+        if required and parameter.default is not parameter.empty:
+            continue
         if parameter.kind is parameter.VAR_KEYWORD:
-            return accepted
+            return () if required else accepted
         if parameter.kind is parameter.VAR_POSITIONAL:
             continue
         if parameter.name in accepted and parameter.kind is not parameter.POSITIONAL_ONLY:

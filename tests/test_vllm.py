@@ -1,0 +1,294 @@
+"""
+Training on the completions of a real vLLM, on a CPU: `make vllm`.
+
+vLLM changes its process (environment, threads, process groups), so that every training is in a process of its own
+(`vllm_worker.py`), and this one never imports vLLM.
+"""
+
+import csv
+import itertools
+import json
+import math
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean, stdev
+
+import pytest
+import reference
+import torch
+from launch import HANG, launch
+from support import build_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+from vllm_expected import Weights, deviation, mean_difference, merge_adapter, own_model, step
+
+from recipes.playground.vllm_cpu import ENVIRONMENT
+from recipes.playground.vllm_seeds import TABLE
+
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "recipes" / "playground" / "base_model"
+
+# f and v to be tested, as options and in plain loops. A row may be any function of the batch's lengths, advantages, λ.
+WEIGHTS = {
+    "lambda": Weights(
+        {"aggregation": "lambda", "lambda_init": 0.7},
+        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda"),
+    ),
+    "power and sigmoid": Weights(
+        {
+            "aggregation": "power",
+            "aggregation_scope": "prompt",
+            "lambda_init": -0.5,
+            "token_regulation": "sigmoid",
+        },
+        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "power", "prompt"),
+        {"regulation": "sigmoid"},
+    ),
+    "grpo and linear": Weights(
+        {"aggregation": "grpo", "token_regulation": "linear"},
+        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "grpo"),
+        {"regulation": "linear"},
+    ),
+    "lambda, truncated masked": Weights(
+        {"aggregation": "lambda", "lambda_init": 2.0, "mask_truncated_completions": True},
+        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda"),
+    ),
+}
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+SURROGATES = ["dapo", "cispo", "sapo", "vespo"]
+CASES = [
+    (name, mode, surrogate)
+    for name, mode, surrogate in itertools.product(WEIGHTS, MODES, SURROGATES)
+    if surrogate != "vespo" or mode.startswith("token")  # TRL refuses the others
+]
+# Of the ratio of model to sampler, by level: TRL's own, none and 3, would cut off nothing here.
+BOUNDS = {"token": (0.9, 1.1), "sequence": (0.7, 1.4)}
+# Twelve rows in two micro-batches, shuffled by TRL; every generation batch serves two optimizer steps.
+OPTIONS = {
+    "per_device_train_batch_size": 6,
+    "gradient_accumulation_steps": 2,
+    "num_iterations": 2,
+    "max_steps": 4,
+    "max_completion_length": 16,
+    "optim": "adamw_torch",
+    "learning_rate": 2e-4,
+}
+# A generation batch for every optimizer step, with TRL's own choice of correction.
+FOLLOWING = OPTIONS | WEIGHTS["lambda"].options | {"num_iterations": 1, "learning_rate": 2e-3}
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+JOBS = {
+    "following": {"options": FOLLOWING},
+    "third sync left out": {"options": FOLLOWING, "skip_syncs": [2]},
+    "lora": {"options": FOLLOWING, "peft": LORA},
+}
+# VESPO's φ = e^λ w^k e^(-λw) magnifies the rounding of a sum of log ratios: up to 1.0e-5 was seen, elsewhere 5e-6.
+TOLERANCE = {"dapo": 1e-5, "cispo": 1e-5, "sapo": 1e-5, "vespo": 2e-5}
+
+
+def is_installed() -> bool:
+    """Whether vLLM's build for a CPU can be imported, without importing it."""
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
+
+
+needs_vllm = pytest.mark.skipif(not is_installed(), reason="vLLM cannot be imported here: run `make vllm`")
+
+
+def case_job(case: tuple[str, str, str]) -> dict:
+    """The second sync is left out: the corrections of the second generation batch are far from 1."""
+    name, mode, surrogate = case
+    low, high = BOUNDS[mode.split("_")[0]]
+    options = {
+        "loss_type": surrogate,
+        "vllm_importance_sampling_mode": mode,
+        "vllm_importance_sampling_clip_min": low,
+        "vllm_importance_sampling_clip_max": high,
+        "seed": CASES.index(case),
+    }
+    return {"options": OPTIONS | WEIGHTS[name].options | options, "skip_syncs": [1]}
+
+
+def launch_vllm(jobs: list[dict], model_folder: Path, folder: Path, processes: int = 1) -> list[list[dict]]:
+    command = [sys.executable] if processes == 1 else None
+    jobs = [job | {"model": str(model_folder)} for job in jobs]
+    return launch(jobs, folder, processes, command=command, env=ENVIRONMENT, worker="vllm_worker.py")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A tiny Qwen2 with tied embeddings: a sync that forgets the LM head would show."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    config = build_model(hidden=64, std=0.1).config  # heads of 32: vLLM's attention on a CPU takes no smaller ones
+    config.vocab_size, config.tie_word_embeddings = len(tokenizer), True
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(model_folder, tmp_path_factory, request):
+    """What every job did, with the cases of selected tests only; in one process and on one engine."""
+    selected = {item.callspec.params.get("case") for item in request.session.items if hasattr(item, "callspec")}
+    jobs = JOBS | {case: case_job(case) for case in CASES if case in selected}
+    done = launch_vllm(list(jobs.values()), model_folder, tmp_path_factory.mktemp("results"))
+    return {name: ranks[0] for name, ranks in zip(jobs, done, strict=True)}
+
+
+# ---- The sampler follows the model ----
+
+
+@needs_vllm
+def test_the_sampler_follows_the_model_after_every_optimizer_step(results, model_folder):
+    result = results["following"]
+    assert [generation["step"] for generation in result["generations"]] == [0, 1, 2, 3]
+    models = [own_model(model_folder, policy) for policy in result["policies"]]
+    for number, generation in enumerate(result["generations"]):
+        assert mean_difference(models[number], generation) < 1e-5
+        if number:  # and the step was large enough for the sync to matter
+            assert mean_difference(models[number - 1], generation) > 1e-2
+
+
+@needs_vllm
+def test_a_sync_left_out_shows(results, model_folder):
+    result = results["third sync left out"]
+    models = [own_model(model_folder, policy) for policy in result["policies"]]
+    differences = [mean_difference(model, result["generations"][number]) for number, model in enumerate(models)]
+    assert differences[2] > 1e-2 and max(differences[:2] + differences[3:]) < 1e-5
+    assert mean_difference(models[1], result["generations"][2]) < 1e-5  # it still sampled from the step before
+    logged = [entry["sampling/sampling_logp_difference/mean"] for entry in result["history"] if "loss" in entry]
+    assert logged == pytest.approx(differences, abs=1e-5)
+
+
+@needs_vllm
+def test_the_sampler_follows_merged_adapters_and_lambda_learns(results, model_folder):
+    result, lam = results["lora"], 0.7
+    base = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
+    for number, (policy, generation) in enumerate(zip(result["policies"], result["generations"], strict=True)):
+        merged = merge_adapter(base, policy, scale=16 / 4)
+        assert mean_difference(own_model(model_folder, merged), generation) < 1e-5
+        # The first merge adds nothing: B begins at zero.
+        assert (mean_difference(own_model(model_folder, base), generation) > 1e-3) == (number > 0)
+        options = {"mode": "sequence_mask", "bounds": (0, math.inf), "surrogate": "dapo"}
+        theirs = step(model_folder, generation, merged, merged, lam, WEIGHTS["lambda"], **options)
+        losses = result["losses"][2 * number : 2 * number + 2]
+        assert abs(sum(losses) - theirs.loss) < TOLERANCE["dapo"] * theirs.loss_scale
+        assert abs(result["lambda_grads"][number] - theirs.slope) < TOLERANCE["dapo"] * theirs.slope_scale
+        lam = result["lambdas"][number]
+    assert len({0.7, *result["lambdas"]}) == 5
+
+
+# ---- The step on its completions ----
+
+
+def of_all_ranks(ranks: list[dict], number: int) -> dict:
+    """Generation batch `number`: the rows of rank 0, then those of rank 1."""
+    parts = [rank["generations"][number] for rank in ranks]
+    rows = ("prompts", "completions", "sampled_logps", "rewards")
+    return {key: list(itertools.chain(*(part[key] for part in parts))) for key in rows}
+
+
+def assert_equals_reference(model_folder: Path, ranks: list[dict], case: tuple[str, str, str]) -> list[float]:
+    """Every optimizer step, the first two with corrections near 1; the corrections of the last."""
+    name, mode, surrogate = case
+    weights, first = WEIGHTS[name], ranks[0]
+    assert [generation["step"] for generation in first["generations"]] == [0, 2]
+    losses = torch.tensor([rank["losses"] for rank in ranks]).view(len(ranks), 4, -1).sum(dim=2).mean(dim=0).tolist()
+    lambdas = [weights.options.get("lambda_init"), *first["lambdas"]]
+    options = {"mode": mode, "bounds": BOUNDS[mode.split("_")[0]], "surrogate": surrogate}
+    tolerance = TOLERANCE[surrogate]
+    for number in range(4):
+        old_policy, policy = first["policies"][2 * (number // 2)], first["policies"][number]
+        generation = of_all_ranks(ranks, number // 2)
+        theirs = step(model_folder, generation, old_policy, policy, lambdas[number], weights, **options)
+        assert abs(losses[number] - theirs.loss) <= tolerance * theirs.loss_scale
+        assert deviation(first["grads"][number], theirs.grads) < tolerance
+        assert (first["lambda_grads"][number] is None) == (theirs.slope is None)
+        if theirs.slope is not None:
+            assert abs(first["lambda_grads"][number] - theirs.slope) <= tolerance * theirs.slope_scale
+        furthest = max(abs(correction - 1) for correction in theirs.corrections)
+        assert furthest > 0.05 if number > 1 else furthest < 1e-4
+    return theirs.corrections
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", CASES, ids=" · ".join)
+def test_every_step_is_the_references(results, model_folder, case):
+    assert_equals_reference(model_folder, [results[case]], case)
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", [("power and sigmoid", mode, "dapo") for mode in MODES], ids=" · ".join)
+def test_the_bounds_of_the_correction_bite_on_some(results, model_folder, case):
+    corrections = assert_equals_reference(model_folder, [results[case]], case)
+    bounds = (0.0, *BOUNDS[case[1].split("_")[0]])
+    assert 0 < sum(correction in bounds for correction in corrections) < len(corrections)
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", [("power and sigmoid", "token_mask", "dapo")], ids=" · ".join)
+def test_two_processes_keep_one_lambda_and_take_the_references_steps(model_folder, tmp_path, case):
+    """Three rows at a time: the groups of four are spread over processes and micro-batches."""
+    jobs = [case_job(case), JOBS["following"]]
+    jobs = [job | {"options": job["options"] | {"per_device_train_batch_size": 3}} for job in jobs]
+    stale, following = launch_vllm(jobs, model_folder, tmp_path, processes=2)
+    for ranks in (stale, following):
+        assert ranks[0]["lambdas"] == ranks[1]["lambdas"] and len(set(ranks[0]["lambdas"])) == 4
+        for name, value in ranks[0]["policies"][-1].items():
+            assert torch.equal(value, ranks[1]["policies"][-1][name])
+    assert_equals_reference(model_folder, stale, case)
+    for number, policy in enumerate(following[0]["policies"]):
+        model = own_model(model_folder, policy)
+        assert all(mean_difference(model, rank["generations"][number]) < 1e-5 for rank in following)
+
+
+# ---- The recipe ----
+
+
+@needs_vllm
+def test_the_playground_runs_with_vllm_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "recipes.playground.vllm_cpu", "--config", "recipes/configs/playground.yaml"]
+    command += ["--use_vllm", "--vllm_mode", "colocate", "--output_dir", str(tmp_path)]
+    command += ["--max_steps", "3", "--plot", "false"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert "eval_reward" in history[0]
+    steps = [entry for entry in history if "reward" in entry]
+    assert len(steps) == 3 and len({entry["lambda/value"] for entry in steps}) == 3
+    assert all(0 < entry["sampling/sampling_logp_difference/mean"] < 1e-5 for entry in steps)
+
+
+def test_the_launcher_says_what_is_missing():
+    code = "import sys; sys.modules['vllm'] = None; from recipes.playground.vllm_cpu import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "make .vllm/.installed" in done.stderr
+
+
+def test_vllms_completions_teach_as_generates_do():
+    """The table of `recipes.playground.vllm_seeds`: four seeds with each sampler, and what recipes/README.md says."""
+    rows = list(csv.DictReader(TABLE.open()))
+    by_sampler = {name: [row for row in rows if row["sampler"] == name] for name in ("generate", "vllm")}
+    last, first = {}, {}
+    for name, runs in by_sampler.items():
+        assert [(row["seed"], row["steps"]) for row in runs] == [(str(seed), "100") for seed in range(4)]
+        assert all(float(row["lambda"]) > 0.15 for row in runs)
+        last[name] = [float(row["reward_last_20_steps"]) for row in runs]
+        first[name] = [float(row["reward_steps_1_to_20"]) for row in runs]
+        assert all(after > before + 0.1 for before, after in zip(first[name], last[name], strict=True))
+    assert all(float(row["logp_difference_worst_step"]) < 1e-6 for row in by_sampler["vllm"])
+    differences = [a - b for a, b in zip(last["vllm"], last["generate"], strict=True)]
+    assert abs(fmean(differences)) < 2 * stdev(differences) / math.sqrt(4)
+    readme = (ROOT / "recipes" / "README.md").read_text()
+    for name in by_sampler:
+        assert f"{fmean(last[name]):.3f} ± {stdev(last[name]):.3f}" in readme
+
+
+@needs_vllm
+def test_this_process_has_not_imported_vllm():
+    assert "vllm" not in sys.modules

@@ -1,0 +1,28 @@
+"""The rule that a configuration asks for."""
+
+from ..lambda_grpo_config import LambdaGRPOConfig
+from ..weights import LengthWeight
+from .rules import Regression, Rule, Target
+
+# Of λ under "target" where `lambda_bounds` is not set: weights of right answers then differ by up to e² either way.
+TARGET_BOUNDS = (-3.0, 3.0)
+
+
+def make_rule(args: LambdaGRPOConfig, f: LengthWeight, *, num_iterations: int) -> Rule | None:
+    """
+    Args:
+        args ([`LambdaGRPOConfig`]): The run's configuration.
+        f ([`LengthWeight`]): The length weight, with a λ.
+        num_iterations (`int`): how often a generation batch is trained on.
+
+    Returns:
+        [`Rule`], *optional*: `None` for a fixed λ and for descent on the loss, whose gradient autograd makes.
+    """
+    rule = args.rule_of(f) if args.lambda_learnable else "descent"
+    if rule == "regression":
+        return Regression(f.lambda_features, args.lambda_gain)
+    if rule == "target":
+        steps = args.steps_per_generation * num_iterations / args.gradient_accumulation_steps
+        low, high = args.lambda_bounds or TARGET_BOUNDS
+        return Target(args.length_target, steps, getattr(f, "side", "positive"), (low, high))
+    return None
