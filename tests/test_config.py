@@ -75,7 +75,10 @@ def test_command_line():
 
 
 REFUSALS = [
-    ({"aggregation": "mean"}, "aggregation='mean' is unknown; accepted: lambda, power, grpo, dapo, dr_grpo, balanced or None"),
+    (
+        {"aggregation": "mean"},
+        "aggregation='mean' is unknown; accepted: lambda, power, grpo, dapo, dr_grpo, balanced or None",
+    ),
     ({"aggregation_scope": "group"}, "aggregation_scope='group' is unknown; accepted: batch, prompt"),
     ({"lambda_init": math.nan}, "lambda_init=nan must be finite"),
     ({"lambda_init": math.inf}, "lambda_init=inf must be finite"),

@@ -311,9 +311,11 @@ def test_the_cispo_row_clamps_no_ratio_near_1():
     assert largest_deviation(default.grads[0], fifth) < 1e-5
 
 
-def test_what_the_readme_says_of_the_arena_stands_in_the_arenas_tables():
+def test_what_the_page_says_of_the_arena_stands_in_the_arenas_tables():
     """The smallest differences that could be seen, and TR-GRPO's with one step per generation batch."""
-    said = " ".join((ROOT / "README.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0].split())
+    said = " ".join(
+        (ROOT / "docs" / "arena.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0].split()
+    )
     arena = (ROOT / "recipes" / "arena" / "README.md").read_text()
     found = arena.partition("## What was found")[2].partition("\n## ")[0]
     found = " ".join(found.split())
@@ -354,7 +356,7 @@ def test_every_logged_metric_is_explained():
         run = train_prepared(LambdaGRPOTrainer, LambdaGRPOConfig, max_steps=1, **options)
         logged |= {key for entry in run.trainer.state.log_history for key in entry}
     assert {"lambda/value", "token_weight/clipped_by_regulation", "share/probability_q4"} <= logged
-    explained = README.partition("## What is logged")[2]
+    explained = (ROOT / "docs" / "metrics.md").read_text()
     names = set(re.findall(r"`([^`]+)`", explained))
     names |= {name.replace("<function>", "reward") for name in names}  # the test's reward function is called so
     names |= {re.sub(r"(min|max|mean)_length", r"\1_terminated_length", name) for name in names}
