@@ -83,21 +83,21 @@ mutations: $(STAMP) ## break one line at a time and see which test catches it; w
 	$(BIN)/python tests/tools/mutations.py --write
 
 arena: $(STAMP) ## the comparison of all aggregations, hours on two cores; goes on where it stopped
-	$(BIN)/python -m recipes.arena.study tune choose main one_step
-	$(BIN)/python -m recipes.arena.report
+	$(BIN)/python -m recipes.arena.comparison.study tune choose main one_step
+	$(BIN)/python -m recipes.arena.analysis.report
 
 arena-smoke: $(STAMP) ## the same in small, minutes, in runs/arena_smoke
-	$(BIN)/python -m recipes.arena.study tune choose main one_step --smoke
-	$(BIN)/python -m recipes.arena.report --results runs/arena_smoke
+	$(BIN)/python -m recipes.arena.comparison.study tune choose main one_step --smoke
+	$(BIN)/python -m recipes.arena.analysis.report --results runs/arena_smoke
 
 alignment: $(STAMP) ## which weights point where learning goes: minutes per task; goes on where it stopped
-	$(BIN)/python -m recipes.arena.alignment
+	$(BIN)/python -m recipes.arena.alignment.study
 
 bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the tables
 	$(BIN)/python -m recipes.bench.overhead
-	$(BIN)/python -m recipes.bench.weights_micro
+	$(BIN)/python -m recipes.bench.weights_alone
 	$(BIN)/python -m recipes.bench.head_memory
-	$(BIN)/python -m recipes.bench.gather
+	$(BIN)/python -m recipes.bench.two_processes
 	$(BIN)/python -m recipes.bench.import_time
 	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
 	$(BIN)/python -m recipes.bench.table --write docs/cost.md --overhead-only

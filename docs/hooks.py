@@ -2,8 +2,8 @@
 
 import re
 
-# `str`, *optional*, defaults to `x`: Markdown, which the site shows as it stands, with the default once more behind it.
-_TYPE = re.compile(r"\(<code>(`[^<]*)</code>(?:, default:\s*<code>.*?</code>\s*)?\)", re.DOTALL)
+# `str`, *optional*, defaults to `x`: Markdown, shown as it stands and with the default once more behind it.
+_TYPE = re.compile(r"\(<code>(\[?`[^<]*)</code>(?:, default:\s*<code>.*?</code>\s*)?\)", re.DOTALL)
 _REFERENCE = re.compile(r"\[<code>~?([\w.]+)</code>\]")  # [`LengthWeight`], [`~trl.GRPOConfig`]
 
 

@@ -18,22 +18,10 @@ from support import build_model, build_tokenizer, prompt, train
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.arena import alignment
-from recipes.arena.alignment_batches import own_tokens, sample_batches, token_logps
-from recipes.arena.alignment_measure import RULE_COLUMNS
-from recipes.arena.alignment_summary import pooled_error, summary_rows
-from recipes.arena.alignment_weights import (
-    CONTROLS,
-    STEPPING,
-    all_weights,
-    lambda_gradient,
-    make_weight,
-    same_direction,
-    slope_sides,
-)
-from recipes.arena.arms import ARMS, BASELINES, LEARNED, Arm
-from recipes.arena.ledger import Ledger
-from recipes.arena.policy_gradient import (
+from recipes.arena.alignment import study as alignment
+from recipes.arena.alignment.batches import own_tokens, sample_batches, token_logps
+from recipes.arena.alignment.measure import RULE_COLUMNS
+from recipes.arena.alignment.policy_gradient import (
     Batch,
     Products,
     cosine_ratios,
@@ -45,6 +33,18 @@ from recipes.arena.policy_gradient import (
     weighted_gradient,
     without_each,
 )
+from recipes.arena.alignment.summary import pooled_error, summary_rows
+from recipes.arena.alignment.weights import (
+    CONTROLS,
+    STEPPING,
+    all_weights,
+    lambda_gradient,
+    make_weight,
+    same_direction,
+    slope_sides,
+)
+from recipes.arena.comparison.arms import ARMS, BASELINES, LEARNED, Arm
+from recipes.arena.comparison.ledger import Ledger
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.rewards import exact_answer
 from recipes.playground.tasks import make_splits

@@ -7,15 +7,14 @@ from collections import Counter
 import pytest
 import torch
 
-from recipes.bench import gather, head_memory, import_time, overhead, table, weights_micro
-from recipes.bench._arms import BASELINE, build_trainer
-from recipes.bench._counters import counting
-from recipes.bench._held import buffered_bytes, storage_bytes
-from recipes.bench._memory import parse_status, peak_bytes, run_child
-from recipes.bench._rows import CIRCUMSTANCES, COLUMNS, append, quartiles, read, row
-from recipes.bench._shapes import Workload
-from recipes.bench._stepping import PHASES, REST, WHOLE, Stepper, time_pairs
-from recipes.bench._traffic import count_parts
+from recipes.bench import head_memory, import_time, overhead, table, two_processes, weights_alone
+from recipes.bench.measure.counters import counting
+from recipes.bench.measure.memory import buffered_bytes, loss_bytes, peak_during, run_child, storage_bytes
+from recipes.bench.measure.rows import CIRCUMSTANCES, COLUMNS, append, quartiles, read, row
+from recipes.bench.measure.stepping import PHASES, REST, WHOLE, Stepper, time_pairs
+from recipes.bench.measure.traffic import count_parts
+from recipes.bench.measure.trainers import BASELINE, build_trainer
+from recipes.bench.measure.workload import MODELS, Workload
 from trl_lambda.metrics.loss_metrics import LossMetrics
 from trl_lambda.preference.lambda_parameter import LambdaParameter
 from trl_lambda.trl_seam.generation_batch import GenerationBatch
@@ -93,8 +92,8 @@ def test_the_counter_sees_the_accelerators_collectives(trainers):
     with counting() as counts:
         accelerator.gather(torch.ones(5))
         accelerator.reduce(torch.ones(1), reduction="mean")
-    assert counts.requests == [("gather", 5), ("reduce", 1)]
-    assert counts.collectives == []  # one process: nothing goes out
+    assert counts.collectives == [("gather", 5), ("reduce", 1)]
+    assert counts.calls == []  # one process: nothing goes out
 
 
 @pytest.mark.parametrize("arm", ["lambda", "TR", "unified"])
@@ -102,25 +101,25 @@ def test_the_loss_waits_for_the_device_no_more_than_trls(counts, arm):
     mine, base = counts[arm]["loss"], counts[BASELINE]["loss"]
     assert mine.reads.total() - mine.argument_checks == base.reads.total()
     assert mine.writes.total() == base.writes.total()
-    assert mine.requests == base.requests
+    assert mine.collectives == base.collectives
 
 
 def test_a_step_has_one_reduction_of_one_number_more(counts):
-    base = counts[BASELINE]["step"].requests
-    assert counts["lambda"]["step"].requests == counts["unified"]["step"].requests == [*base, ("reduce", 1)]
-    assert counts["TR"]["step"].requests == base
+    base = counts[BASELINE]["step"].collectives
+    assert counts["lambda"]["step"].collectives == counts["unified"]["step"].collectives == [*base, ("reduce", 1)]
+    assert counts["TR"]["step"].collectives == base
 
 
 @pytest.mark.parametrize("arm", ["lambda", "TR", "unified"])
 def test_a_log_has_one_gather_more(counts, arm):
-    step, logged = (counts[arm][part].requests for part in ("step", "step with log"))
+    step, logged = (counts[arm][part].collectives for part in ("step", "step with log"))
     assert [method for method, _ in logged] == [*(method for method, _ in step), "gather"]
 
 
 @pytest.mark.parametrize("arm", ["lambda", "TR", "unified"])
 def test_a_generation_batch_has_one_gather_more(counts, arm):
     mine, base = counts[arm]["generation"], counts[BASELINE]["generation"]
-    (extra,) = (Counter(mine.requests) - Counter(base.requests)).elements()
+    (extra,) = (Counter(mine.collectives) - Counter(base.collectives)).elements()
     assert extra == ("gather", 2 * SMALL.rows)  # a length and an advantage for each row
     assert mine.reads.total() == base.reads.total()
     assert mine.writes.total() == base.writes.total()
@@ -162,14 +161,23 @@ def test_the_buffer_holds_lengths_and_rows_more(trainers):
     assert more == rows * 8  # row numbers; lengths and advantages are held once, beside the buffer
 
 
-def test_the_parser_of_peak_memory():
-    text = "Name:\tpython\nVmPeak:\t  300 kB\nVmHWM:\t    200 kB\nVmRSS:\t    100 kB\nThreads:\t3\n"
-    assert parse_status(text) == {"VmPeak": 300 * 1024, "VmHWM": 200 * 1024, "VmRSS": 100 * 1024}
-    with pytest.raises(ValueError, match="VmRSS"):
-        parse_status("VmRSS:\t1 MB\n")
-    before = peak_bytes("cpu")
-    held = torch.ones(2**26, dtype=torch.uint8)
-    assert peak_bytes("cpu") >= before and held.numel() < before
+def test_the_peak_is_of_what_lives_at_the_same_time():
+    mib = 2**20
+
+    def run():
+        one = torch.empty(4 * mib, dtype=torch.uint8)
+        del one
+        two, three = torch.empty(2 * mib, dtype=torch.uint8), torch.empty(3 * mib, dtype=torch.uint8)
+        return two, three
+
+    assert 5 * mib <= peak_during(run, "cpu") < 5.1 * mib
+
+
+def test_a_loss_that_is_weighed_leaves_no_gradient(trainers):
+    trainer = trainers["unified"]
+    assert loss_bytes(trainer) > 0
+    leaves = [*trainer.model.parameters(), *trainer.optimizer.param_groups[-1]["params"]]
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
 
 
 def test_a_child_that_fails_says_why():
@@ -208,16 +216,19 @@ def test_rows_keep_median_and_quartiles(tmp_path):
 
 
 def test_overhead(monkeypatch, tmp_path, capsys):
-    # A process takes seconds to import TRL: those of peak memory are run here instead.
-    child = {"peak": overhead.peak_of("lambda", SMALL, 1)}
-    monkeypatch.setattr(overhead, "run_child", lambda module, arguments: child)
-    arguments = ("--arms", "lambda", "--repeats", "1", "--device", "cpu")
-    rows = run_main(overhead, monkeypatch, tmp_path / "results.csv", *arguments)
+    rows = run_main(overhead, monkeypatch, tmp_path / "results.csv", "--arms", "lambda", "--device", "cpu")
     metrics = {measured["metric"] for measured in rows if measured["arm"] == "lambda"}
-    assert {"loss forward", "backward", "optimizer", "whole step", "peak memory", "peak of tensors"} <= metrics
+    assert {"loss forward", "backward", "loss and backward", "optimizer", "whole step", "peak memory"} <= metrics
     text = table.markdown(tmp_path / "results.csv")
     assert "| lambda |" in text and "GRPOTrainer" in text
     assert "| nan" not in text
+
+
+def test_the_shape_of_qwen_is_that_of_the_model():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    with torch.device("meta"):
+        assert Qwen2ForCausalLM(Qwen2Config(**MODELS["qwen2.5-1.5b"])).num_parameters() == 1_543_714_304
 
 
 def test_full_logits_are_the_same_loss(trainers):
@@ -251,23 +262,23 @@ def test_what_cannot_fit_is_said_and_not_tried(monkeypatch):
     assert rows[1]["value"] == pytest.approx(2 * 32768 * 151936 * 4 / 2**20)
 
 
-def test_weights_micro(monkeypatch, tmp_path):
-    rows = run_main(weights_micro, monkeypatch, tmp_path / "results.csv", "--no-compile", "--device", "cpu")
+def test_weights_alone(monkeypatch, tmp_path):
+    rows = run_main(weights_alone, monkeypatch, tmp_path / "results.csv", "--no-compile", "--device", "cpu")
     beside = [float(r["value"]) for r in rows if r["metric"].startswith("bytes beside the floor")]
     assert beside and min(beside) >= 1
 
 
 def test_bytes_of_operators_are_counted():
     x = torch.zeros(1000)
-    assert weights_micro.eager_bytes(lambda x: x.exp(), x) == 8000
-    assert weights_micro.eager_bytes(lambda x: (x.view(10, 100).exp() + x.view(10, 100)).view(-1), x) == 8000 + 12000
+    assert weights_alone.eager_bytes(lambda x: x.exp(), x) == 8000
+    assert weights_alone.eager_bytes(lambda x: (x.view(10, 100).exp() + x.view(10, 100)).view(-1), x) == 8000 + 12000
 
 
 def test_gather_at_two_processes(monkeypatch, tmp_path):
-    rows = run_main(gather, monkeypatch, tmp_path / "results.csv")
+    rows = run_main(two_processes, monkeypatch, tmp_path / "results.csv")
     value = {(r["arm"], r["metric"]): float(r["value"]) for r in rows}
     for part, more in (("loss", 0), ("step", 1), ("step with log", 2), ("generation", 1)):
-        metric = f"{part}: collectives"
+        metric = f"{part}: calls of torch.distributed"
         assert value["lambda", metric] == value[BASELINE, metric] + more, part
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -118,6 +119,77 @@ def test_equal_weights_have_one_colour_and_limits_make_pictures_compare(tmp_path
         assert Image.open(tmp_path / name).size[0] > 400
 
 
+OWN = [1, 1, 0, 0, 0, 1]
+TRAJECTORY = ["[a]", "<eos>", "(", "</span><script>alert(1)</script>", ")=", "7"]
+
+
+def test_the_page_greys_what_is_not_the_policys_own(tmp_path):
+    """Their weights, whatever they are, take no part in the colours either."""
+    weights = [1.0, 1.2, float("nan"), 99.0, -99.0, 1.4]
+    page = heatmap(TRAJECTORY, weights, tmp_path / "a.html", mask=torch.tensor(OWN)).read_text(encoding="utf-8")
+    assert [text for *_, text in spans(page)] == ["[a]", "&lt;eos&gt;", "7"]
+    unmasked = heatmap(["[a]", "<eos>", "7"], [1.0, 1.2, 1.4], tmp_path / "b.html").read_text(encoding="utf-8")
+    assert spans(page) == spans(unmasked)
+    others = re.findall(r'<span class="other">(.*?)</span>', page)
+    assert others[:3] == ["(", "&lt;/span&gt;&lt;script&gt;alert(1)&lt;/script&gt;", ")="]
+    assert others[3:] == ["grey: not the policy&#x27;s own"] and "not the policy" not in unmasked
+    everything = re.findall(r"<span [^>]*>(.*?)</span>", page.partition("<p class")[2].partition("</p>")[0])
+    assert len(everything) == len(TRAJECTORY) and everything[3] == others[1]  # in their order
+    assert "<script" not in page
+
+
+ATTACKS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "</p></body></html><svg/onload=alert(1)>",
+    "&lt;script&gt;",
+    "\x00<b>\x1b[31m",
+    "{title}{0}",
+    "<!--",
+]
+
+
+@pytest.mark.parametrize("mask", [0, 1])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_a_tool_answers_stays_text(tmp_path, attack, mask):
+    """As a greyed token, as a token of the policy, as title and as label."""
+    path = heatmap(["a", attack], [1.0, 1.2], tmp_path / "a.html", mask=[1, mask], title=attack, label=attack)
+    harmless = heatmap(["a", "b"], [1.0, 1.2], tmp_path / "b.html", mask=[1, mask], title="b", label="b")
+
+    class Tags(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.seen, self.text = [], ""
+
+        def handle_starttag(self, tag, attributes):
+            self.seen.append((tag, [name for name, _ in attributes]))
+
+        def handle_data(self, data):
+            self.text += data
+
+    parsers = []
+    for page in (path, harmless):
+        parsers.append(Tags())
+        parsers[-1].feed(page.read_text(encoding="utf-8"))
+    assert parsers[0].seen == parsers[1].seen
+    assert parsers[0].text.count("alert(1)") == 4 * attack.count("alert(1)")  # title twice, token, label
+
+
+def test_the_picture_greys_what_is_not_the_policys_own(tmp_path, figures):
+    heatmap(TRAJECTORY, [1.0, 1.2, 5.0, 5.0, 5.0, 1.4], tmp_path / "a.png", mask=OWN, title="t")
+    axes, bar = figures[0].axes
+    assert [patch.get_hatch() is not None for patch in axes.patches] == [not own for own in OWN]
+    assert [tick.get_text() for tick in bar.get_xticklabels()] == ["1", "1.2", "1.4"]
+    key = [text.get_text() for text in figures[0].texts]
+    assert key == ["grey: not the policy's own", "t"]
+    renderer = figures[0].canvas.get_renderer()
+    edge = figures[0].texts[0].get_window_extent(renderer).x1
+    assert edge <= figures[0].get_window_extent().x1
+    ground = bar.get_window_extent(renderer)
+    assert figures[0].artists[0].get_window_extent(renderer).x0 > ground.x1  # beside the bar, not on it
+
+
 @pytest.mark.parametrize(
     ("tokens", "weights", "name", "options", "message"),
     [
@@ -125,6 +197,10 @@ def test_equal_weights_have_one_colour_and_limits_make_pictures_compare(tmp_path
         ([], [], "a.png", {}, "weights has 0 entries for 0 tokens"),
         (["a"], [float("nan")], "a.html", {}, "not finite"),
         (["a"], [1.0], "a.pdf", {}, r"accepted: a name that ends in .html or .png"),
+        (["a"], [1.0], "a.html", {"mask": [1, 0]}, "mask has 2 entries for 1 tokens"),
+        (["a"], [1.0], "a.html", {"mask": [0]}, "mask is off everywhere"),
+        (["a"], [1.0], "a.html", {"mask": ["x"]}, "mask must be one number for each"),
+        (["a", "b"], [1.0, float("inf")], "a.html", {"mask": [1, 1]}, "not finite"),
         (["a"], [1.0], "a.png", {"limits": (2.0, 1.0)}, r"limits=\(2.0, 1.0\) must be \(low, high\)"),
         (["\n"] * 2001, [1.0] * 2001, "a.png", {}, "a PNG holds 2000; write .html instead"),
         (None, [1.0], "a.html", {}, "tokens has None; accepted: the text of each token"),

@@ -115,6 +115,9 @@ def test_unknown_task_is_refused():
         ("47+86=999;999+31=164", 1.0),  # only the answer counts
         ([{"role": "assistant", "content": "133+31=164"}], 1.0),
         ([{"role": "user", "content": "165"}, {"role": "assistant", "content": "164"}], 1.0),
+        ([{"role": "tool", "content": "165"}, {"role": "assistant", "content": "164"}], 1.0),
+        ([{"role": "assistant", "content": ""}, {"role": "tool", "content": "164"}], 0.0),  # cut off: nobody answered
+        ([{"role": "assistant", "content": "164", "tool_calls": [{"type": "function"}]}], 0.0),  # it asks again
         ([{"role": "assistant", "content": [{"type": "text", "text": "164"}]}], 1.0),
         ("165", 0.0),
         ("47+86=164;164+31=195", 0.0),  # right number, not at the end
@@ -241,7 +244,7 @@ def test_measure_leaves_the_global_random_state_alone(model, tokenizer):
 def test_the_readme_gives_the_measured_figures():
     readme = (MODEL_DIR.parent / "README.md").read_text()
     recorded = json.loads((MODEL_DIR / "measured.json").read_text())["tasks"]["running_sum"]
-    demo, _, _ = readme.partition("## The five tasks")
+    demo, _, _ = readme.partition("## The six tasks")
     table = re.findall(r"^\| .+ \| ([\d.]+) \|$", demo, re.MULTILINE)
     assert len(table) == 7 and set(map(float, table)) <= set(recorded.values())
     columns = ("accuracy_sampled", "accuracy_greedy", "mean_length", "length_reward_correlation")

@@ -12,20 +12,36 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from stand_ins import write_datasets, write_model
+from stand_ins import BOXED, HOTPOTQA, write_agent_model, write_datasets, write_model
 from support import Batch, build, config, largest_deviation, watch
 from support import train as train_prepared
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
+from recipes.agents import search
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda import training as train
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 ENGINES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-RECIPES = [path for path in CONFIGS if path.stem != "playground"]  # which needs no stand-in: test_train_script.py
+OFFLINE = ("playground", "lookup_agent")  # need no stand-in: test_train_script.py, test_lookup_agent.py
+RECIPES = [path for path in CONFIGS if path.stem not in OFFLINE]
 ON_CPU = ["--use_cpu", "--bf16", "false", "--dtype", "float32"]
+# What a policy of near-even odds may say: calls that tools take and calls that they refuse.
+CALLS = {
+    "gsm8k_calculator_qwen3-1.7b_trgrpo": [
+        ("calculate", {"expression": "48/2+48"}),
+        ("calculate", {"expression": "__import__('os')"}),
+        ("calculate", {}),
+        ("unknown", {}),
+    ],
+    "hotpotqa_search_qwen3-1.7b": [("search", {"query": "director of Alien"}), ("search", {"query": "?"})],
+}
+REWARDS = {
+    "gsm8k_calculator_qwen3-1.7b_trgrpo": "trl_lambda.training.agent_rewards.final_accuracy",
+    "hotpotqa_search_qwen3-1.7b": "trl_lambda.training.agent_rewards.answer_match",
+}
 # What a recipe needs beside a CPU and is switched off here; everything else in the file stays.
 WITHOUT = {
     "gsm8k_qwen2.5-1.5b_qlora": ["--load_in_4bit", "false"],
@@ -57,6 +73,12 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
+def agent_models(tmp_path_factory) -> dict[str, str]:
+    answers = [*BOXED, "<answer>Ridley Scott</answer>", "<answer>moss</answer>"]
+    return {stem: write_agent_model(tmp_path_factory.mktemp(stem), calls, answers) for stem, calls in CALLS.items()}
+
+
+@pytest.fixture(scope="module")
 def datasets(tmp_path_factory) -> dict[str, str]:
     return write_datasets(tmp_path_factory.mktemp("datasets"))
 
@@ -70,7 +92,9 @@ def two_steps(path: Path, model: str, datasets: dict[str, str], output_dir: Path
     """The overrides for two steps of a recipe on this machine."""
     dataset = datasets[yaml.safe_load(path.read_text())["dataset_name"]]
     names = ["--model_name_or_path", model, "--dataset_name", dataset, "--output_dir", str(output_dir)]
-    return [*names, "--max_steps", "2", *ON_CPU, *WITHOUT.get(path.stem, [])]
+    # A policy of even odds would call until the completion is full.
+    limits = ["--max_tool_calling_iterations", "2"] if path.stem in CALLS else []
+    return [*names, "--max_steps", "2", *limits, *ON_CPU, *WITHOUT.get(path.stem, [])]
 
 
 def logs(trainer, key: str) -> list[float]:
@@ -85,7 +109,7 @@ def test_a_recipe_opens_with_purpose_hardware_memory_and_its_command(path: Path)
     text = comment(path)
     for heading in ("Purpose:", "Hardware:", "Memory:", "Command, from the repository root:"):
         assert heading in text, heading
-    assert path.stem == "playground" or "estimated" in text
+    assert path.stem in OFFLINE or "estimated" in text
     command = launch_command(path)
     assert command[-2:] == ["--config", str(path.relative_to(ROOT))] and command[-3] == "recipes/train.py"
     assert all(len(line) <= 119 for line in path.read_text().splitlines())
@@ -96,7 +120,9 @@ def test_a_recipe_parses_and_keeps_the_packages_defaults_of_lambda(path: Path):
     script_args, args, model_args, _ = parse(path)
     raw = yaml.safe_load(path.read_text())
     assert isinstance(args, LambdaGRPOConfig) and isinstance(model_args, ModelConfig)
-    assert args.output_dir == f"runs/{path.stem}" and script_args.reward_funcs == ["accuracy_reward"]
+    assert args.output_dir == f"runs/{path.stem}" and script_args.reward_funcs == [
+        REWARDS.get(path.stem, "accuracy_reward")
+    ]
     # The command line takes values as text: here they arrive as what they are.
     assert args.learning_rate == raw["learning_rate"] and isinstance(args.learning_rate, float)
     for field in [field for field in raw if field.startswith(("lambda_", "regulation_", "length_scale"))]:
@@ -114,7 +140,7 @@ def test_the_fixed_arms_are_one_override_of_the_same_file(path: Path):
 
 
 def test_the_arms_of_the_token_weight_are_one_override_of_the_same_file():
-    path = next(path for path in RECIPES if "trgrpo" in path.stem)
+    path = next(path for path in RECIPES if path.stem.startswith("knights") and "trgrpo" in path.stem)
     args = parse(path)[1]
     assert args.aggregation is None and args.token_regulation == "sigmoid"
     constants = (args.regulation_slope, args.regulation_center, args.regulation_min, args.regulation_max)
@@ -181,8 +207,14 @@ def test_a_recipes_launch_command_is_one_that_accelerate_takes(path: Path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name)
-def test_a_recipe_runs_two_steps_on_stand_ins(path: Path, model, datasets, tmp_path, monkeypatch, capsys):
+def test_a_recipe_runs_two_steps_on_stand_ins(
+    path: Path, model, agent_models, datasets, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(ROOT)
+    model = agent_models.get(path.stem, model)
+    if path.stem.startswith("hotpotqa"):
+        search.build_index(search.context_paragraphs(HOTPOTQA), tmp_path / "index.sqlite")
+        monkeypatch.setenv(search.INDEX_VARIABLE, str(tmp_path / "index.sqlite"))
     script_args, args, model_args, mixture = train.parse(
         ["--config", str(path), *two_steps(path, model, datasets, tmp_path), "--disable_tqdm", "true"]
     )
@@ -192,7 +224,10 @@ def test_a_recipe_runs_two_steps_on_stand_ins(path: Path, model, datasets, tmp_p
     assert trainer.state.global_step == 2
     rewards = [*logs(trainer, "reward"), *logs(trainer, "eval_reward")]
     assert any(0 < reward < 1 for reward in rewards), "the reward saw no right answer, or no wrong one"
-    assert len(logs(trainer, "eval_reward")) == 2  # before training and after it
+    assert len(logs(trainer, "eval_reward")) == (2 if args.eval_strategy != "no" else 0)  # before training and after
+    if path.stem in CALLS:
+        assert min(logs(trainer, "tools/call_frequency")) > 0 and "| `tools/call_frequency` |" in README
+        assert all(0 < part < 1 for part in logs(trainer, "tools/failure_frequency"))
     weights = "adapter_model.safetensors" if model_args.use_peft else "model.safetensors"
     for file in (weights, "README.md", "run.png"):
         assert (tmp_path / file).is_file(), file

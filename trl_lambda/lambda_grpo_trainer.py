@@ -284,7 +284,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         inputs.complete()
 
         if self.length_weight is not None or self.args.positive_weight != 1:
-            self._loss_metrics.note_length_weights(self._mode, f)
+            signed = getattr(self.length_weight, "side", "both") != "both" or self.args.positive_weight != 1
+            self._loss_metrics.note_length_weights(self._mode, f, known.batch.advantages if signed else None)
         if self.args.token_metrics:
             mask = own_tokens(inputs)
             per_row = (f.detach().flatten()[rows], known.quartiles[rows])

@@ -3,6 +3,8 @@
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+from .card_loading import loading_section
+
 LAMBDA_CITATION = """\
 @article{wang2025lambdagrpo,
     title        = {{$\\lambda$-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences}},
@@ -47,6 +49,7 @@ def complete_card(trainer) -> None:
     path = Path(trainer.args.output_dir) / "README.md"
     text, section = with_names(trainer, path.read_text(encoding="utf-8")), settings_section(trainer)
     before, anchor, after = text.partition(_FOLLOWS)
+    section = f"{loading_section(trainer)}\n\n{section}"
     path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 
@@ -91,13 +94,23 @@ def settings_section(trainer) -> str:
         rows.append(("scope of the token mean (`aggregation_scope`)", args.aggregation_scope))
     if trainer.lambda_value is not None:
         course = f"from {args.lambda_init:g}, learned" if args.lambda_learnable else "fixed"
-        rows.append(("λ", f"{trainer.lambda_value:.4f} at step {step} ({course})"))
+        values = trainer.lambda_values
+        shown = ", ".join(
+            f"{name} {value:.4f}" if len(values) > 1 else f"{value:.4f}" for name, value in values.items()
+        )
+        rows.append(("λ", f"{shown} at step {step} ({course})"))
         if args.lambda_learnable:
             rows.append(("learning rate of λ (`lambda_learning_rate`)", f"{args.lambda_learning_rate:g}"))
-    rows += [(f"{symbol} (`{name}`)", f"{value:.4g}") for symbol, name, value in _parameters(f)]
+    rows += [(f"{symbol} (`{name}`)", value) for symbol, name, value in _parameters(f)]
+    if trainer.lambda_value is not None and args.lambda_learnable and args.rule_of(f) != "descent":
+        rows.append(("how λ learns (`lambda_rule`)", args.rule_of(f)))
+    if args.length_target is not None:
+        rows.append(("length target (`length_target`)", f"{args.length_target:g}"))
+    if args.positive_weight != 1:
+        rows.append(("weight of responses with A > 0 (`positive_weight`)", f"{args.positive_weight:g}"))
     rows.append(("token weight (`token_regulation`)", "none" if v is None else f"{v.formula} ({v.source})"))
     if v is not None:
-        values = ", ".join(f"{symbol} = {value:.4g}" for symbol, _, value in _parameters(v))
+        values = ", ".join(f"{symbol} = {value}" for symbol, _, value in _parameters(v))
         rows += [("its parameters", values)] if values else []
         rows.append(("inside the clip", "yes" if args.regulation_inside_clip else "no"))
     rows.append(("surrogate (`loss_type`)", args.loss_type))
@@ -109,8 +122,15 @@ def settings_section(trainer) -> str:
     )
 
 
-def _parameters(weight: object) -> list[tuple[str, str, float]]:
-    """Symbol, name and value of each parameter of a member."""
+def _parameters(weight: object) -> list[tuple[str, str, str]]:
+    """Symbol, option and value of each parameter of a member that is not at a default which says nothing."""
     if not is_dataclass(weight):
         return []
-    return [(f.metadata["symbol"], f.name, getattr(weight, f.name)) for f in fields(weight)]
+    parameters = []
+    for f in fields(weight):
+        value, text_default = getattr(weight, f.name), not isinstance(f.default, int | float)
+        if text_default and value == f.default:  # side "both", length alone: the paper's
+            continue
+        text = value if isinstance(value, str) else ", ".join(value) if isinstance(value, tuple) else f"{value:.4g}"
+        parameters.append((f.metadata["symbol"], f.metadata.get("option", f.name), text))
+    return parameters

@@ -1,7 +1,7 @@
 """
 The arena with a model of 19 million parameters and answers of up to 100 tokens and more, for a GPU:
 `python -m recipes.arena.large base tune choose main`. `base` makes the base models, the other parts are those of
-`recipes.arena.study`; rows go to `results_large/`.
+`recipes.arena.comparison.study`; rows go to `results_large/`.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from recipes.arena.run import RunSpec
-from recipes.arena.study import TEST_SEEDS, Plan, do_parts
+from recipes.arena.comparison.run import RunSpec
+from recipes.arena.comparison.study import TEST_SEEDS, Plan, do_parts
 from recipes.playground.make_base_model import SEED, BaseModel, make
 from recipes.playground.tasks import LONG_TASKS
 
@@ -62,7 +62,7 @@ class LargeSpec(RunSpec):
 
 def main() -> None:
     """Parse the command line and do its parts."""
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("base", "tune", "choose", "main"), metavar="PART")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seeds", type=int, default=len(TEST_SEEDS), help="test seeds (default: %(default)s)")

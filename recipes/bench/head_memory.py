@@ -1,10 +1,11 @@
 """
 Peak memory of the loss against length: full logits, TRL's fused head, and λ and TR on that head.
 
-    python -m recipes.bench.head_memory                                        # a CPU, next to no model, 2k to 32k
+    python -m recipes.bench.head_memory                                        # a CPU, next to no model, 2k and 8k
     python -m recipes.bench.head_memory --device cuda --shape qwen2.5-1.5b     # one GPU
 
-Each figure is the peak of one loss and its backward pass over what was held before, in a process of its own. `full
+Each figure is the peak of one loss and its backward pass over what was held before, in a process of its own, so that
+one that takes too much ends alone. `full
 logits` is the way of trainers that take (B, T, V) logits from the model, the log-probability of each chosen token from
 a log-softmax of a row at a time, and the entropy without gradient. Where its logits and their gradient alone are more
 than the memory there is, the row says so and how many bytes they are.
@@ -14,14 +15,14 @@ import argparse
 import dataclasses
 import json
 import tempfile
-import time
+from typing import Any
 
 import torch
 
-from ._arms import ARMS, BASELINE, Completions, build_trainer
-from ._memory import available_bytes, held_bytes, limit_address_space, peak_bytes, reset_peak, run_child
-from ._rows import add_common_arguments, append, row
-from ._shapes import MODELS, Workload
+from recipes.bench.measure.memory import available_bytes, limit_address_space, peak_during, run_child
+from recipes.bench.measure.rows import append, bench_parser, row
+from recipes.bench.measure.trainers import ARMS, BASELINE, Completions, build_trainer
+from recipes.bench.measure.workload import MODELS, Workload
 
 BENCH = "head"
 FULL, ROWS = "full logits", 4
@@ -29,7 +30,9 @@ MEASURED = (FULL, BASELINE, "lambda", "TR", "unified")
 LENGTHS = {"2k": 2048, "8k": 8192, "32k": 32768}
 
 
-def full_logits(trainer, model, input_ids, attention_mask, logits_to_keep, **_) -> tuple:
+def full_logits(
+    trainer: Any, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor, None]:
     """Log-probabilities and entropies of the completion from logits of every token, as the trainer's own hook."""
     kept = slice(-logits_to_keep - 1, -1)
     with trainer.accelerator.autocast():
@@ -50,30 +53,27 @@ def least_bytes(shape: str, tokens: int, dtype: str) -> int:
     return 2 * tokens * MODELS[shape]["vocab_size"] * getattr(torch, dtype).itemsize
 
 
-def measure_here(arm: str, workload: Workload, tokens: int) -> dict[str, float]:
-    """Peak bytes over what was held, and seconds, of one loss and its backward pass on `tokens` tokens."""
+def measure_here(arm: str, workload: Workload, tokens: int) -> dict[str, int]:
+    """Peak bytes over what was held of one loss and its backward pass on `tokens` tokens."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(BASELINE if arm == FULL else arm, workload, folder)
     longer = dataclasses.replace(workload, completion=tokens // ROWS)
-    trainer.rollout_func = Completions(longer, all_longest=True).rollout
-    prompt = trainer.train_dataset["prompt"][0]
+    longer_rows = Completions(longer, all_longest=True)
+    trainer.rollout_func = longer_rows.rollout
+    prompt = longer_rows.dataset()["prompt"][0]
     inputs = trainer._generate_and_score_completions([{"prompt": prompt}] * ROWS)
     if arm == FULL:
         trainer._get_per_token_logps_and_entropies = lambda model, *a, **k: full_logits(trainer, model, *a, **k)
-    held = held_bytes(workload.device)
-    reset_peak(workload.device)
-    start = time.perf_counter()
     try:
-        trainer.compute_loss(trainer.model_wrapped, inputs).backward()
+        peak = peak_during(lambda: trainer.compute_loss(trainer.model_wrapped, inputs).backward(), workload.device)
     except (RuntimeError, MemoryError) as error:  # torch's CPU allocator raises a plain RuntimeError
         if "memory" not in str(error).lower():
             raise
-        return {"peak": 0, "seconds": 0.0}
-    peak = peak_bytes(workload.device) - held
-    return {"peak": peak, "seconds": time.perf_counter() - start}
+        return {"peak": 0}
+    return {"peak": peak}
 
 
-def measure(arm: str, workload: Workload, length: str, tokens: int, repeats: int) -> list[dict]:
+def measure(arm: str, workload: Workload, length: str, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Rows of one arm at one length."""
     vocabulary = MODELS[workload.shape]["vocab_size"]
     setting = f"{length} tokens, {workload.shape}, vocabulary {vocabulary}, {workload.dtype}"
@@ -89,19 +89,16 @@ def measure(arm: str, workload: Workload, length: str, tokens: int, repeats: int
     seen = [run_child("recipes.bench.head_memory", options) for _ in range(repeats)]
     if not all(one["peak"] for one in seen):
         return too_much
-    rows = [row(BENCH, arm, setting, "peak of the loss", [one["peak"] / 2**20 for one in seen], "MiB")]
-    rows.append(row(BENCH, arm, setting, "loss and backward", [one["seconds"] for one in seen], "s"))
-    return rows
+    return [row(BENCH, arm, setting, "peak of the loss", [one["peak"] / 2**20 for one in seen], "MiB")]
 
 
 def main() -> None:
     """Measure every arm at every length and append the rows."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", choices=MODELS, default="head")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=["2k", "8k"])
     parser.add_argument("--repeats", type=int, default=1, help="processes of each figure, which hardly scatters")
     parser.add_argument("--child", choices=(FULL, *ARMS), help=argparse.SUPPRESS)
     parser.add_argument("--workload", help=argparse.SUPPRESS)

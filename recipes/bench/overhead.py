@@ -3,31 +3,40 @@ What λ-GRPO and TR-GRPO cost beside `GRPOTrainer(loss_type="dapo")`: time by ph
 
     python -m recipes.bench.overhead                                                  # the tiny model on a CPU
     python -m recipes.bench.overhead --logging-steps 10                               # with GRPOConfig's own logging
+    python -m recipes.bench.overhead --shape "hidden 24" --rows 48 --completion 96 --pairs 60 --threads 1
     python -m recipes.bench.overhead --shape qwen2.5-1.5b --device cuda               # bf16, 8 x 1024 tokens, one GPU
     python -m recipes.bench.overhead --shape qwen2.5-1.5b --device cuda --lora
     python -m recipes.bench.overhead --shape qwen2.5-7b --device cuda --share-model
 
 All trainers live in one process, hold the same weights and the same prepared completions, and step in turns with the
 baseline; the ratios are of neighbouring steps. `GRPOTrainer again` is the baseline a second time: its distance from 1
-is the machine's scatter. Peak memory is taken in a process of its own for each arm. Nothing is sampled: generation
-would only hide the rest. The CUDA branches have been run on no GPU yet.
+is the machine's scatter. Nothing is sampled: generation would only hide the rest.
 """
 
 import argparse
 import dataclasses
 import gc
-import json
 import tempfile
+from typing import Any
 
 import torch
 
-from ._arms import ARMS, BASELINE, build_trainer
-from ._held import held_rows
-from ._memory import peak_bytes, reset_peak, run_child
-from ._rows import add_common_arguments, append, row
-from ._shapes import MODELS, Workload
-from ._stepping import CPU_TIME, PHASES, REST, WHOLE, Stepper, time_pairs, time_scoring
-from ._traffic import traffic_rows
+from recipes.bench.measure.memory import memory_rows
+from recipes.bench.measure.rows import append, bench_parser, row
+from recipes.bench.measure.stepping import (
+    CPU_TIME,
+    LOSS,
+    PHASES,
+    REST,
+    WHOLE,
+    Pairs,
+    Stepper,
+    time_pairs,
+    time_scoring,
+)
+from recipes.bench.measure.traffic import traffic_rows
+from recipes.bench.measure.trainers import ARMS, BASELINE, build_trainer
+from recipes.bench.measure.workload import MODELS, Workload
 
 BENCH = "overhead"
 # What a tiny model on a CPU trains (the demo's batch), and what the shapes of real ones do.
@@ -37,7 +46,7 @@ _SMOKE = Workload(rows=4, group=4, completion=8)
 _CUDA_STEPS = 4
 
 
-def make_trainers(workload: Workload, arms: list[str], folder: str, share_model: bool) -> dict[str, object]:
+def make_trainers(workload: Workload, arms: list[str], folder: str, share_model: bool) -> dict[str, Any]:
     """All trainers in one process; with `share_model`, on one set of weights and optimizer moments."""
     trainers = {}
     for arm in arms:
@@ -52,27 +61,27 @@ def make_trainers(workload: Workload, arms: list[str], folder: str, share_model:
     return trainers
 
 
-def _check_same_inputs(first, second) -> None:
+def _check_same_inputs(first: Any, second: Any) -> None:
     pairs = zip(first._buffered_inputs, second._buffered_inputs, strict=True)
     if not all(torch.equal(a["completion_ids"], b["completion_ids"]) for a, b in pairs):
         raise RuntimeError("The trainers hold different completions: what they cost cannot be compared.")
 
 
-def _share_moments(first, second) -> None:
+def _share_moments(first: Any, second: Any) -> None:
     """Let the second optimizer update the first's moments, so that only one set is held."""
     theirs, ours = first.optimizer.optimizer.state, second.optimizer.optimizer.state
     for parameter in theirs:
         ours[parameter] = theirs[parameter]
 
 
-def time_rows(trainers: dict[str, object], workload: Workload, pairs: int) -> list[dict]:
+def time_rows(trainers: dict[str, Any], workload: Workload, pairs: int) -> list[dict[str, Any]]:
     """Ratios of each arm's phases and whole step to the baseline's, and the baseline's own milliseconds."""
     steppers = {arm: Stepper(trainer) for arm, trainer in trainers.items()}
     base, setting, steps = steppers.pop(BASELINE), workload.describe(), workload.logging_steps
     gc.collect()
     gc.freeze()  # what is alive now stays alive: no arm should pay for looking through it
     taken = time_pairs(base, steppers, pairs=pairs, steps=steps)
-    rows = _compared(taken, setting, PHASES, steps)
+    rows = _compared(taken, setting, (*PHASES, LOSS), steps)
     rest = {arm: [(b[REST] - a[REST]) / steps * 1e3 for a, b in of_arm] for arm, of_arm in taken.items()}
     rows += [row(BENCH, arm, setting, f"{REST}, difference", values, "ms") for arm, values in rest.items()]
     if workload.device == "cuda":
@@ -83,7 +92,12 @@ def time_rows(trainers: dict[str, object], workload: Workload, pairs: int) -> li
     return rows + [row(BENCH, arm, setting, f"{WHOLE}, difference", values, "ms") for arm, values in more.items()]
 
 
-def _compared(taken: dict, setting: str, phases: tuple[str, ...], steps: int) -> list[dict]:
+def _compared(
+    taken: Pairs,
+    setting: str,
+    phases: tuple[str, ...],
+    steps: int,
+) -> list[dict[str, Any]]:
     """The baseline's milliseconds of each phase and every arm's ratio to them, pair by pair."""
     rows = []
     for phase in phases:
@@ -94,7 +108,7 @@ def _compared(taken: dict, setting: str, phases: tuple[str, ...], steps: int) ->
     return rows
 
 
-def scoring_rows(trainers: dict[str, object], workload: Workload, pairs: int) -> list[dict]:
+def scoring_rows(trainers: dict[str, Any], workload: Workload, pairs: int) -> list[dict[str, Any]]:
     """What a generation batch costs beside the sampling: tokens, rewards, advantages and, here, the lengths."""
     rows, setting = [], workload.describe()
     for arm in trainers:
@@ -105,38 +119,9 @@ def scoring_rows(trainers: dict[str, object], workload: Workload, pairs: int) ->
     return rows
 
 
-def memory_rows(workload: Workload, arms: list[str], steps: int, repeats: int) -> list[dict]:
-    """Peak memory of each arm, a process each; the arms take turns."""
-    peaks: dict[str, list[int]] = {arm: [] for arm in arms}
-    options = ["--workload", json.dumps(dataclasses.asdict(workload)), "--steps", str(steps)]
-    options += ["--threads", str(torch.get_num_threads()), "--device", workload.device]
-    for _ in range(repeats):
-        for arm in arms:
-            peaks[arm].append(run_child("recipes.bench.overhead", [*options, "--child", arm])["peak"])
-    setting, rows = workload.describe(), []
-    for arm in arms:
-        rows.append(row(BENCH, arm, setting, "peak memory", [peak / 2**20 for peak in peaks[arm]], "MiB"))
-        if arm != BASELINE:
-            ratios = [mine / base for mine, base in zip(peaks[arm], peaks[BASELINE], strict=True)]
-            rows.append(row(BENCH, arm, setting, "peak memory", ratios, "ratio"))
-    return rows
-
-
-def peak_of(arm: str, workload: Workload, steps: int) -> int:
-    """Peak memory of this process after some steps of one arm. Building the trainer does not count on a device."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(arm, workload, folder)
-        stepper = Stepper(trainer)
-        if workload.device == "cuda":
-            reset_peak("cuda")
-        for _ in range(steps):
-            stepper.step()
-    return peak_bytes(workload.device)
-
-
 def workload_from(args: argparse.Namespace) -> Workload:
     """The shape's usual workload with what the command line changes."""
-    usual = _SMOKE if args.smoke else _TINY if args.shape == "tiny" else _REAL
+    usual = _SMOKE if args.smoke else _TINY if args.shape in ("tiny", "hidden 24") else _REAL
     changed = {name: getattr(args, name) for name in ("rows", "accumulation", "completion", "dtype", "optim")}
     changed |= {"shape": args.shape, "device": args.device, "logging_steps": args.logging_steps, "lora": args.lora}
     return dataclasses.replace(usual, **{name: value for name, value in changed.items() if value is not None})
@@ -144,8 +129,7 @@ def workload_from(args: argparse.Namespace) -> Workload:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    add_common_arguments(parser)
+    parser = bench_parser(__doc__)
     parser.add_argument("--shape", choices=MODELS, default="tiny")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, help="completions of a micro-batch")
@@ -158,10 +142,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--logging-steps", type=int, default=1, help="a pair has that many steps of each side")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="among %(default)s")
     parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=5, help="processes of each arm for peak memory")
-    parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each such process")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--workload", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.share_model and args.lora:
         parser.error("--share-model cannot be had with --lora: each trainer puts adapters of its own into the model.")
@@ -175,18 +155,13 @@ def main() -> None:
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.child:
-        print(json.dumps({"peak": peak_of(args.child, Workload(**json.loads(args.workload)), args.steps)}))
-        return
     workload = workload_from(args)
     arms = [BASELINE, *(arm for arm in args.arms if arm != BASELINE)]
-    pairs, repeats = (2, min(1, args.repeats)) if args.smoke else (args.pairs, args.repeats)
-    if repeats:  # first, while this process holds no memory of the device
-        append(args.out, memory_rows(workload, arms, args.steps, repeats), args.device)
+    pairs = 2 if args.smoke else args.pairs
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(workload, arms, folder, args.share_model)
         append(args.out, scoring_rows(trainers, workload, pairs), args.device)
-        append(args.out, held_rows(BENCH, trainers, workload), args.device)
+        append(args.out, memory_rows(BENCH, trainers, workload), args.device)
         append(args.out, traffic_rows(BENCH, trainers, workload), args.device)
         append(args.out, time_rows(trainers, workload, pairs), args.device)
 

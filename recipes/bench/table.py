@@ -9,12 +9,12 @@ Print results.csv as tables. Where a figure has been measured twice on one machi
 import argparse
 from pathlib import Path
 
-from ._arms import BASELINE
-from ._rows import RESULTS, read
+from recipes.bench.measure.rows import RESULTS, read
+from recipes.bench.measure.trainers import BASELINE
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 _TIMES = ("loss forward", "backward", "optimizer", "whole step")
-_PEAKS = ("peak memory", "peak of tensors")
+_PEAKS = ("peak memory",)
 _TRAFFIC = {
     "loss: device reads": "device reads in the loss",
     "step: device reads": "device reads per step",
@@ -32,7 +32,7 @@ class Results:
         rows (`list[dict]`): as `read` returns them.
     """
 
-    def __init__(self, rows: list[dict[str, str]]):
+    def __init__(self, rows: list[dict[str, str]]) -> None:
         self.rows = {self._key(row): row for row in rows}  # the last of equals
 
     @staticmethod
@@ -139,7 +139,7 @@ def markdown(path: Path = RESULTS) -> str:
 
 def main() -> None:
     """Print the tables, or write them into a file between its marks."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").strip().split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", type=Path, help="a Markdown file with the two marks")
     parser.add_argument("--overhead-only", action="store_true", help="only what a step costs beside GRPOTrainer")

@@ -27,7 +27,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from recipes.playground.lookup_agent import CHAT_TEMPLATE, RESPONSE_TEMPLATE
 from recipes.playground.measure import MAX_NEW_TOKENS, measure
+from recipes.playground.problem import EOS
 from recipes.playground.tasks import find_task, make_splits
 
 PLAYGROUND = Path(__file__).parent
@@ -35,6 +37,7 @@ MODEL_DIR = PLAYGROUND / "base_model"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]
 CHARACTERS = "0123456789+-=;,:?ABCD"  # of the demo; 24 tokens with the special ones
 ARENA_CHARACTERS = "0123456789+-=;?.&|~^ABCDEKNabc"  # one letter per task; 33 tokens with the special ones
+LOOKUP_CHARACTERS = "0123456789Fabcdefgh[]()=?"
 SEED = 7
 BATCH_SIZE = 32  # rows; with 128 the same accuracy took more than twice the rows
 MIN_STYLE_SHARE = 0.25  # of either way of answering
@@ -58,6 +61,7 @@ class BaseModel:
         target_accuracy (`float`), accuracy_range (`tuple`): sampled at temperature 1.
         correlation_range (`tuple`): of reward and length within a group.
         styles_by_equals_sign (`bool`): whether a long answer is one with `=` in it, so that style shares can be told.
+        chat_template (`str`), response_template (`dict`): of the tokenizer, for a task with an environment.
     """
 
     task: str
@@ -75,6 +79,8 @@ class BaseModel:
     accuracy_range: tuple[float, float] = (0.20, 0.50)
     correlation_range: tuple[float, float] = (-1.0, 1.0)
     styles_by_equals_sign: bool = True
+    chat_template: str | None = None
+    response_template: dict[str, Any] | None = None
 
 
 def _arena_model(task: str, **settings: Any) -> BaseModel:
@@ -100,10 +106,25 @@ BASE_MODELS: dict[str, BaseModel] = {
     "idle_filler": _arena_model("idle_filler", correlation_range=(-0.06, 0.06), styles_by_equals_sign=False),
     "knights_and_knaves": _arena_model("knights_and_knaves"),
     "checked_sum": _arena_model("checked_sum"),
+    "lookup_agent": _arena_model(
+        "lookup_agent",
+        characters=LOOKUP_CHARACTERS,
+        steps=1200,
+        target_accuracy=0.65,
+        accuracy_range=(0.55, 0.75),
+        correlation_range=(0.2, 1.0),
+        chat_template=CHAT_TEMPLATE,
+        response_template=RESPONSE_TEMPLATE,
+    ),
 }
 
 
-def make_tokenizer(characters: str = CHARACTERS, max_length: int = 128) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    characters: str = CHARACTERS,
+    max_length: int = 128,
+    chat_template: str | None = None,
+    response_template: dict[str, Any] | None = None,
+) -> PreTrainedTokenizerFast:
     """
     Build the character-level tokenizer.
 
@@ -112,6 +133,8 @@ def make_tokenizer(characters: str = CHARACTERS, max_length: int = 128) -> PreTr
             The characters it knows.
         max_length (`int`):
             The most tokens of a text.
+        chat_template (`str`, *optional*), response_template (`dict`, *optional*):
+            How a conversation is written, and how calls are read from what the model wrote.
 
     Returns:
         `PreTrainedTokenizerFast`: one token per character and three special ones, with padding on the left, as
@@ -123,6 +146,7 @@ def make_tokenizer(characters: str = CHARACTERS, max_length: int = 128) -> PreTr
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    templates = {"chat_template": chat_template, "response_template": response_template}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -131,6 +155,7 @@ def make_tokenizer(characters: str = CHARACTERS, max_length: int = 128) -> PreTr
         padding_side="left",
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
+        **{name: template for name, template in templates.items() if template is not None},
     )
 
 
@@ -181,7 +206,8 @@ def training_batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, held_out: set, task: str = "running_sum"
 ) -> Iterator[dict[str, torch.Tensor]]:
     """
-    Draw supervised batches without end, each problem answered the short or the long way with equal odds.
+    Draw supervised batches without end, each problem answered as its `demonstration` does: the short or the long way
+    with equal odds, or a conversation with its environment.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`):
@@ -194,20 +220,26 @@ def training_batches(
             A name in `TASKS` or `LONG_TASKS`.
 
     Yields:
-        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, and `labels` for the completion, each (B, T).
+        `dict[str, torch.Tensor]`: `input_ids`, `attention_mask`, and `labels` for what the model is to write of the
+        completion, each (B, T).
     """
     draw = find_task(task)
     while True:
-        texts: list[tuple[str, str]] = []
-        while len(texts) < BATCH_SIZE:
+        examples: list[list[tuple[str, bool]]] = []
+        while len(examples) < BATCH_SIZE:
             problem = draw(rng)
             if problem.key not in held_out:
-                texts.append((problem.prompt, rng.choice((problem.short, problem.long))))
-        full = [prompt + completion + tokenizer.eos_token for prompt, completion in texts]
+                examples.append([(problem.prompt, False), *problem.demonstration(rng)])
+        full = ["".join(text for text, _ in pieces) for pieces in examples]
         batch = tokenizer(full, padding=True, padding_side="right", return_tensors="pt", return_token_type_ids=False)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        for row, (prompt, _) in enumerate(texts):
-            labels[row, : len(prompt)] = -100  # one token per character
+        for row, pieces in enumerate(examples):
+            start = 0
+            for text, is_own in pieces:
+                length = len(text.replace(EOS, "$"))  # one token per character, and one for the end of a turn
+                if not is_own:
+                    labels[row, start : start + length] = -100
+                start += length
         yield {**batch, "labels": labels}
 
 
@@ -324,7 +356,7 @@ def make(spec: BaseModel, seed: int, folder: Path, device: str = "cpu") -> dict:
     """
     start = time.perf_counter()
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(spec.characters, spec.max_length)
+    tokenizer = make_tokenizer(spec.characters, spec.max_length, spec.chat_template, spec.response_template)
     model = make_model(tokenizer, spec.hidden_size, spec.num_layers).to(device)
     chosen, history = pretrain(model, tokenizer, spec, seed)
     measured = {

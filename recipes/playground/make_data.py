@@ -11,7 +11,8 @@ DATA_DIR = Path(__file__).parent / "data"
 
 def write_data(data_dir: Path) -> list[Path]:
     """
-    Write one JSON-lines file per task and split, with the columns `prompt` and `solution`.
+    Write one JSON-lines file per task and split, with the columns `prompt` and `solution`, and what its
+    environment needs.
 
     Args:
         data_dir (`Path`):
@@ -24,7 +25,7 @@ def write_data(data_dir: Path) -> list[Path]:
     for task in TASKS:
         (data_dir / task).mkdir(parents=True, exist_ok=True)
         for split, problems in make_splits(task).items():
-            rows = [json.dumps({"prompt": problem.prompt, "solution": problem.solution}) for problem in problems]
+            rows = [json.dumps(problem.row()) for problem in problems]
             path = data_dir / task / f"{split}.jsonl"
             path.write_text("\n".join(rows) + "\n", encoding="ascii", newline="\n")
             written.append(path)

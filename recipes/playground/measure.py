@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.playground.rewards import exact_answer
+from recipes.playground.rollouts import roll_out
 from recipes.playground.tasks import Problem
 
 MAX_NEW_TOKENS = 48  # the longest answer taught takes 48 with its end token
@@ -88,6 +89,8 @@ def sample(
     texts, lengths = [], []
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
+        if problems[0].environment is not None:
+            return _converse(model, tokenizer, problems, num_samples, max_new_tokens, sampling)
         for start in range(0, len(prompts), BATCH_SIZE):
             batch = tokenizer(
                 prompts[start : start + BATCH_SIZE], padding=True, return_tensors="pt", return_token_type_ids=False
@@ -98,6 +101,22 @@ def sample(
             texts += tokenizer.batch_decode(completion, skip_special_tokens=True)
     rewards = torch.tensor(exact_answer(texts, solutions))
     return Samples(texts, rewards, torch.tensor(lengths, dtype=torch.float32))
+
+
+def _converse(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    num_samples: int,
+    limit: int,
+    sampling: dict[str, Any],
+) -> Samples:
+    """`sample` for a task with an environment: texts hold the tool's answers, lengths count the model's own tokens."""
+    rows = [problem for problem in problems for _ in range(num_samples)]
+    completions, own = roll_out(model, tokenizer, rows, limit=limit, sampling=sampling)
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rewards = torch.tensor(exact_answer(texts, [problem.solution for problem in rows]))
+    return Samples(texts, rewards, torch.tensor([sum(mask) for mask in own], dtype=torch.float32))
 
 
 def measure(

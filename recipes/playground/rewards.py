@@ -4,9 +4,16 @@ from typing import Any
 
 
 def _text(completion: Any) -> str:
-    """Return the text of a completion in TRL's standard (str) or conversational (list of messages) form, else ''."""
+    """
+    Return the text of a completion in TRL's standard (str) or conversational (list of messages) form, else ''.
+
+    A conversation that was cut off ends with a tool's answer or with a call, and neither is an answer of the model.
+    """
     if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
-        completion = completion[-1].get("content")
+        last = completion[-1]
+        if last.get("role", "assistant") != "assistant" or last.get("tool_calls"):
+            return ""
+        completion = last.get("content")
     if isinstance(completion, list):  # a message may hold typed parts instead of a string
         parts = [part.get("text") for part in completion if isinstance(part, dict)]
         completion = "".join(part for part in parts if isinstance(part, str))

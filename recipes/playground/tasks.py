@@ -7,40 +7,17 @@ a task, write such a function with a new prompt letter, add it to `TASKS` and gi
 
 import random
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from recipes.playground.knights_and_knaves import KINDS, draw_puzzle
+from recipes.playground.lookup_agent import lookup_agent
+from recipes.playground.problem import Problem
 
 SPLIT_SIZES = {"train": 4096, "validation": 256, "test": 512}
 SMALL_SPLIT_SIZES = {"train": 1024, "validation": 256, "test": 512}  # of tasks with a few thousand problems in all
 SEED = 20251006  # of every data file
 SLIP = 0.2  # odds that a link of a taught chain slips
-
-
-@dataclass(frozen=True)
-class Problem:
-    """
-    One verifiable problem with the two ways of answering it that the base model is taught.
-
-    Args:
-        key (`Hashable`):
-            Identity of the problem. Two problems with equal keys count as the same and never sit in different splits.
-        prompt (`str`):
-            Text the model is given; its first character is the task's letter.
-        solution (`str`):
-            The right answer.
-        short (`str`):
-            The shorter way to answer.
-        long (`str`):
-            The longer way to answer.
-    """
-
-    key: Hashable
-    prompt: str
-    solution: str
-    short: str
-    long: str
 
 
 def running_sum(rng: random.Random, *, counts: tuple[int, int] = (2, 4)) -> Problem:
@@ -197,6 +174,7 @@ TASKS: dict[str, Callable[[random.Random], Problem]] = {
     "idle_filler": idle_filler,
     "knights_and_knaves": knights_and_knaves,
     "checked_sum": checked_sum,
+    "lookup_agent": lookup_agent,
 }
 # The first two with longer answers, up to 100 characters and more, for `recipes/arena/large.py`.
 LONG_TASKS: dict[str, Callable[[random.Random], Problem]] = {
@@ -216,6 +194,11 @@ def find_task(task: str) -> Callable[[random.Random], Problem]:
     if task not in tasks:
         raise ValueError(f"task is {task!r}; accepted: {', '.join(tasks)}.")
     return tasks[task]
+
+
+def environment_of(task: str) -> Callable[[], Any] | None:
+    """What TRL's `environment_factory` takes for a task, or `None` where answers are plain text."""
+    return find_task(task)(random.Random(0)).environment
 
 
 def make_splits(task: str, seed: int = SEED, sizes: dict[str, int] | None = None) -> dict[str, list[Problem]]:

@@ -20,7 +20,7 @@ from statistics import fmean
 
 import torch
 
-from recipes.bench._rows import circumstances
+from recipes.bench.measure.rows import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = Path(__file__).with_suffix(".csv")

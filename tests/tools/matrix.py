@@ -42,6 +42,7 @@ CUTS = {
 }
 WHOLE = "12 × 1"
 
+_THREE = {"lambda_features": ["length", "mean_logp", "min_logp"]}
 F = {
     "lambda": {"aggregation": "lambda", "lambda_init": 1.3},
     "lambda, prompt": {"aggregation": "lambda", "lambda_init": 1.3, "aggregation_scope": "prompt"},
@@ -51,7 +52,14 @@ F = {
     "dapo": {"aggregation": "dapo"},
     "dapo, prompt": {"aggregation": "dapo", "aggregation_scope": "prompt"},
     "dr_grpo": {"aggregation": "dr_grpo"},
-}
+    "lambda, signed": {"aggregation": "lambda", "lambda_side": "signed", "lambda_init": 1.3},
+    "power, positive": {"aggregation": "power", "lambda_side": "positive", "lambda_init": 0.8, **_THREE},
+    "power, negative, prompt": {
+        "aggregation": "power", "lambda_side": "negative", "lambda_init": -0.6, "aggregation_scope": "prompt",
+    },
+    "power, target": {"aggregation": "power", "length_target": 4.0, "lambda_init": 0.5},
+    "balanced, positive weight": {"aggregation": "balanced", "positive_weight": 3.0},
+}  # fmt: skip
 V = {
     "none": {},
     "sigmoid": {"token_regulation": "sigmoid"},
@@ -84,6 +92,10 @@ REDUCED = {
     ("lambda, prompt", "none", "sapo"),
     ("power", "linear", "cispo"),
     ("grpo", "sigmoid inside", "dapo"),
+    ("lambda, signed", "none", "vespo"),
+    ("power, positive", "sigmoid", "dapo"),
+    ("power, target", "none", "dapo"),
+    ("balanced, positive weight", "none", "sapo"),
 }
 
 
@@ -113,7 +125,7 @@ def summary(ranks: list[dict], steps: int) -> dict:
         "loss": losses,
         "grads": grads,
         "lambda_grad": sum(learned) / steps if learned else None,
-        "lambda": ranks[0]["lambdas"][-1] if learned and steps == 1 else None,
+        "lambda": ranks[0]["lambdas"][-1] if steps == 1 else None,
         "ranks_agree": len(values) == 1,
     }
 

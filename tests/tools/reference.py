@@ -33,6 +33,111 @@ def length_weights(lengths, lam, aggregation, scope="batch", r=1 / 9, max_comple
     return weights
 
 
+def sides(advantages, side):
+    """s_i of every response, from the sign of its advantage."""
+    table = {
+        "both": lambda a: 1,
+        "signed": lambda a: (a > 0) - (a < 0),
+        "positive": lambda a: int(a > 0),
+        "negative": lambda a: int(a < 0),
+    }
+    return [[table[side](a) for a in group] for group in advantages]
+
+
+def side_weights(lengths, advantages, lam, aggregation, side, scope="batch", features=(), r=1 / 9, bound=2.0):
+    """f with the sign of the advantage; `lam` a list, `features` raw values beside ln|o|: [name][group][row]."""
+    signs, batch = sides(advantages, side), sum(map(sum, lengths))
+    raw = []
+    for p, group in enumerate(lengths):
+        present = [i for i, n in enumerate(group) if n > 0]
+        s = signs[p]
+        if aggregation == "lambda":
+            h, _ = growth([group[i] for i in present], 0.0, r)
+            g = [x ** (lam[0] * s[i]) for x, i in zip(h, present, strict=True)]
+            exp = [math.exp(x - max(g)) for x in g]
+            row = {i: len(present) * e / math.fsum(exp) for i, e in zip(present, exp, strict=True)}
+        else:
+            columns = [[math.log(group[i]) for i in present], *[[x[p][i] for i in present] for x in features]]
+            row = {}
+            for place, i in enumerate(present):
+                inner = sum(value * (c[place] - math.fsum(c) / len(c)) for value, c in zip(lam, columns, strict=True))
+                row[i] = math.exp(s[i] * min(max(inner, -bound), bound))
+        raw.append([row.get(i, 0.0) for i in range(len(group))])
+    if aggregation == "power":
+        masses = [math.fsum(n * w for n, w in zip(g, row, strict=True)) for g, row in zip(lengths, raw, strict=True)]
+        for p, row in enumerate(raw):
+            mass, tokens = (math.fsum(masses), batch) if scope == "batch" else (masses[p], sum(lengths[p]))
+            raw[p] = [w * tokens / mass if mass else 0.0 for w in row]
+    return per_prompt(raw, lengths) if scope == "prompt" else raw
+
+
+def balanced_weights(lengths, advantages, scope="batch"):
+    """m_group / m_sign(A_i), over the rows with tokens and A ≠ 0; 1 where A = 0."""
+    weights = []
+    for group, signs in zip(lengths, sides(advantages, "signed"), strict=True):
+        chosen = [n for n, s in zip(group, signs, strict=True) if n > 0 and s]
+        row = []
+        for n, s in zip(group, signs, strict=True):
+            same = [m for m, t in zip(group, signs, strict=True) if m > 0 and t == s]
+            row.append(0.0 if n == 0 else 1.0 if s == 0 else (sum(chosen) / len(chosen)) / (sum(same) / len(same)))
+        weights.append(row)
+    return per_prompt(weights, lengths) if scope == "prompt" else weights
+
+
+def favour_positive(weights, lengths, advantages, c, scope="batch"):
+    """c times f where A > 0, the token mass of the scope as before."""
+    more = [
+        [w * (c if a > 0 else 1) for w, a in zip(row, group, strict=True)]
+        for row, group in zip(weights, advantages, strict=True)
+    ]
+
+    def masses(rows):
+        each = [math.fsum(n * w for n, w in zip(g, row, strict=True)) for g, row in zip(lengths, rows, strict=True)]
+        return [math.fsum(each)] * len(each) if scope == "batch" else each
+
+    before, after = masses(weights), masses(more)
+    return [[w * b / a if a else 0.0 for w in row] for row, b, a in zip(more, before, after, strict=True)]
+
+
+def per_prompt(weights, lengths):
+    """Weights of each prompt's token mean, restated for the division by the batch's token count."""
+    batch = sum(map(sum, lengths))
+    return [
+        [w * (batch / len(lengths)) / (sum(group) or 1) for w in row]
+        for row, group in zip(weights, lengths, strict=True)
+    ]
+
+
+def regression(batches, features, gain, decay=0.9, ridge=0.1):
+    """κ·w after each of `batches`, lists of (lengths, advantages, raw features): the normal equations by Cramer."""
+    import numpy
+
+    size, paths = 1 + features, []
+    m, b, total, count = numpy.zeros((size, size)), numpy.zeros(size), 0.0, 0.0
+    for lengths, advantages, raw in batches:
+        m, b, total, count = m * decay, b * decay, total * decay, count * decay
+        for p, group in enumerate(lengths):
+            present = [i for i, n in enumerate(group) if n > 0]
+            if len({advantages[p][i] for i in present}) < 2:
+                continue
+            rows = [[math.log(group[i]), *(x[p][i] for x in raw)] for i in present]
+            means = [math.fsum(c) / len(c) for c in zip(*rows, strict=True)]
+            mean_a = math.fsum(advantages[p][i] for i in present) / len(present)
+            count += len(present) - 1
+            for row, i in zip(rows, present, strict=True):
+                x, a = [v - mean for v, mean in zip(row, means, strict=True)], advantages[p][i] - mean_a
+                total += a * a
+                for j in range(size):
+                    b[j] += x[j] * a
+                    for k in range(size):
+                        m[j, k] += x[j] * x[k]
+        w = numpy.linalg.inv(m + (ridge if size > 1 else 0.0) * numpy.diag(numpy.diag(m))) @ b
+        explained = float(b @ w)
+        noise = (total - explained) / count
+        paths.append([gain * max(0.0, 1 - size * noise / explained) * float(v) for v in w])
+    return paths
+
+
 def growth(present, lam, r):
     """h and g = h^λ of the rows with tokens of one group."""
     mean = math.fsum(present) / len(present)

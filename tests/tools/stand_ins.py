@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from trl.chat_template_utils import qwen3_chat_template
 
-ANSWERS = ["72", "1000", r"\frac{1}{2}", "12", "121"]
+BOXED = [rf"\boxed{{{answer}}}" for answer in ("72", "1000", r"\frac{1}{2}", "12", "121")]
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -65,6 +66,20 @@ KNIGHTS_AND_KNAVES = [
     puzzle(["Zoey", "Oliver"], [True, False]),
     puzzle(["Ava", "Noah", "Mia"], [True, False, True]),
 ]
+HOTPOTQA = [
+    {
+        "id": "5a7a",
+        "question": "Who directed Alien?",
+        "answer": "Ridley Scott",
+        "type": "bridge",
+        "level": "easy",
+        "supporting_facts": {"title": ["Alien"], "sent_id": [0]},
+        "context": {
+            "title": ["Alien", "Moss"],
+            "sentences": [["Alien is a film.", " Its director is Ridley Scott."], ["Moss grows in the shade."]],
+        },
+    },
+]
 
 
 def write_dataset(folder: Path, configs: dict[str, dict[str, list[dict]]]) -> str:
@@ -92,23 +107,38 @@ def write_datasets(folder: Path) -> dict[str, str]:
             "test": dict.fromkeys(inhabitants, KNIGHTS_AND_KNAVES),
         },
     }
+    layouts["hotpotqa/hotpot_qa"] = {"distractor": {"train": HOTPOTQA * 64, "validation": HOTPOTQA * 4}}
     return {name: write_dataset(folder / name, layout) for name, layout in layouts.items()}
 
 
 def write_model(folder: Path) -> str:
     """A tiny Qwen2 with a chat template, whose vocabulary is a few letters and the answers."""
+    return write_any_model(folder, ["<user>", "<assistant>", *BOXED], "<eos>", TEMPLATE)
+
+
+def write_agent_model(folder: Path, calls: list[tuple[str, dict]], answers: list[str] = BOXED) -> str:
+    """
+    The same with Qwen3's chat template, whose vocabulary has some calls of tools, (name, arguments), one token each.
+    """
+    written = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
+    calls = [f"<tool_call>\n{call}\n</tool_call>" for call in written]
+    frame = ["<|im_start|>", "assistant", "user", "system", "\n", "<think>", "</think>", "<tool_response>"]
+    return write_any_model(folder, [*frame, *calls, *answers], "<|im_end|>", qwen3_chat_template)
+
+
+def write_any_model(folder: Path, added: list[str], eos: str, template: str) -> str:
+    """A tiny Qwen2 that knows a few letters and what is added."""
     # AutoTokenizer of transformers 5 reads byte-level BPE for Qwen2, which leaves out the letters it does not know.
-    words = ["<pad>", "<eos>", "a", "e", "o"]
+    words = ["<pad>", eos, "a", "e", "o"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.decoder = decoders.ByteLevel()
-    added = ["<user>", "<assistant>", *(rf"\boxed{{{answer}}}" for answer in ANSWERS)]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in added])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
-        eos_token="<eos>",
+        eos_token=eos,
         padding_side="left",
-        chat_template=TEMPLATE,
+        chat_template=template,
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(

@@ -75,7 +75,8 @@ class Batch:
 
     lengths: list[list[int]] = field(default_factory=lambda: [list(row) for row in LENGTHS])
     truncated: set[int] = field(default_factory=set)  # flat row numbers
-    env_mask: Callable[[int, int], list[int]] | None = None  # (row, length) -> mask of own tokens
+    # Mask of own tokens: (row, length) -> mask, or all of them by row
+    env_mask: Callable[[int, int], list[int]] | list[list[int]] | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -100,8 +101,10 @@ class Batch:
         completions = [self.completions[row % len(self.completions)] for row in rows]
         output = {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
         output["row"] = list(rows)
-        if self.env_mask is not None:
+        if callable(self.env_mask):
             output["env_mask"] = [self.env_mask(row, len(c)) for row, c in zip(rows, completions, strict=True)]
+        elif self.env_mask is not None:
+            output["env_mask"] = [self.env_mask[row % len(self.env_mask)] for row in rows]
         return output
 
     def reward(self, completions, row, **kwargs):

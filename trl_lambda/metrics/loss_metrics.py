@@ -56,7 +56,7 @@ class LossMetrics:
         self._token_bounds = token_bounds
         self._tallies = {"train": LossTally(), "eval": LossTally()}
         self._batches: dict[str, list[GenerationBatch]] = {"train": [], "eval": []}
-        self._weights: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
+        self._weights: dict[str, list[tuple[torch.Tensor, torch.Tensor | None]]] = {"train": [], "eval": []}
         self._tokens: dict[str, list[Tokens]] = {"train": [], "eval": []}
         self._waiting = 0
 
@@ -64,9 +64,9 @@ class LossMetrics:
         """Take in a new generation batch; `mode` is `"train"` or `"eval"`."""
         self._batches[mode].append(batch)
 
-    def note_length_weights(self, mode: str, weights: torch.Tensor) -> None:
-        """Take in f of the generation batch at one loss, (P, G)."""
-        self._weights[mode].append(weights.detach())
+    def note_length_weights(self, mode: str, weights: torch.Tensor, advantages: torch.Tensor | None) -> None:
+        """Take in f of the generation batch at one loss, (P, G); with A where f looks at its sign."""
+        self._weights[mode].append((weights.detach(), advantages))
 
     def note_tokens(self, mode: str, tokens: Tokens) -> None:
         """Take in the tokens of one micro-batch."""
@@ -87,8 +87,8 @@ class LossMetrics:
         for batch in self._batches[mode]:
             if batch.advantages is not None:
                 tally.add_responses(batch.lengths, batch.advantages)
-        for weights in self._weights[mode]:
-            tally.add_length_weights(weights)
+        for weights, advantages in self._weights[mode]:
+            tally.add_length_weights(weights, advantages)
         for tokens in self._tokens[mode]:
             self._count_tokens(tally, tokens)
         self._batches[mode], self._weights[mode], self._tokens[mode], self._waiting = [], [], [], 0

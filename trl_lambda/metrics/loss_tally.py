@@ -61,9 +61,15 @@ class LossTally:
         for name, (length, rows) in zip(("positive", "negative"), by_sign, strict=True):
             self.add_ratio(f"advantage/{name}_mean_length", length, rows)
 
-    def add_length_weights(self, weights: torch.Tensor) -> None:
-        """Take in f of a whole generation batch, shape (P, G), the same on every process."""
+    def add_length_weights(self, weights: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
+        """Take in f of a whole generation batch, (P, G), the same on every process; apart by sign of A if given."""
         weights = weights.detach().float()
+        for name, of_sign in (
+            () if advantages is None else (("positive", advantages > 0), ("negative", advantages < 0))
+        ):
+            rows = of_sign & (weights > 0)
+            self.add_ratio(f"length_weight/{name}/mean", (weights * rows).sum(), rows.sum())
+            self.add_range(f"length_weight/{name}", weights, rows)
         ess = effective_sample_size(weights)
         self.add_ratio("length_weight/ess", ess.nan_to_num().sum(), (~ess.isnan()).sum())
         self.add_range("length_weight", weights, weights > 0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..preference.files import read_lambda_file
+from ..weights import SIDES
 from .history import LogHistory, RunLog, check_history, readable_history
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def read_run(folder: str | Path) -> RunLog:
     """
     folder = Path(folder)
     history = read_log_history(folder)
-    title, member, length_scale = folder.resolve().name, None, 1 / 9
+    title, member, length_scale, side = folder.resolve().name, None, 1 / 9, "both"
     for candidate in (folder, *(state.parent for state in _checkpoint_states(folder))):
         if not (candidate / "lambda.json").is_file():
             continue
@@ -74,11 +75,13 @@ def read_run(folder: str | Path) -> RunLog:
             if not 0 < scale < 1:
                 raise ValueError(f"{candidate / 'lambda.json'} is damaged (length_scale = {scale}).")
             member, length_scale = content["aggregation"], scale
+            side = content.get("lambda_side")
+            side = side if side in SIDES else "both"
             title = f"{title}: aggregation={member}"
             break
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             logger.warning("no picture of the length weight from this file: %s", " ".join(str(error).split()))
-    return RunLog(history, title, member, length_scale)
+    return RunLog(history, title, member, length_scale, side)
 
 
 def _checkpoint_states(folder: Path) -> list[Path]:

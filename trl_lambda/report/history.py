@@ -19,6 +19,7 @@ class RunLog:
     title: str = ""
     aggregation: str | None = None  # the member of f, where it has a λ and it is known
     length_scale: float = 1 / 9
+    side: str = "both"
 
     def series(self, key: str | None) -> tuple[list[int], list[float]]:
         """Return the optimizer steps at which `key` was logged and its values, without those that are not finite."""

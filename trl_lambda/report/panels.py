@@ -190,6 +190,9 @@ def _draw_curves(axes: Any, run: RunLog) -> None:
     chosen = {when: chosen[when] for when in ("at start", "midway", "at end") if when in chosen}
     lengths = torch.linspace(*_curve_lengths(run), rows, dtype=torch.float64)
     axes.axhline(1.0, color="0.85", linewidth=2.5)  # f = 1: the token mean
+    if run.side != "both":
+        _draw_sides(axes, run, lengths, values[-1])
+        return
     for (when, lam), (color, dash) in zip(chosen.items(), _CURVES[-len(chosen) :], strict=True):
         weights = length_weights(
             lengths.unsqueeze(0), float(lam), aggregation=run.aggregation, length_scale=run.length_scale
@@ -197,6 +200,23 @@ def _draw_curves(axes: Any, run: RunLog) -> None:
         label = f"λ = {lam} {when}"
         style = {"color": color, "linestyle": dash, "linewidth": 2, "marker": "o" if few else None, "markersize": 4}
         axes.plot(lengths.tolist(), weights[0].tolist(), label=label, **style)
+
+
+def _draw_sides(axes: Any, run: RunLog, lengths: torch.Tensor, lam: float) -> None:
+    """Draw f over the run's lengths at the end, one curve for A > 0 and one for A < 0, half of a group each."""
+    if run.length_scale * math.sqrt(2 * len(lengths) - 1) >= 1:  # both halves have to fit into one legal group
+        lengths = lengths[::2]
+    signs = torch.cat([torch.ones_like(lengths), -torch.ones_like(lengths)]).unsqueeze(0)
+    weights = length_weights(
+        lengths.repeat(2).unsqueeze(0), lam, aggregation=run.aggregation, length_scale=run.length_scale,
+        side=run.side, advantages=signs,
+    )[0]  # fmt: skip
+    for name, values, (color, dash) in (
+        ("A > 0", weights[: len(lengths)], _CURVES[-1]),
+        ("A < 0", weights[len(lengths) :], _CURVES[0]),
+    ):
+        axes.plot(lengths.tolist(), values.tolist(), color=color, linestyle=dash, linewidth=2,
+                  label=f"{name} (λ = {lam:.2f} at end)")  # fmt: skip
 
 
 def _has_curves(run: RunLog) -> bool:
@@ -233,6 +253,31 @@ PANELS = (
         "λ (no unit)",
         ("lambda/value",),
         _draw_lambda,
+    ),
+    Panel(
+        "What λ prefers beside length",
+        "λ (no unit)",
+        ("lambda/mean_logp", "lambda/min_logp"),
+        functools.partial(
+            _draw_several,
+            lines=[
+                ("length", "lambda/value"),
+                ("mean log-probability", "lambda/mean_logp"),
+                ("least log-probability", "lambda/min_logp"),
+            ],
+        ),
+    ),
+    Panel(
+        "Variance of A that λ's regression explains",
+        "R²",
+        ("lambda/r2",),
+        functools.partial(_draw_metric, key="lambda/r2", zero=True),
+    ),
+    Panel(
+        "Mean length against its target",
+        "ln(length / target)",
+        ("lambda/target_gap",),
+        functools.partial(_draw_metric, key="lambda/target_gap", zero=True),
     ),
     Panel(
         "Gradient of λ",

@@ -244,7 +244,9 @@ class ReportCallback(TrainerCallback):
         folder = Path(args.output_dir)
         options = {name: getattr(args, name, None) for name in ("aggregation", "token_regulation")}
         title = f"{folder.resolve().name}: " + ", ".join(f"{option}={value}" for option, value in options.items())
-        log = RunLog(state.log_history, title, options["aggregation"], getattr(args, "length_scale", 1 / 9))
+        side = getattr(args, "lambda_side", "both")
+        side = "positive" if side == "both" and getattr(args, "length_target", None) is not None else side
+        log = RunLog(state.log_history, title, options["aggregation"], getattr(args, "length_scale", 1 / 9), side)
         try:
             _write_report(log, [folder / name for name in self.names])
         except (OSError, ValueError) as error:

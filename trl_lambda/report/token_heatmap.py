@@ -13,6 +13,9 @@ from .names import PAGES, PICTURES, check_ending
 # Light to dark: the darker, the heavier, in colour and in grey.
 _STOPS = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 _COLUMNS = 88  # characters in a line of the PNG
+# Tokens that have no weight: light and hatched, so that no grey is taken for a weight.
+_OTHER_INK, _OTHER_LOOK = "#555555", {"facecolor": "#f6f6f6", "edgecolor": "#cfcfcf", "hatch": "////", "linewidth": 0}
+_OTHERS = "grey: not the policy's own"
 _MAX_LINES = 2000  # 60 000 pixels high, about what the PNG canvas can hold
 
 _PAGE = """<!DOCTYPE html>
@@ -21,12 +24,13 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 1.5em auto; padding: 0 1em; color: #222 }}
 .tokens {{ font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }}
 .tokens span {{ padding: .15em 0; border-right: 1px solid #fff }}
+.other {{ color: #555; background: repeating-linear-gradient(45deg, #f6f6f6 0 3px, #cfcfcf 3px 4px) }}
 .bar {{ height: 1em; max-width: 24em; border: 1px solid #888; background: linear-gradient(to right, {stops}) }}
 .ends {{ display: flex; justify-content: space-between; max-width: 24em; font-variant-numeric: tabular-nums }}
 </style></head><body>
 <h1>{title}</h1>
 <p class="tokens">{tokens}</p>
-<div class="bar"></div><div class="ends"><span>{low}</span><span>{label}</span><span>{high}</span></div>
+<div class="bar"></div><div class="ends"><span>{low}</span><span>{label}</span><span>{high}</span></div>{others}
 </body></html>
 """
 
@@ -39,15 +43,19 @@ def heatmap(
     title: str = "",
     label: str = "token weight (no unit)",
     limits: tuple[float, float] | None = None,
+    mask: Any = None,
 ) -> Path:
     """
     Show one completion with each token on a ground that is the darker the more it weighs.
+
+    In a conversation with tools only the policy's own tokens have a weight: with `mask`, those of the tools and of the
+    chat template are grey and hatched.
 
     Args:
         tokens (`list[str]` or `str`):
             Text of each token, (T,), such as `[tokenizer.decode(i) for i in ids]`; a string is its characters.
         weights (`torch.Tensor` or `list[float]`):
-            Weight of each token, (T,), finite.
+            Weight of each token, (T,), finite where the mask is on.
         path (`str` or `Path`):
             File to write: an HTML page if it ends in `.html` or `.htm`, a PNG if in `.png` (needs matplotlib, which
             has no glyphs for some scripts). Its folder is made if need be.
@@ -58,26 +66,36 @@ def heatmap(
         limits (`tuple[float, float]`, *optional*):
             Weights of the lightest and the darkest ground, so that several pictures compare; the smallest and the
             largest weight if not given.
+        mask (`torch.Tensor` or `list`, *optional*):
+            Which tokens are the policy's own, (T,): true or 1, such as a row of TRL's `tool_mask`. All, if not given.
 
     Returns:
         `Path`: the file written.
 
     Raises:
         ImportError: for a PNG without matplotlib.
-        ValueError: if there are no tokens or one is no text, not one finite weight for each, the limits are not
-            `(low, high)`, the file name ends in neither, or the completion is too long for a PNG.
+        ValueError: if there are no tokens or one is no text, not one finite weight for each, the mask has another
+            length or leaves no token, the limits are not `(low, high)`, the file name ends in neither, or the
+            completion is too long for a PNG.
     """
     path = check_ending("path", path, PAGES + PICTURES)
-    tokens, values = _texts(tokens), _numbers("weights", weights)
-    if len(tokens) != len(values) or not tokens:
-        raise ValueError(
-            f"weights has {len(values)} entries for {len(tokens)} tokens; need one each, and at least one."
-        )
-    low, high = (min(values), max(values)) if limits is None else _limits(limits)
+    tokens = _texts(tokens)
+    own = [True] * len(tokens) if mask is None else [number != 0 for number in _numbers("mask", mask)]
+    values = _numbers("weights", weights, own)
+    for name, entries in (("weights", values), ("mask", own)):
+        if len(tokens) != len(entries) or not tokens:
+            raise ValueError(
+                f"{name} has {len(entries)} entries for {len(tokens)} tokens; need one each, and at least one."
+            )
+    if not any(own):
+        raise ValueError("mask is off everywhere; need at least one token of the policy's own.")
+    weighed = [value for value, mine in zip(values, own, strict=True) if mine]
+    low, high = (min(weighed), max(weighed)) if limits is None else _limits(limits)
     title, label = readable(title), readable(label)
     # Halves, so that a range which is itself beyond the largest float has fractions too.
     spread = high / 2 - low / 2
     fractions = [min(max((value / 2 - low / 2) / spread, 0.0), 1.0) if spread > 0 else 0.5 for value in values]
+    fractions = [fraction if mine else None for fraction, mine in zip(fractions, own, strict=True)]
     if path.suffix.lower() in PAGES:
         content = _page(tokens, values, fractions, (low, high), title, label)
     else:
@@ -98,14 +116,16 @@ def _texts(tokens: Any) -> list[str]:
     return [readable(token) for token in tokens]
 
 
-def _numbers(argument: str, numbers: Any) -> list[float]:
-    """Check numbers and return them as floats."""
+def _numbers(argument: str, numbers: Any, counted: Sequence[bool] = ()) -> list[float]:
+    """Check numbers and return them as floats; 0 for those that do not count, whatever they are."""
     try:
         values = [float(value) for value in (numbers.tolist() if hasattr(numbers, "tolist") else numbers)]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{argument} must be one number for each, in a list or a tensor (T,): {error}.") from error
     except OverflowError:
         values = [math.inf]
+    if len(counted) == len(values):
+        values = [value if counts else 0.0 for value, counts in zip(values, counted, strict=True)]
     if not all(map(math.isfinite, values)):
         raise ValueError(f"{argument} has an entry that is not finite.")
     return values
@@ -142,13 +162,16 @@ def _visible(token: str) -> str:
 def _page(
     tokens: list[str],
     values: list[float],
-    fractions: list[float],
+    fractions: list[float | None],
     limits: tuple[float, float],
     title: str,
     label: str,
 ) -> bytes:
     spans = []
     for token, value, fraction in zip(tokens, values, fractions, strict=True):
+        if fraction is None:
+            spans.append(f'<span class="other">{html.escape(_visible(token))}</span>')
+            continue
         ground = "#{:02x}{:02x}{:02x}".format(*shade(fraction))
         style = f"background:{ground};color:{_ink(fraction)}"
         spans.append(f'<span style="{style}" title="{value:.4g}">{html.escape(_visible(token))}</span>')
@@ -162,6 +185,7 @@ def _page(
         low=low,
         high=high,
         label=html.escape(label),
+        others=f'<p><span class="other">{html.escape(_OTHERS)}</span></p>' if None in fractions else "",
     )
     return page.encode("utf-8")
 
@@ -194,7 +218,9 @@ def _place(tokens: list[str]) -> Iterator[tuple[int, int, int, str, int]]:
             yield line, start, column - start, text, number
 
 
-def _picture(tokens: list[str], fractions: list[float], limits: tuple[float, float], title: str, label: str) -> bytes:
+def _picture(
+    tokens: list[str], fractions: list[float | None], limits: tuple[float, float], title: str, label: str
+) -> bytes:
     """Draw the PNG: one box and one text per part of a token, and the colour bar below."""
     from io import BytesIO
 
@@ -212,7 +238,7 @@ def _picture(tokens: list[str], fractions: list[float], limits: tuple[float, flo
     if lines > _MAX_LINES:
         raise ValueError(f"the completion takes {lines} lines, a PNG holds {_MAX_LINES}; write .html instead.")
     columns = max([column + width for _, column, width, *_ in parts], default=1)
-    columns = max(columns, 48)  # room for the colour bar's label
+    columns = max(columns, 70 if None in fractions else 48)  # room for the colour bar's label, and the other key
     left, top, bottom, cell, height = 0.15, 0.42 if title else 0.15, 0.72, 0.088, 0.26  # inches
     size = (columns * cell + 2 * left, top + lines * height + bottom)
     figure = Figure(figsize=size, dpi=120)
@@ -221,12 +247,18 @@ def _picture(tokens: list[str], fractions: list[float], limits: tuple[float, flo
     axes.set(xlim=(0, columns), ylim=(lines, 0))
     axes.axis("off")
     for line, column, width, text, number in parts:
-        color = tuple(value / 255 for value in shade(fractions[number]))
-        axes.add_patch(
-            Rectangle((column, line + 0.06), width, 0.88, facecolor=color, edgecolor="white", linewidth=0.8)
-        )
+        fraction, look, ink = fractions[number], _OTHER_LOOK, _OTHER_INK
+        if fraction is not None:
+            color = tuple(value / 255 for value in shade(fraction))
+            look, ink = {"facecolor": color, "edgecolor": "white", "linewidth": 0.8}, _ink(fraction)
+        axes.add_patch(Rectangle((column, line + 0.06), width, 0.88, **look))
         style = {"family": "DejaVu Sans Mono", "fontsize": 10, "va": "center_baseline", "parse_math": False}
-        axes.text(column + 0.1, line + 0.5, text, color=_ink(fractions[number]), **style)
+        axes.text(column + 0.1, line + 0.5, text, color=ink, **style)
+    if None in fractions:
+        place = ((left + 3.75) / size[0], 0.46 / size[1])
+        key = Rectangle(place, 0.3 / size[0], 0.13 / size[1], transform=figure.transFigure, **_OTHER_LOOK)
+        figure.add_artist(key)
+        figure.text((left + 4.13) / size[0], place[1], _OTHERS, fontsize=9, color=_OTHER_INK)
     if title:
         figure.text(left / size[0], 1 - 0.14 / size[1], title, fontsize=11, va="top", parse_math=False)
     stops = [shade(0.5)] * 2 if limits[0] == limits[1] else _STOPS

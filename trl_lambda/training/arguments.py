@@ -30,6 +30,15 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             Reward functions: `"accuracy_reward"`, `"reasoning_accuracy_reward"`, `"think_format_reward"`,
             `"get_soft_overlong_punishment"` (with `max_completion_len=1280`, `soft_punish_cache=256`, as in TRL's
             script), or a dotted path that can be imported from the current directory.
+        tools (`list[str]`, *optional*):
+            Tools of the policy: dotted paths to functions with type hints and a docstring for every argument, such as
+            `recipes.agents.calculator.calculate`.
+        environment (`str`, *optional*):
+            Environment of the policy: dotted path to a class as TRL's `environment_factory` takes it, such as
+            `recipes.playground.lookup_agent.LookUp`. Its public methods are tools, `reset(**row)` starts a rollout,
+            and `get_reward()`, if it has one, scores it.
+        tool_timeout (`float`, *optional*):
+            Seconds after which a call of a tool is broken off and counted as a failure.
         plot (`bool`, *optional*, defaults to `False`):
             Write `run.png` (λ, reward and length over steps) into the output folder; needs `trl-lambda[plots]`.
         short_progress (`bool`, *optional*, defaults to `False`):
@@ -58,6 +67,25 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             "`get_soft_overlong_punishment` (max_completion_len=1280, soft_punish_cache=256, as in TRL's script), or "
             "a dotted path that can be imported from the current directory."
         },
+    )
+    tools: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tools of the policy: dotted paths to functions with type hints and a docstring for every "
+            "argument, such as `recipes.agents.calculator.calculate`."
+        },
+    )
+    environment: str | None = field(
+        default=None,
+        metadata={
+            "help": "Environment of the policy: dotted path to a class as TRL's `environment_factory` takes it, such "
+            "as `recipes.playground.lookup_agent.LookUp`. Its public methods are tools, `reset(**row)` starts a "
+            "rollout, and `get_reward()`, if it has one, scores it."
+        },
+    )
+    tool_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds after which a call of a tool is broken off and counted as a failure."},
     )
     plot: bool = field(
         default=False,

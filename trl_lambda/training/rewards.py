@@ -10,6 +10,7 @@ from trl.rewards import (
     think_format_reward,
 )
 
+from .agents import owns_reward
 from .arguments import LambdaGRPOScriptArguments
 from .loading import import_function
 
@@ -22,12 +23,12 @@ REWARD_FUNCS: dict[str, Callable] = {
 MATH_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward")
 
 
-def load_rewards(script_args: LambdaGRPOScriptArguments) -> list[str | Callable]:
+def load_rewards(script_args: LambdaGRPOScriptArguments, environment: type | None = None) -> list[str | Callable]:
     """
     Resolve the names of reward model and reward functions to what the trainer takes as `reward_funcs`.
 
     Raises:
-        ValueError: if none is given, or a name cannot be resolved.
+        ValueError: if none is given and the environment has none of its own, or a name cannot be resolved.
     """
     rewards: list[str | Callable] = []
     if script_args.reward_model_name_or_path:
@@ -39,6 +40,6 @@ def load_rewards(script_args: LambdaGRPOScriptArguments) -> list[str | Callable]
         accepted = f"{', '.join(REWARD_FUNCS)}, or a dotted path to a function"
         known = name in REWARD_FUNCS
         rewards.append(REWARD_FUNCS[name] if known else import_function("reward_funcs has", name, accepted))
-    if not rewards:
+    if not rewards and not owns_reward(environment):
         raise ValueError("no reward: set reward_funcs, reward_model_name_or_path, or both.")
     return rewards

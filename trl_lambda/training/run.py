@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import transformers
@@ -13,6 +14,7 @@ from ..lambda_grpo_config import LambdaGRPOConfig
 from ..lambda_grpo_trainer import LambdaGRPOTrainer
 from ..preference.files import read_lambda_file
 from ..report import plot_run, require_matplotlib, summarize_run
+from .agents import check_reward_names, check_rows, check_tokenizer, load_environment, load_tools
 from .arguments import LambdaGRPOScriptArguments, parse
 from .loading import load_splits
 from .progress import ShortProgress
@@ -59,6 +61,22 @@ def check_resume(args: LambdaGRPOConfig) -> None:
         read_lambda_file(checkpoint)
 
 
+def load_agent(script_args: LambdaGRPOScriptArguments) -> tuple[list[Callable], type | None]:
+    """
+    Load the tools and the environment that the arguments name.
+
+    Raises:
+        ValueError: if one cannot be used.
+    """
+    timeout = script_args.tool_timeout
+    if timeout is not None and not script_args.tools and not script_args.environment:
+        raise ValueError("tool_timeout is set without tools and environment.")
+    tools, environment = load_tools(script_args.tools, timeout), load_environment(script_args.environment, timeout)
+    if tools or environment:
+        check_reward_names(script_args.reward_funcs)
+    return tools, environment
+
+
 def make_trainer(
     script_args: LambdaGRPOScriptArguments,
     training_args: LambdaGRPOConfig,
@@ -74,10 +92,15 @@ def make_trainer(
     """
     if script_args.plot:
         require_matplotlib()
-    rewards = load_rewards(script_args)
+    tools, environment = load_agent(script_args)
+    rewards = load_rewards(script_args, environment)
     check_model(model_args, training_args.trust_remote_code)
     check_resume(training_args)
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
+    if tools or environment:
+        name, revision = model_args.model_name_or_path, model_args.model_revision
+        check_tokenizer(name, revision, training_args.trust_remote_code)
+        check_rows(train_dataset, environment, script_args.environment)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
@@ -93,6 +116,8 @@ def make_trainer(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        **({"tools": tools} if tools else {}),
+        **({"environment_factory": environment} if environment else {}),
     )
     if script_args.short_progress and not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -114,18 +139,19 @@ def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -
     args = trainer.args
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the log history, for `trl_lambda.report`
+    output_dir, picture = Path(args.output_dir), None
+    if script_args.plot and trainer.accelerator.is_main_process:
+        picture = plot_run(output_dir, output_dir / "run.png")  # before the card, which shows it
     on_hub = script_args.dataset_name if not Path(script_args.dataset_name or "").exists() else None
-    trainer.create_model_card(model_name=Path(args.output_dir).name, dataset_name=on_hub)
+    trainer.create_model_card(model_name=output_dir.name, dataset_name=on_hub)
     if trainer.accelerator.is_main_process:
-        history, output_dir = trainer.state.log_history, Path(args.output_dir)
-        lines = [*summarize_run(history), lambda_line(args, trainer.lambda_value)]
+        lines = [*summarize_run(trainer.state.log_history), lambda_line(args, trainer.lambda_value)]
         files = [
             ("model", output_dir),
             ("lambda", output_dir / "lambda.json"),
             ("model card", output_dir / "README.md"),
         ]
-        if script_args.plot:
-            files.append(("plot", plot_run(output_dir, output_dir / "run.png")))
+        files += [("plot", picture)] if picture else []
         files = [(name, path) for name, path in files if path.exists()]
         print(f"\nSummary of {trainer.state.global_step} optimizer steps")
         print("\n".join(f"  {name:<34} {text}" for name, text in lines))

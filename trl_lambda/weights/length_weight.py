@@ -433,7 +433,7 @@ def weigh_responses(
     known: dict[str, Any] = {"lengths": rows, "has_tokens": has_tokens, "dim": (0, 1) if scope == "batch" else (1,)}
     if member.has_lambda:  # without λ none is made: putting a number on a device would make the host wait for it
         lam_shape = () if len(member.lambda_features) == 1 else (-1,)
-        known["lam"] = torch.as_tensor(lam, device=rows.device).to(work).reshape(lam_shape)
+        known["lam"] = torch.as_tensor(lam, device=rows.device, dtype=work).reshape(lam_shape)
     known["features"] = {name: values.to(work) for name, values in (features or {}).items()}
     for name, values in {"advantages": advantages, **(features or {})}.items():
         known[name] = None if values is None else values.to(work)

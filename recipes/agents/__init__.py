@@ -1,0 +1,1 @@
+"""Tools and environments: what `recipes/train.py` takes by dotted path, and those of the recipes."""

@@ -1,0 +1,1 @@
+"""Which weights point along the policy gradient: batches, weights, cosines, the study and its summary."""

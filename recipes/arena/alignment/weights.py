@@ -1,0 +1,232 @@
+"""
+What every arm weighs its tokens by at ρ = 1, as one function of lengths, probabilities and advantages.
+
+On the policy's own samples all surrogates of TRL have the gradient A·∇log π (the sequence-level ratio too: its
+1/|o| Σ_t ∇log π counts |o| times), so that only reduction and weights tell arms apart, and some not even these:
+`same_direction` says which. A generation batch is taken whole; cut over several steps, bnpo divides each part by its
+own tokens and is dapo no more.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from recipes.arena.alignment.policy_gradient import Batch, group_advantages
+from recipes.arena.comparison.arms import ARMS, Arm
+from trl_lambda import LambdaGRPOConfig
+from trl_lambda.weights import LEARNABLE_AGGREGATIONS, length_weights, probability_weights
+
+BASE = "dapo"  # λ = 0
+# The reduction of TRL's loss types in the terms of `length_weights`, at ρ = 1 and up to a constant. sapo's soft gate
+# has slope 1 at ρ = 1 whatever its temperatures, vespo's is 1 there; luspo sums |o| times a mean over tokens.
+REDUCTIONS = {
+    "grpo": "grpo",
+    "sapo": "grpo",
+    "dapo": "dapo",
+    "bnpo": "dapo",
+    "cispo": "dapo",
+    "luspo": "dapo",
+    "vespo": "dapo",
+    "dr_grpo": "dapo",
+}
+UNDERSTOOD = frozenset({
+    "loss_type", "epsilon", "epsilon_high", "importance_sampling_level", "aggregation", "aggregation_scope",
+    "lambda_init", "lambda_learnable", "lambda_learning_rate", "lambda_adam_eps", "length_scale", "token_regulation",
+    "regulation_alpha", "regulation_slope", "regulation_center", "regulation_min", "regulation_max",
+    "regulation_inside_clip",
+})  # fmt: skip
+STEPPING = {"lambda_learning_rate", "lambda_adam_eps"}  # how λ moves, not where it starts
+DEFAULTS = {field.name: field.default for field in fields(LambdaGRPOConfig) if field.name in UNDERSTOOD}
+# How far below and above λ's start the slope of the alignment in λ is taken; of about equal effect in both families.
+SLOPE_STEP = {"lambda": 2.0, "power": 0.5}
+# More of λ's axis, for the families without a token weight.
+GRID = {"lambda": (-4.0, -2.0, 2.0, 4.0), "power": (-2.0, -1.0, -0.5, 0.5, 1.0)}
+CONTROLS = {
+    "power_tr_-1": Arm(
+        "GRPO × TR",
+        {"aggregation": "power", "lambda_init": -1.0, "lambda_learnable": False, "token_regulation": "sigmoid"},
+    ),
+    "ar_0.6": Arm("AR, α = 0.6", {"aggregation": None, "token_regulation": "linear", "regulation_alpha": 0.6}),
+}
+REVERSED = {"tr_reversed": "tr"}  # 1/v, decreasing in the probability
+
+
+@dataclass(frozen=True)
+class Weight:
+    """
+    One weight to be aligned.
+
+    Args:
+        name (`str`): of an arm, or of a point beside the arms.
+        options (`Mapping`): everything in `UNDERSTOOD`, defaults filled in.
+        reversed (`bool`): its reciprocal is meant.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    reversed: bool = False
+
+    @property
+    def learnable(self) -> bool:
+        """Whether λ is learned, and `lambda_init` only where it starts."""
+        return self.options["aggregation"] in LEARNABLE_AGGREGATIONS and self.options["lambda_learnable"]
+
+    def __call__(self, lengths: torch.Tensor, logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+        """
+        w_it at ρ = 1, λ at its start.
+
+        Args:
+            lengths (`torch.Tensor`): tokens per completion, (P, G).
+            logps (`torch.Tensor`): log π_it, (P · G, T).
+            advantages (`torch.Tensor`): A_i, (P, G); the clip asks for their sign when v is inside it.
+
+        Returns:
+            `torch.Tensor`: (P · G, T), >= 0.
+        """
+        per_response = response_weights(self.options, lengths, self.options["lambda_init"])
+        weights = per_response.view(-1, 1) * token_weights(self.options, logps, advantages.view(-1, 1))
+        return 1 / weights if self.reversed else weights
+
+
+def response_weights(options: Mapping[str, Any], lengths: torch.Tensor, lam: torch.Tensor | float) -> torch.Tensor:
+    """f_i(λ), (P, G), differentiable in λ."""
+    member = options["aggregation"] or REDUCTIONS[options["loss_type"]]
+    scope, scale = options["aggregation_scope"], options["length_scale"]
+    return length_weights(
+        lengths, lam, aggregation=member, scope=scope, length_scale=scale, max_completion_length=int(lengths.max())
+    )
+
+
+def token_weights(options: Mapping[str, Any], logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """v_it, (B, T) from log π (B, T) and A (B, 1); 0 where v inside the clip takes the token out of it."""
+    if options["token_regulation"] is None:
+        return torch.ones_like(logps)
+    weights = probability_weights(
+        logps,
+        regulation=options["token_regulation"],
+        alpha=options["regulation_alpha"],
+        slope=options["regulation_slope"],
+        center=options["regulation_center"],
+        min=options["regulation_min"],
+        max=options["regulation_max"],
+    )
+    if options["regulation_inside_clip"]:
+        low, high = options["epsilon"], options["epsilon_high"]
+        above = weights > 1 + (low if high is None else high)
+        clipped = (above & (advantages > 0)) | ((weights < 1 - low) & (advantages < 0))
+        weights = weights.masked_fill(clipped, 0.0)
+    return weights
+
+
+def lambda_gradient(weight: Weight, batch: Batch, logps: torch.Tensor) -> float:
+    """
+    dL/dλ of the trainer's own loss at λ's start and ρ = 1, where a token's surrogate has the value v·A.
+
+    Args:
+        weight (`Weight`): a learnable one.
+        batch (`Batch`): its completions.
+        logps (`torch.Tensor`): log π of their tokens, (B, T).
+
+    Returns:
+        `float`: descent moves λ against its sign.
+    """
+    lam = torch.tensor(weight.options["lambda_init"], dtype=torch.float64, requires_grad=True)
+    advantages = group_advantages(batch.rewards).view(-1, 1)
+    values = token_weights(weight.options, logps, advantages) * advantages * batch.mask
+    per_response = response_weights(weight.options, batch.lengths, lam)
+    loss = -(per_response.flatten() * values.sum(dim=1)).sum() / batch.lengths.sum()
+    return torch.autograd.grad(loss, lam)[0].item()
+
+
+def make_weight(name: str, arm: Arm) -> Weight:
+    """
+    The weight of an arm.
+
+    Raises:
+        ValueError: if an option may change the gradient in a way that is not covered here.
+    """
+    unknown = set(arm.options) - UNDERSTOOD
+    if unknown:
+        raise ValueError(f"arm {name!r} sets {sorted(unknown)}, whose effect on the gradient alignment cannot tell.")
+    options = {**DEFAULTS, **({"aggregation": None} if arm.trl else {}), **arm.options}
+    weight = Weight(name, options)
+    if options["importance_sampling_level"] != "token" and options["token_regulation"] is not None:
+        raise ValueError(f"arm {name!r} weighs tokens that share one ratio; alignment knows a ratio per token only.")
+    if weight.learnable and (options["regulation_inside_clip"] or options["loss_type"] != "dapo"):
+        raise ValueError(f"arm {name!r} learns λ from another value than v·A, the only one alignment knows.")
+    return weight
+
+
+def all_weights(arms: Mapping[str, Arm] = ARMS) -> list[Weight]:
+    """
+    Every arm, λ = 0 first, then λ's axis around every learnable arm, then the controls.
+
+    Args:
+        arms (`Mapping[str, Arm]`): by name, `BASE` among them.
+
+    Returns:
+        `list[Weight]`: of distinct names; some have the same direction.
+    """
+    weights = {name: make_weight(name, arms[name]) for name in (BASE, *arms)}
+    for weight in [weight for weight in weights.values() if weight.learnable]:
+        if _family_head(weight, weights.values()) is not weight:
+            continue
+        plain = weight.options["token_regulation"] is None
+        for lam in sorted({*_sides(weight), *(GRID[weight.options["aggregation"]] if plain else ())}):
+            options = {**weight.options, "lambda_init": lam, "lambda_learnable": False}
+            weights.setdefault(_beside(weight, lam), Weight(_beside(weight, lam), options))
+    weights |= {name: make_weight(name, arm) for name, arm in CONTROLS.items()}
+    weights |= {name: Weight(name, weights[of].options, reversed=True) for name, of in REVERSED.items()}
+    return list(weights.values())
+
+
+def slope_sides(weight: Weight, weights: Iterable[Weight]) -> tuple[Weight, Weight]:
+    """Of `all_weights`, those with λ below and above where a learnable one starts."""
+    named = {other.name: other for other in weights}
+    below, above = (named[_beside(_family_head(weight, named.values()), lam)] for lam in _sides(weight))
+    return below, above
+
+
+def _sides(weight: Weight) -> tuple[float, float]:
+    start, step = weight.options["lambda_init"], SLOPE_STEP[weight.options["aggregation"]]
+    return start - step, start + step
+
+
+def _beside(weight: Weight, lam: float) -> str:
+    """The name of a learnable weight with λ held elsewhere."""
+    return f"{weight.name}_{lam:+g}"
+
+
+def _family_head(weight: Weight, weights: Iterable[Weight]) -> Weight:
+    """The first of the learnable weights that differ from this one in how λ is stepped only."""
+    kept = UNDERSTOOD - STEPPING
+    return next(other for other in weights if all(other.options[key] == weight.options[key] for key in kept))
+
+
+def same_direction(weights: Iterable[Weight]) -> dict[str, str]:
+    """
+    The first weight that each is a constant multiple of, so that their gradients at ρ = 1 are parallel on any batch.
+
+    Decided on random lengths, probabilities and rewards, float64.
+
+    Args:
+        weights (`Iterable[Weight]`): `BASE` first.
+
+    Returns:
+        `dict[str, str]`: by name; itself for the first of its direction.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (6, 8), generator=generator)
+    logps = torch.rand(48, 30, generator=generator, dtype=torch.float64).log()
+    advantages = group_advantages(torch.rand(6, 8, generator=generator, dtype=torch.float64))
+    mask = torch.arange(30) < lengths.view(-1, 1)
+    seen: dict[str, torch.Tensor] = {}
+    result = {}
+    for weight in weights:
+        values = (weight(lengths, logps, advantages) * mask).flatten().double()
+        values /= values.norm()
+        result[weight.name] = next((n for n, other in seen.items() if (values - other).norm() < 1e-5), weight.name)
+        seen.setdefault(result[weight.name], values)
+    return result

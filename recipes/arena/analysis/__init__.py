@@ -1,0 +1,1 @@
+"""What the rows of `results/runs.csv` say: comparisons of arms, their statistics, tables and figures."""

@@ -1,0 +1,94 @@
+"""
+The arms: one name per aggregation, and what distinguishes its configuration from every other's.
+
+Arms of TRL run TRL's own `GRPOTrainer`; all others run `LambdaGRPOTrainer` on TRL's `dapo` surrogate.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One aggregation.
+
+    Args:
+        about (`str`): what it is, for tables.
+        options (`dict`): fields of `GRPOConfig` (if `trl`) or `LambdaGRPOConfig` that differ from the common ones.
+        trl (`bool`): TRL's own trainer and reduction.
+    """
+
+    about: str
+    options: dict[str, Any] = field(default_factory=dict)
+    trl: bool = False
+
+
+def _trl(loss_type: str, **options: Any) -> Arm:
+    return Arm(f"TRL's loss_type={loss_type!r}", {"loss_type": loss_type, **options}, trl=True)
+
+
+def _fixed(aggregation: str, lam: float) -> dict[str, Any]:
+    return {"aggregation": aggregation, "lambda_init": lam, "lambda_learnable": False}
+
+
+_SOFTMAX = {"aggregation": "lambda"}
+_POWER = {"aggregation": "power"}
+_SIGN_LIKE = {"lambda_adam_eps": 1e-8, "lambda_learning_rate": 0.01}  # plain AdamW steps: each about 0.01
+_THREE = ["length", "mean_logp", "min_logp"]
+_DAPO = {"aggregation": "dapo"}
+_POSITIVE = {"aggregation": "power", "lambda_side": "positive"}  # λ by regression
+_TR = {"token_regulation": "sigmoid"}
+# R-B of the constants of arXiv 2511.00066, clip(2·(σ(9π) - 0.25), 1, 1.4), in the parameters of the sigmoid weight:
+# the same ends, within 0.007 between them.
+_TR_B = {**_TR, "regulation_alpha": 1.5, "regulation_slope": 9.48, "regulation_center": 0.049}
+# Most sampled tokens of the playground's models have π > 0.344, where the weight is U: its mean over a run is 1.38 on
+# running_sum, 1.37 on knights_and_knaves, 1.39 on checked_sum and 1.31 on slippery_chain (`token_weight_mean`).
+CONSTANT_WEIGHT = 1.37
+
+ARMS: dict[str, Arm] = {
+    "grpo": _trl("grpo"),
+    "dapo": _trl("dapo"),
+    "dr_grpo": _trl("dr_grpo"),
+    "bnpo": _trl("bnpo"),
+    "cispo": _trl("cispo", epsilon_high=5.0),
+    "sapo": _trl("sapo"),
+    "luspo": _trl("luspo", importance_sampling_level="sequence"),
+    "softmax": Arm("λ-GRPO: λ of the softmax family learned, eps 1.0", _SOFTMAX),
+    "softmax_fast": Arm("softmax, learning rate of λ 1.0 instead of 0.1", {**_SOFTMAX, "lambda_learning_rate": 1.0}),
+    "softmax_adamw": Arm("softmax, plain AdamW steps of about 0.01 for λ", {**_SOFTMAX, **_SIGN_LIKE}),
+    "softmax_-4": Arm("softmax family, λ = -4 fixed", _fixed("lambda", -4.0)),
+    "softmax_+4": Arm("softmax family, λ = +4 fixed", _fixed("lambda", 4.0)),
+    "power": Arm("λ of the power family learned, eps 1.0", _POWER),
+    "power_fast": Arm("power, learning rate of λ 0.3 instead of 0.1", {**_POWER, "lambda_learning_rate": 0.3}),
+    "power_adamw": Arm("power, plain AdamW steps of about 0.01 for λ", {**_POWER, **_SIGN_LIKE}),
+    "power_-0.5": Arm("power family, λ = -0.5 fixed (halfway from DAPO to GRPO)", _fixed("power", -0.5)),
+    "power_+1": Arm("power family, λ = +1 fixed", _fixed("power", 1.0)),
+    "power_-1.75": Arm("power family, λ = -1.75 fixed (beyond GRPO)", _fixed("power", -1.75)),
+    "delta_l": Arm("ΔL (arXiv 2509.07558), α = 0.75: power family, λ = -0.75 fixed", _fixed("power", -0.75)),
+    "tr": Arm("TR-GRPO, reading R-A", {"aggregation": None, **_TR}),
+    "tr_b": Arm("TR-GRPO, reading R-B", {"aggregation": None, **_TR_B}),
+    "tr_inside": Arm(
+        "TR-GRPO, R-A inside the clip", {"aggregation": None, **_TR, "regulation_inside_clip": True}
+    ),
+    "ar": Arm("AR (arXiv 2505.12929), α = 0.2", {"aggregation": None, "token_regulation": "linear"}),
+    "constant": Arm(
+        f"every token weighs {CONSTANT_WEIGHT}, about TR's mean on running_sum",
+        {"aggregation": None, **_TR, "regulation_min": CONSTANT_WEIGHT, "regulation_max": CONSTANT_WEIGHT},
+    ),
+    "softmax_tr": Arm("λ (softmax) × TR", {**_SOFTMAX, **_TR}),
+    "power_tr": Arm("λ (power) × TR", {**_POWER, **_TR}),
+    "balanced": Arm("Balanced Aggregation (arXiv 2605.04077)", {"aggregation": "balanced"}),
+    "positive_weight_3": Arm("right answers count 3 times, nothing else", {**_DAPO, "positive_weight": 3.0}),
+    "signed": Arm("length, signed, λ by regression", {**_POSITIVE, "lambda_side": "signed"}),
+    "positive": Arm("length, positive, λ by regression", _POSITIVE),
+    "positive3": Arm("three features, positive, λ by regression", {**_POSITIVE, "lambda_features": _THREE}),
+    "positive3_tr": Arm("three features, positive × TR", {**_POSITIVE, "lambda_features": _THREE, **_TR}),
+    "positive3_ar": Arm(
+        "three features, positive × AR, α = 0.6",
+        {**_POSITIVE, "lambda_features": _THREE, "token_regulation": "linear", "regulation_alpha": 0.6},
+    ),
+}  # fmt: skip
+
+BASELINES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo")
+LEARNED = ("softmax", "softmax_fast", "softmax_adamw", "power", "power_fast", "power_adamw")

@@ -1,0 +1,119 @@
+"""
+What was tried for λ's rule "regression", on the tuning seeds 0 to 11 and the validation split.
+
+    python -m recipes.arena.comparison.preference_tuning --seeds 4
+
+Each variant is an arm's options and constants of `trl_lambda.preference.rules`. Rows go to
+`recipes/arena/results/preference_tuning.csv`; a run that is there already is not made again. The figures are read with
+`--show`.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.arena.comparison.arms import ARMS, Arm
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.run import RunSpec, run
+from trl_lambda.preference import rules
+
+RESULTS = Path(__file__).parent.parent / "results" / "preference_tuning.csv"
+KEY = ("task", "arm", "seed", "max_steps", "steps_per_generation")
+LEARNING_RATE = 3e-4
+_THREE = ["length", "mean_logp", "min_logp"]
+_POSITIVE3 = {"aggregation": "power", "lambda_side": "positive", "lambda_features": _THREE}
+
+# name -> (options, constants of `rules`)
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "dapo": ({"aggregation": "dapo"}, {}),
+    "positive_weight_3": ({"aggregation": "dapo", "positive_weight": 3.0}, {}),
+    "positive3": (_POSITIVE3, {}),
+    "positive3, κ = 1": ({**_POSITIVE3, "lambda_gain": 1.0}, {}),
+    "positive3, κ = 4": ({**_POSITIVE3, "lambda_gain": 4.0}, {}),
+    "positive3, λ's rate 0.3": ({**_POSITIVE3, "lambda_learning_rate": 0.3}, {}),
+    "positive3, ridge 0.01": (_POSITIVE3, {"_RIDGE": 0.01}),
+    "positive3, decay 0.8": (_POSITIVE3, {"_DECAY": 0.8}),
+    "positive3, decay 0.95": (_POSITIVE3, {"_DECAY": 0.95}),
+    "length and mean_logp": ({**_POSITIVE3, "lambda_features": ["length", "mean_logp"]}, {}),
+    "positive": ({"aggregation": "power", "lambda_side": "positive"}, {}),
+    "signed": ({"aggregation": "power", "lambda_side": "signed"}, {}),
+}
+TASKS = ("running_sum", "slippery_chain", "idle_filler")
+
+
+@contextmanager
+def constants(values: dict[str, float]) -> Iterator[None]:
+    """The rules with other constants."""
+    before = {name: getattr(rules, name) for name in values}
+    for name, value in values.items():
+        setattr(rules, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(rules, name, value)
+
+
+def tune(tasks: tuple[str, ...], variants: tuple[str, ...], seeds: range, max_steps: int, results: Path) -> None:
+    """Make the runs that are not there yet, seed by seed, so that a cut-off tuning has whole pairs."""
+    ledger = Ledger(results, KEY)
+    done = ledger.done()
+    for seed in seeds:
+        for variant in variants:
+            for task in tasks:
+                spec = RunSpec("preference", task, variant, seed, LEARNING_RATE, max_steps, split="validation")
+                if tuple(str(getattr(spec, name)) for name in KEY) in done:
+                    continue
+                options, changed = VARIANTS[variant]
+                ARMS[variant] = Arm(variant, options)
+                with constants(changed):
+                    row = run(spec)
+                ledger.append(row | {"constants": str(changed)})
+                print(f"{task} {variant} {seed}: {row['auc']:.4f} in {row['seconds']} s", flush=True)
+
+
+def show(results: Path) -> list[str]:
+    """Points of mean training reward against `dapo`, paired; λ's spread over seeds at the end, by task and variant."""
+    rows = Ledger(results, KEY).rows()
+    by = {(r["task"], r["arm"], r["seed"]): r for r in rows}
+    lines = ["| task | variant | seeds | points of mean reward | of sampled accuracy | λ of length at 100: mean, sd |"]
+    lines.append("|---|---|---|---|---|---|")
+    for task in dict.fromkeys(r["task"] for r in rows):
+        for arm in dict.fromkeys(r["arm"] for r in rows if r["task"] == task):
+            seeds = [r["seed"] for r in rows if r["task"] == task and r["arm"] == arm]
+            pairs = [(by[task, arm, s], by[task, "dapo", s]) for s in seeds if (task, "dapo", s) in by]
+            cells = []
+            for column in ("auc", "accuracy_sampled"):
+                gaps = [100 * (float(a[column]) - float(b[column])) for a, b in pairs]
+                error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
+                cells.append(f"{statistics.fmean(gaps):+.1f} ± {error:.1f}" if gaps else "-")
+            last = [float(by[task, arm, s]["lambda_100"]) for s in seeds if by[task, arm, s]["lambda_100"]]
+            spread = f"{statistics.fmean(last):+.2f}, {statistics.stdev(last):.2f}" if len(last) > 1 else "-"
+            lines.append(f"| {task} | {arm} | {len(seeds)} | {cells[0]} | {cells[1]} | {spread} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--variants", nargs="+", default=tuple(VARIANTS), choices=tuple(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=4, help="seeds 0 to N - 1, at most 12")
+    parser.add_argument("--max-steps", type=int, default=100)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--show", action="store_true", help="only print the table of what is there")
+    args = parser.parse_args()
+    if not 1 <= args.seeds <= 12:
+        parser.error("--seeds must be 1 to 12: the study has others")
+    torch.set_num_threads(1)
+    if not args.show:
+        tune(tuple(args.tasks), tuple(args.variants), range(args.seeds), args.max_steps, args.results)
+    print("\n".join(show(args.results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""
+The arena's runs: `python -m recipes.arena.comparison.study PART [PART ...]`, with the parts
+
+- `tune`: every arm at every learning rate of the grid, on seeds and held-out problems of its own;
+- `choose`: write `learning_rates.json`, each arm's rate with the highest mean reward over tasks and tuning seeds;
+- `main`: each task's arms (`TASK_ARMS`, else all) with their rates on every test seed, four optimizer steps per
+  generation batch;
+- `one_step`: a few arms with one optimizer step per generation batch.
+
+`--smoke` does the same with few arms, tasks, seeds and steps, in a folder of its own. Runs go to worker processes of
+one thread each and come back as rows of `runs.csv` or `tuning.csv`. What is there is not run again, so a killed study
+goes on where it stopped; equal specs give equal rows on the same machine.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import connection
+from pathlib import Path
+
+from tqdm import tqdm
+
+from recipes.arena.comparison.arms import ARMS, LEARNED
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.run import RunSpec, run
+
+RESULTS = Path(__file__).parent.parent / "results"
+SMOKE_RESULTS = Path("runs") / "arena_smoke"
+# The arm's options are part of what a run is: an arm that was changed under its name is run again.
+KEY = ("study", "task", "arm", "options", "seed", "max_steps", "steps_per_generation", "learning_rate")
+LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
+TUNING_SEEDS = (101,)
+TUNING_TASKS = ("running_sum", "slippery_chain")
+TEST_SEEDS = tuple(range(12))
+TASKS = ("running_sum", "slippery_chain", "checked_sum", "knights_and_knaves", "idle_filler", "lookup_agent")
+# Where not all arms are run. Length is idle in `idle_filler`, so that the path of λ is all there is to see.
+TASK_ARMS = {
+    "checked_sum": ("grpo", "dapo", "softmax", "power", "power_-1.75", "tr"),
+    "knights_and_knaves": ("grpo", "dapo", "softmax", "tr", "softmax_tr"),
+    "idle_filler": ("grpo", "dapo", *LEARNED),
+    "lookup_agent": ("grpo", "dapo", "softmax", "tr"),
+}
+ONE_STEP_ARMS = ("grpo", "dapo", "tr")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What is run.
+
+    Args:
+        arms, tasks (`tuple[str, ...]`): names in `ARMS` and `TASKS`.
+        seeds (`tuple[int, ...]`): test seeds.
+        max_steps (`int`): optimizer steps of a run.
+        tuning_tasks (`tuple[str, ...]`): tasks that learning rates are chosen on, one rate per arm for all tasks.
+        learning_rates (`tuple[float, ...]`): the grid.
+        spec (`Callable[..., RunSpec]`): makes the specs.
+    """
+
+    arms: tuple[str, ...] = tuple(ARMS)
+    tasks: tuple[str, ...] = TASKS
+    seeds: tuple[int, ...] = TEST_SEEDS
+    max_steps: int = 100
+    tuning_tasks: tuple[str, ...] = TUNING_TASKS
+    learning_rates: tuple[float, ...] = LEARNING_RATES
+    spec: Callable[..., RunSpec] = RunSpec
+
+    def tune(self) -> list[RunSpec]:
+        """The tuning runs: the same grid and seeds for every arm."""
+        return [
+            self.spec("tune", task, arm, seed, rate, self.max_steps, split="validation")
+            for task, seed in itertools.product(self.tuning_tasks, TUNING_SEEDS)
+            for rate, arm in itertools.product(self.learning_rates, self.arms)
+        ]
+
+    def main(self, rates: dict[str, float]) -> list[RunSpec]:
+        """The comparison: task by task, seed by seed, so that a study that is cut short has whole seeds."""
+        return [
+            self.spec("main", task, arm, seed, rates[arm], self.max_steps)
+            for task, seed, arm in itertools.product(self.tasks, self.seeds, self.arms)
+            if arm in TASK_ARMS.get(task, ARMS)
+        ]
+
+    def one_step(self, rates: dict[str, float]) -> list[RunSpec]:
+        """One optimizer step per generation batch, so that no ratio ever differs from 1; twice as many batches."""
+        return [
+            self.spec("one_step", task, arm, seed, rates[arm], self.max_steps // 2, steps_per_generation=1)
+            for task, seed, arm in itertools.product(self.tasks[:1], self.seeds, self.arms)
+            if arm in ONE_STEP_ARMS
+        ]
+
+
+SMOKE = Plan(("grpo", "dapo", "softmax", "power", "tr"), TASKS[:2], (0, 1), 20, TASKS[:1])
+
+
+def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
+    """
+    Run the specs that have no row yet, and append their rows as they come.
+
+    Args:
+        specs (`list[RunSpec]`): in the order in which they are started.
+        ledger (`Ledger`): where the rows go.
+        workers (`int`): processes, one thread each.
+
+    Returns:
+        `int`: how many were run.
+    """
+    done = ledger.done()
+    keys = [ledger.key_of({**vars(spec), "options": json.dumps(ARMS[spec.arm].options)}) for spec in specs]
+    todo = [spec for spec, key in zip(specs, keys, strict=True) if key not in done]
+    # Read by torch when a worker starts.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # Workers live to the end: replacing them deadlocks (max_tasks_per_child, python/cpython#115634).
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    progress = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="arena", unit="run", smoothing=0.05)
+    with pool, progress:
+        for future in as_completed(pool.submit(run, spec) for spec in todo):
+            row = future.result()
+            ledger.append(row)
+            progress.set_postfix_str(f"{row['task']} {row['arm']} reward {row['auc']:.3f}")
+            progress.update()
+    return len(todo)
+
+
+def _start_worker() -> None:
+    """One thread, no line of its own from every trainer that is built, and an end when the study is killed."""
+    import warnings
+
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore")
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """A pool's worker does not notice that its parent was killed: it would wait for work, for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def choose_rates(rows: list[dict[str, str]], plan: Plan) -> dict[str, float]:
+    """
+    Choose each arm's learning rate: the highest training reward, averaged over tuning tasks and seeds.
+
+    Args:
+        rows (`list[dict[str, str]]`): rows of `tuning.csv`.
+        plan (`Plan`): the arms to choose for, and the grid.
+
+    Returns:
+        `dict[str, float]`: learning rate by arm.
+
+    Raises:
+        ValueError: if a cell of the grid is missing, so that arms would not have had the same budget.
+    """
+    cells: dict[tuple[str, float], dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in rows:
+        cells[row["arm"], float(row["learning_rate"])][row["task"], row["seed"]] = float(row["auc"])
+    whole = set.union(*(set(cell) for cell in cells.values())) if cells else set()
+    chosen = {}
+    for arm in plan.arms:
+        means = {}
+        for rate in plan.learning_rates:
+            cell = cells[arm, rate]
+            if not whole or set(cell) != whole:
+                raise ValueError(f"tuning of {arm!r} at {rate:g} has {len(cell)} of {len(whole)} runs: run `tune`.")
+            means[rate] = statistics.fmean(cell.values())
+        chosen[arm] = max(means, key=lambda rate: means[rate])
+    return chosen
+
+
+def do_parts(parts: list[str], plan: Plan, results: Path, workers: int) -> None:
+    """Do some parts of a plan, in their order."""
+    tuning, runs = Ledger(results / "tuning.csv", KEY), Ledger(results / "runs.csv", KEY)
+    rates_file = results / "learning_rates.json"
+    for part in parts:
+        if part == "tune":
+            execute(plan.tune(), tuning, workers)
+        elif part == "choose":
+            rates = choose_rates(tuning.rows(), plan)
+            rates_file.write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
+        else:
+            rates = json.loads(rates_file.read_text(encoding="utf-8"))
+            execute(getattr(plan, part)(rates), runs, workers)
+
+
+def main() -> None:
+    """Parse the command line and do its parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=("tune", "choose", "main", "one_step"), metavar="PART")
+    parser.add_argument("--smoke", action="store_true", help="a small version of everything, in runs/arena_smoke")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="only these tasks")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="only these arms")
+    parser.add_argument("--seeds", type=int, help="this many test seeds, from 0 on")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help=f"folder of the CSV files (default: {RESULTS})")
+    args = parser.parse_args()
+    plan = SMOKE if args.smoke else Plan()
+    changes = {
+        "tasks": args.tasks and tuple(args.tasks),
+        "tuning_tasks": args.tasks and tuple(args.tasks),
+        "arms": args.arms and tuple(args.arms),
+        "seeds": args.seeds and tuple(range(args.seeds)),
+    }
+    plan = replace(plan, **{name: value for name, value in changes.items() if value})
+    do_parts(args.parts, plan, args.results or (SMOKE_RESULTS if args.smoke else RESULTS), args.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""The playground's agent: its problems, its environment, its conversations in TRL and outside, and that it learns."""
+
+import csv
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipes.playground import learn_agent
+from recipes.playground.lookup_agent import DIGITS, EARLY_STOP, KEYS, RESPONSE_TEMPLATE, LookUp, lookup_agent
+from recipes.playground.make_base_model import BASE_MODELS, make_tokenizer, training_batches
+from recipes.playground.measure import sample
+from recipes.playground.rewards import exact_answer
+from recipes.playground.rollouts import roll_out
+from recipes.playground.tasks import make_splits
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda import training as train
+
+ROOT = Path(__file__).parent.parent
+SPEC = BASE_MODELS["lookup_agent"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(SPEC.folder)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(SPEC.folder)
+
+
+def make_trainer(folder, rows, tokenizer, environment=LookUp, **options):
+    args = LambdaGRPOConfig(
+        str(folder),
+        per_device_train_batch_size=len(rows),
+        num_generations=2,
+        max_completion_length=options.pop("max_completion_length", 48),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    return LambdaGRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(SPEC.folder),
+        reward_funcs=exact_answer,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        environment_factory=environment,
+    )
+
+
+def follow(start: str, table: str) -> list[str]:
+    """The chain from a key, read without the task's own code."""
+    chain = [start]
+    while chain[-1] in "abcdefgh":
+        chain.append(table["abcdefgh".index(chain[-1])])
+        assert len(chain) <= 4
+    return chain
+
+
+def test_problems_take_one_to_three_look_ups():
+    rng = random.Random(0)
+    hops = []
+    for problem in (lookup_agent(rng) for _ in range(600)):
+        chain = follow(problem.prompt[1], problem.table)
+        hops.append(len(chain) - 1)
+        assert chain[-1] == problem.solution == problem.short
+        asked, answers = re.findall(r"\[(.)\]", problem.long), re.findall(r"\((.)\)", problem.long)
+        assert asked == chain[:-1] and answers == chain[1:] and problem.long.endswith(f")={chain[-1]}")
+    assert set(hops) == {1, 2, 3} and min(map(hops.count, (1, 2, 3))) > 150
+
+
+def test_demonstrations_stop_early_as_often_as_they_say_and_know_nothing_then():
+    rng = random.Random(1)
+    right = {True: [], False: []}
+    stopped = 0
+    for problem in (lookup_agent(rng) for _ in range(4000)):
+        pieces = problem.demonstration(rng)
+        chain = follow(problem.prompt[1], problem.table)
+        turns = [text for text, is_own in pieces if is_own]
+        assert all(text.endswith("<eos>") for text in turns) and turns[-1][0] in DIGITS
+        assert [text for text, is_own in pieces if not is_own] == [f"({x})=" for x in chain[1 : len(turns)]]
+        whole = len(turns) == len(chain)
+        stopped += not whole
+        right[whole].append(turns[-1][0] == problem.solution)
+    assert all(right[True]) and sum(right[False]) / len(right[False]) == pytest.approx(0.1, abs=0.04)
+    survive = sum((1 - EARLY_STOP) ** hops for hops in (1, 2, 3)) / 3
+    assert 1 - stopped / 4000 == pytest.approx(survive, abs=0.03)
+
+
+def test_the_model_is_taught_its_own_tokens_alone(tokenizer):
+    batch = next(training_batches(tokenizer, random.Random(2), set(), "lookup_agent"))
+    taught = set()
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        kept = labels != -100
+        assert torch.equal(ids[kept], labels[kept])
+        text, own = tokenizer.decode(ids[ids != tokenizer.pad_token_id]), tokenizer.decode(ids[kept])
+        assert own == "".join(re.findall(r"=([^=]*<eos>)", text))  # each turn, from the generation prompt on
+        taught |= set(own.replace("<eos>", ""))
+    assert taught <= set("[]" + KEYS + DIGITS) and set("[]ab01") <= taught
+
+
+def test_the_environment_answers_from_its_table_and_refuses_other_keys():
+    environment = LookUp()
+    environment.reset(table="b7000000", prompt="unused", solution="7")
+    assert (environment.look_up("a"), environment.look_up("b")) == ("b", "7")
+    environment.reset(table="c7000000")
+    assert environment.look_up(key="a") == "c"
+    for key in ("", "i", "7", "ab", None):
+        with pytest.raises(ValueError):
+            environment.look_up(key)
+
+
+def test_the_tokenizer_renders_and_reads_a_conversation(tokenizer):
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"key": "a"}}}
+    messages = [
+        {"role": "user", "content": "Fa"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "look_up", "content": "7"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "Fa=[a]<eos>(7)="
+    parsed = tokenizer.parse_response("[a]<eos>", prefix="Fa=")
+    assert parsed["tool_calls"] == [call]
+    # The second turn is read alone, whatever came before it.
+    assert tokenizer.parse_response("7<eos>", prefix="Fa=[a]<eos>(7)=") == {"role": "assistant", "content": "7"}
+
+
+@pytest.mark.parametrize("limit", [48, 18, 9])
+def test_conversations_for_measuring_are_those_of_trls_loop(limit, tokenizer, model, tmp_path):
+    """Greedily, also where the limit cuts a turn, and where a tool's answer would not fit."""
+    problems = make_splits("lookup_agent")["test"][:24]
+    rows = [problem.row() for problem in problems for _ in range(2)]
+    trainer = make_trainer(tmp_path, rows, tokenizer, top_k=1, max_completion_length=limit)
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(rows)
+    completions, own = roll_out(
+        model, tokenizer, [p for p in problems for _ in range(2)], limit=limit, sampling={"do_sample": False}
+    )
+    for row, (ids, mask) in enumerate(zip(completions, own, strict=True)):
+        kept = output["completion_mask"][row].bool()
+        assert output["completion_ids"][row][kept].tolist() == ids
+        assert output["tool_mask"][row][kept].tolist() == mask
+    assert {0, 1} == {x for mask in own for x in mask}
+    assert max(map(len, own)) == (26 if limit == 48 else limit)
+
+
+class Counting(LookUp):
+    """Counts every call that reaches any of its instances."""
+
+    calls: list[str] = []
+
+    def look_up(self, key: str) -> str:
+        """
+        Say what a key points to.
+
+        Args:
+            key: One of a to h.
+        """
+        self.calls.append(key)
+        return super().look_up(key)
+
+
+@pytest.mark.parametrize("anchor", ["=", "F"])
+def test_each_call_runs_once_because_the_anchor_stands_in_every_generation_prompt(anchor, tmp_path):
+    """With an anchor that only the first prompt has, earlier turns are read and their calls run again."""
+    template = RESPONSE_TEMPLATE | {"start_anchor": anchor}
+    tokenizer = make_tokenizer(SPEC.characters, SPEC.max_length, SPEC.chat_template, template)
+    rows = [problem.row() for problem in make_splits("lookup_agent")["test"][:12] for _ in range(2)]
+    Counting.calls = []
+    trainer = make_trainer(tmp_path, rows, tokenizer, Counting, max_tool_calling_iterations=6)
+    trainer.model.train()
+    torch.manual_seed(0)
+    output = trainer._generate_and_score_completions(rows)
+    written = sum(text.count("[") for text in tokenizer.batch_decode(output["completion_ids"]))
+    assert written > 12
+    if anchor == "=":
+        assert len(Counting.calls) == written
+        assert trainer._metrics["train"]["tools/call_frequency"] == [pytest.approx(written / 24)]
+        assert trainer._metrics["train"]["tools/failure_frequency"] == [0.0]
+    else:
+        assert len(Counting.calls) > written
+
+
+def test_lengths_when_measured_are_own_tokens(tokenizer, model):
+    problems = make_splits("lookup_agent")["test"][:32]
+    samples = sample(model, tokenizer, problems, num_samples=1, seed=0, greedy=True)
+    for problem, text, length, reward in zip(problems, samples.texts, samples.lengths, samples.rewards, strict=True):
+        chain = follow(problem.prompt[1], problem.table)
+        assert text == problem.long and reward == 1.0  # greedily it looks everything up
+        assert length == 4 * (len(chain) - 1) + 2
+
+
+def test_it_learns_to_look_everything_up(tmp_path):
+    """Thirty steps of the recipe; `learn_agent` has whole runs of six seeds."""
+    options = ["--output_dir", str(tmp_path), "--max_steps", "30", "--eval_strategy", "no", "--eval_on_start", "false"]
+    config = ["--config", str(learn_agent.RECIPE), "--disable_tqdm", "true", "--plot", "false"]
+    trainer = train.make_trainer(*train.parse([*config, *options]))
+    trainer.train()
+    logged = {key: [e[key] for e in trainer.state.log_history if key in e] for key in trainer.state.log_history[0]}
+    first, last = (sum(logged["reward"][s]) / 10 for s in (slice(10), slice(-10, None)))
+    assert last > first + 0.1
+    assert sum(logged["tools/call_frequency"][-10:]) > sum(logged["tools/call_frequency"][:10])
+    assert trainer.lambda_value > 0  # longer is right more often
+    assert max(logged["tools/failure_frequency"]) < 0.2
+
+
+def test_the_recipes_own_command_runs(tmp_path):
+    """Two steps of the command that the file's comment gives, in processes of their own."""
+    text = learn_agent.RECIPE.read_text().replace("#", "").replace("\\\n", " ")
+    _, _, *arguments = shlex.split(re.search(r"^ +(accelerate launch .*lookup_agent\.yaml)$", text, re.MULTILINE)[1])
+    options = ["--output_dir", str(tmp_path), "--max_steps", "2", "--dataset_test_split", "validation"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *options]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "Summary of 2 optimizer steps" in process.stdout and (tmp_path / "run.png").is_file()
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["tools/call_frequency"] > 0.5 for entry in history if "reward" in entry)
+
+
+def test_the_rows_of_six_seeds_show_what_the_readme_says():
+    with learn_agent.RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    readme = " ".join((learn_agent.RESULTS.parent / "README.md").read_text().split())
+    for arm in learn_agent.ARMS:
+        runs = [row for row in rows if row["arm"] == arm]
+        assert [int(row["seed"]) for row in runs] == list(learn_agent.SEEDS)
+        assert all(60 <= int(row["steps"]) <= 100 for row in runs)
+        assert sum(float(row["reward_last_10"]) > 0.9 for row in runs) >= 5
+        means = []
+        for name in ("reward_first_5", "reward_last_10", "held_out_before", "held_out_after", "calls_last_10"):
+            means.append(f"{sum(float(row[name]) for row in runs) / len(runs):.3f}")
+        assert f"| {' | '.join(means)} |" in readme
+        assert 0.55 < float(means[0]) < 0.75
