@@ -120,7 +120,8 @@ def test_a_log_has_one_gather_more(counts, arm):
 def test_a_generation_batch_has_one_gather_more(counts, arm):
     mine, base = counts[arm]["generation"], counts[BASELINE]["generation"]
     (extra,) = (Counter(mine.collectives) - Counter(base.collectives)).elements()
-    assert extra == ("gather", 2 * SMALL.rows)  # a length and an advantage for each row
+    # A length and an advantage for each row, and its number of turns, as prepared completions come by `rollout_func`.
+    assert extra == ("gather", 3 * SMALL.rows)
     assert mine.reads.total() == base.reads.total()
     assert mine.writes.total() == base.writes.total()
 

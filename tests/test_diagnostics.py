@@ -258,7 +258,7 @@ def test_metrics_do_not_depend_on_how_the_rows_are_cut(tmp_path):
     }
     ranks = {key: value for key, value in jobs.items() if "processes" in key[0]}
     split = [ours(result[0]["history"]) for result in launch(list(ranks.values()), tmp_path, processes=2)]
-    for number, metrics in ((0, 3 + 2 + 3 + 8 + 5), (1, 3 + 2 + 3 + 8 + 3)):
+    for number, metrics in ((0, 3 + 2 + 3 + 8 + 5 + 4), (1, 3 + 2 + 3 + 8 + 3 + 4)):
         whole, accumulated = (ours(run_job(jobs[cut, number])["history"]) for cut in ("whole", "accumulated"))
         assert len(whole) == metrics
         assert 0.05 < whole["clipped/advantage_positive"] < 0.95 and 0.05 < whole["clipped/advantage_negative"] < 0.95

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_agents_exact import CONVERSATIONS
 
-from trl_lambda.turns import (
+from trl_lambda.metrics.turns import (
     TURN_BINS,
     count_turns,
     finish_turn_advantages,

@@ -81,7 +81,9 @@ class LambdaGRPOConfig(GRPOConfig):
             tokens, GRPO at λ = -1;
             `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members; `"balanced"`: right and wrong responses of a group each
             count for their number, whatever their length (arXiv 2605.04077, as its abstract reads); `None`: TRL's own
-            reduction for `loss_type`.
+            reduction for `loss_type`. With tools, lengths are the policy's own tokens, while the budget that
+            `"dr_grpo"` divides by, `max_completion_length`, includes tool output; and where an environment owns the
+            data, members of a group may not share a start: lengths of different tasks are then compared.
         aggregation_scope (`str`, *optional*, defaults to `"batch"`):
             `"batch"`: token mean over the generation batch, as TRL does; `"prompt"`: token mean of each prompt, then
             the mean over prompts, the paper's formula as written.

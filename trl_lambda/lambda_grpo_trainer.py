@@ -159,7 +159,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
                 "lambda_rule": args.rule_of(self.length_weight) if args.lambda_learnable else None,
             }
         self._lambda_checkpoint = LambdaCheckpoint(self._lambda, identity, is_custom=bool(own_f or own_v))
-        self._loss_metrics = LossMetrics(self._clip(), self.token_weight and self.token_weight.bounds)
+        bounds = self.token_weight and self.token_weight.bounds
+        self._loss_metrics = LossMetrics(self._clip(), bounds, with_turns=self._with_turns)
 
     @property
     def lambda_value(self) -> float | None:
@@ -176,6 +177,11 @@ class LambdaGRPOTrainer(GRPOTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    @property
+    def _with_turns(self) -> bool:
+        """Whether a completion may hold what the policy has not written; the same on every process."""
+        return bool(getattr(self, "tools", None)) or getattr(self, "rollout_func", None) is not None
 
     def _clip(self) -> Surrogate | None:
         """The PPO clip of the surrogate, for the metrics; `None` where it has none."""
@@ -214,7 +220,14 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _take_generation_batch(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
         """Keep lengths and advantages of all processes' rows, from this process's share of them."""
         group_size = self.num_generations if self.model.training else self.num_generations_eval
-        batch = gather_generation_batch(micro_batches, self._rows_scored, group_size, self.accelerator, self._features)
+        batch = gather_generation_batch(
+            micro_batches,
+            self._rows_scored,
+            group_size,
+            self.accelerator,
+            self._features,
+            with_turns=self._with_turns,
+        )
         self._known[self._mode] = _Known(batch, length_quartiles(batch.lengths))
 
     @torch.no_grad()

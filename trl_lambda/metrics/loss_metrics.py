@@ -1,5 +1,6 @@
 """What the weights do in training and evaluation, measured for TRL's logs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from ..trl_seam.generation_batch import GenerationBatch
 from .diagnostics import clipped_by_weight, clipped_tokens, quartile_index
 from .loss_tally import LossTally
+from .turns import count_turns, finish_turn_advantages, finish_turn_masses, turn_advantages, turn_masses
 
 # Own tokens and padding that wait for a log at most, per process; above, they are counted at once.
 _WAITING_TOKENS = 2**20
@@ -49,10 +51,12 @@ class LossMetrics:
     Args:
         clip ([`Surrogate`], *optional*): the PPO clip; `None` for a surrogate that has none.
         token_bounds (`tuple[float, float]`, *optional*): the bounds of a v that is clipped to them.
+        with_turns (`bool`, defaults to `False`): whether conversations may have several turns.
     """
 
-    def __init__(self, clip: Surrogate | None, token_bounds: tuple[float, float] | None):
+    def __init__(self, clip: Surrogate | None, token_bounds: tuple[float, float] | None, *, with_turns: bool = False):
         self._clip = clip
+        self._with_turns = with_turns
         self._token_bounds = token_bounds
         self._tallies = {"train": LossTally(), "eval": LossTally()}
         self._batches: dict[str, list[GenerationBatch]] = {"train": [], "eval": []}
@@ -87,6 +91,9 @@ class LossMetrics:
         for batch in self._batches[mode]:
             if batch.advantages is not None:
                 tally.add_responses(batch.lengths, batch.advantages)
+                if batch.turns is not None:
+                    sums = turn_advantages(batch.advantages, batch.turns).flatten()
+                    tally.add("advantage/turns", sums, _known_turns)
         for weights, advantages in self._weights[mode]:
             tally.add_length_weights(weights, advantages)
         for tokens in self._tokens[mode]:
@@ -103,6 +110,9 @@ class LossMetrics:
             old = tokens.logps if tokens.old_logps is None else tokens.old_logps
             self._count_clipped(tally, tokens.logps - old, tokens)
         tally.add_shares(mass, tokens.length_quartile, tokens.logps, tokens.left)
+        if self._with_turns:
+            of_rows = (mass * tokens.left).sum(dim=1)
+            tally.add("share/turns", turn_masses(of_rows, count_turns(mask)), finish_turn_masses)
 
     def _count_clipped(self, tally: LossTally, log_ratio: torch.Tensor, tokens: Tokens) -> None:
         assert self._clip is not None
@@ -120,3 +130,8 @@ class LossMetrics:
 def length_quartiles(lengths: torch.Tensor) -> torch.Tensor:
     """Quartile of each row's length among the rows with tokens of a generation batch, flat, (P·G,)."""
     return quartile_index(lengths, lengths > 0).flatten()
+
+
+def _known_turns(sums: list[float]) -> dict[str, float]:
+    """Mean advantages of the numbers of turns that occurred: a rollout without tools has one turn throughout."""
+    return {name: value for name, value in finish_turn_advantages(sums).items() if not math.isnan(value)}

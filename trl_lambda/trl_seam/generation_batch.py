@@ -37,12 +37,31 @@ class GenerationBatch:
     lengths: torch.Tensor
     advantages: torch.Tensor | None  # `None` where a subclass has one per token
     features: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what else λ weighs, name -> (P, G)
+    turns: torch.Tensor | None = None  # number of turns of each conversation, (P, G), where there are tools
 
 
 def own_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Mask of the tokens that the policy itself wrote and that count in the loss, (B, T)."""
     mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")
     return mask if tool_mask is None else mask * tool_mask
+
+
+def count_turns(own: torch.Tensor) -> torch.Tensor:
+    """
+    Number of turns of each conversation: maximal runs of own tokens.
+
+    A turn that was cut off before its first token is none; two turns with nothing between them are one.
+
+    Args:
+        own (`torch.Tensor`): mask of the policy's own tokens, 0 on padding too, (B, T).
+
+    Returns:
+        `torch.Tensor`: long, (B,); 0 for a row without own tokens.
+    """
+    own = own.bool()
+    begins = own.clone()
+    begins[:, 1:] &= ~own[:, :-1]
+    return begins.sum(dim=1)
 
 
 def number_rows(output: dict[str, Any], accelerator: Accelerator) -> None:
@@ -58,6 +77,8 @@ def gather_generation_batch(
     group_size: int,
     accelerator: Accelerator,
     features: Sequence[str] = (),
+    *,
+    with_turns: bool = False,
 ) -> GenerationBatch:
     """
     Collect lengths, advantages and features of all processes' rows in one collective. Every process must call it.
@@ -68,6 +89,7 @@ def gather_generation_batch(
         group_size (`int`): G.
         accelerator (`Accelerator`): gathers over the processes.
         features (`Sequence[str]`): names of the columns of the micro-batches' features.
+        with_turns (`bool`): whether conversations may have several turns, the same on every process.
 
     Returns:
         `GenerationBatch`: lengths (P, G) int32, advantages and features (P, G) float32.
@@ -87,10 +109,14 @@ def gather_generation_batch(
     columns = [lengths, *([torch.cat([batch["advantages"] for batch in micro_batches])] if per_row else [])]
     if features:
         columns += torch.cat([batch[FEATURES_KEY] for batch in micro_batches]).unbind(dim=1)
+    if with_turns:
+        columns.append(torch.cat([count_turns(own_tokens(batch)) for batch in micro_batches]))
     # float32 holds a length exactly up to 2^24 tokens.
     local = torch.zeros(rows, len(columns), dtype=torch.float32, device=lengths.device)
     local[place] = torch.stack([column.float() for column in columns], dim=1)
     everywhere = accelerator.gather(local).view(-1, group_size, len(columns))
     advantages = everywhere[..., 1].contiguous() if per_row else None
-    named = zip(features, everywhere[..., len(columns) - len(features) :].unbind(dim=-1), strict=True)
-    return GenerationBatch(everywhere[..., 0].to(torch.int32), advantages, dict(named))
+    first = 1 + per_row
+    named = zip(features, everywhere[..., first : first + len(features)].unbind(dim=-1), strict=True)
+    turns = everywhere[..., -1].to(torch.int32) if with_turns else None
+    return GenerationBatch(everywhere[..., 0].to(torch.int32), advantages, dict(named), turns)

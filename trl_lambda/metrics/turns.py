@@ -6,25 +6,17 @@ two of them. Pure functions on tensors; sums are added up over a logging interva
 
 import torch
 
+from ..trl_seam.generation_batch import count_turns
+
+__all__ = [
+    "count_turns",
+    "finish_turn_advantages",
+    "finish_turn_masses",
+    "turn_advantages",
+    "turn_bins",
+    "turn_masses",
+]
 TURN_BINS = ("turns_1", "turns_2", "turns_3plus")
-
-
-def count_turns(own: torch.Tensor) -> torch.Tensor:
-    """
-    Number of turns of each conversation: maximal runs of own tokens.
-
-    A turn that was cut off before its first token is none; two turns with nothing between them are one.
-
-    Args:
-        own (`torch.Tensor`): mask of the policy's own tokens, 0 on padding too, (B, T).
-
-    Returns:
-        `torch.Tensor`: long, (B,); 0 for a row without own tokens.
-    """
-    own = own.bool()
-    begins = own.clone()
-    begins[:, 1:] &= ~own[:, :-1]
-    return begins.sum(dim=1)
 
 
 def turn_bins(turns: torch.Tensor) -> torch.Tensor:
