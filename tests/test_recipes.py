@@ -226,7 +226,10 @@ def test_a_recipe_runs_two_steps_on_stand_ins(
     assert any(0 < reward < 1 for reward in rewards), "the reward saw no right answer, or no wrong one"
     assert len(logs(trainer, "eval_reward")) == (2 if args.eval_strategy != "no" else 0)  # before training and after
     if path.stem in CALLS:
-        assert min(logs(trainer, "tools/call_frequency")) > 0 and "| `tools/call_frequency` |" in README
+        assert (
+            min(logs(trainer, "tools/call_frequency")) > 0
+            and "| `tools/call_frequency` |" in (ROOT / "docs" / "metrics.md").read_text()
+        )
         assert all(0 < part < 1 for part in logs(trainer, "tools/failure_frequency"))
     weights = "adapter_model.safetensors" if model_args.use_peft else "model.safetensors"
     for file in (weights, "README.md", "run.png"):
