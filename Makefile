@@ -36,7 +36,7 @@ lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 docs: $(STAMP) ## the pages in docs/ as a site in site/, offline; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 pictures: $(STAMP) ## the pictures in docs/images/ that come from formulas
 	$(BIN)/python docs/pictures.py

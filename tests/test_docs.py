@@ -29,7 +29,7 @@ def run(*command: object) -> subprocess.CompletedProcess:
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
-    done = run(sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path)
+    done = run(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
     assert {path.parent.name for path in tmp_path.glob("*/index.html")} == pages
@@ -138,6 +138,7 @@ CODE = [path for path in PAGES if path.parent == DOCS and fences(path, "python")
 @pytest.mark.parametrize("path", CODE, ids=name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(path: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # as from the root of the repository; output goes here
     code = "\n".join(fences(path, "python"))
     # TRL's default precision needs a GPU; nothing else is replaced.
     code = re.sub(r'(GRPOConfig\(\s*"out")', r"\1, use_cpu=True, bf16=False", code)
