@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-vllm test lint docs pictures release matrix versions engines vllm fuzz mutations arena \
-	arena-smoke alignment bench clean
+	arena-smoke alignment bench gpu gpu-wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,9 +31,10 @@ demo-vllm: $(STAMP) .vllm/.installed ## the demo with vLLM generating, in the tr
 test: lint ## lint and run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-lint: $(STAMP) ## ruff: rules and format
+lint: $(STAMP) ## ruff: rules and format; pyright: the package's types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP) ## the pages in docs/ as a site in site/, offline; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -102,5 +103,20 @@ bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/re
 	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
 	$(BIN)/python -m recipes.bench.table --write docs/cost.md --overhead-only
 
+gpu: $(if $(BARE),.gpu-site/.installed,$(STAMP)) ## all that wants a GPU, under 25 minutes (TINY=1: every line on a CPU; PARTS=; OUT=; BARE=1: no network)
+	$(if $(BARE),PYTHONPATH=.gpu-site $(PYTHON),$(BIN)/python) -m recipes.bench.gpu \
+		$(if $(TINY),--tiny) $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT))
+
+gpu-wheels: ## what `make gpu BARE=1` needs beside torch, transformers, accelerate and peft, in .gpu-wheels (LEAN=1: without pyarrow and pandas)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
+		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
+		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--dest .gpu-wheels --requirement recipes/bench/gpu_wheels$(if $(LEAN),_lean).txt
+
+.gpu-site/.installed: $(wildcard .gpu-wheels/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .gpu-site .gpu-wheels/*.whl
+	touch $@
+
 clean: ## remove .venv, caches, runs and the folders that other targets install into
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines .vllm runs site dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines .vllm .gpu-site .gpu-wheels runs site dist \
+		*.egg-info

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import Batch as Prepared
-from support import build_model, build_tokenizer, prompt, train
+from support import build, build_model, build_tokenizer, config, prompt, train, watch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -33,6 +33,7 @@ from recipes.arena.alignment.policy_gradient import (
     weighted_gradient,
     without_each,
 )
+from recipes.arena.alignment.settled import settled_lambda, settled_lambdas
 from recipes.arena.alignment.summary import pooled_error, summary_rows
 from recipes.arena.alignment.weights import (
     CONTROLS,
@@ -49,10 +50,12 @@ from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.rewards import exact_answer
 from recipes.playground.tasks import make_splits
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda.weights import SIDES
 
 # ---- A bandit of two steps: context → first action; action 0 ends, any other → second action, then the end ----
 
 CONTEXTS, FIRST, SECOND = 2, 3, 3
+SIGNED = tuple(side for side in SIDES if side != "both")
 PROMPTS, GROUP = 5, 4
 
 
@@ -289,23 +292,97 @@ PARITY = distinct_losses()
 def test_the_direction_of_every_arm_is_that_of_its_trainer(name):
     """The weight that `same_as` names gives the gradient of the arm's own loss, and of λ where it is learned."""
     run = trainer_run(PARITY[name])
-    model, batch = build_model(), prepared_batch(Prepared())
     weights = {weight.name: weight for weight in all_weights()}
-    logps = token_logps(model, batch)
-    advantages = group_advantages(batch.rewards)
-    values = weights[same_direction(weights.values())[name]](batch.lengths, logps.detach(), advantages)
-    mine = weighted_gradient(batch, logps, values, list(model.parameters()))
-    theirs = torch.cat([-run.grads[0][parameter].flatten() for parameter, _ in model.named_parameters()])
-    assert torch.cosine_similarity(mine, theirs, dim=0).item() == pytest.approx(1, abs=1e-5)
+    batch, logps, direction = direction_of(weights[same_direction(weights.values())[name]])
+    assert torch.cosine_similarity(direction, trained_direction(run), dim=0).item() == pytest.approx(1, abs=1e-5)
     if weights[name].learnable:
-        assert lambda_gradient(weights[name], batch, logps.detach()) == pytest.approx(run.lambda_grads[0], rel=1e-4)
+        assert lambda_gradient(weights[name], batch, logps) == pytest.approx(run.lambda_grads[0], rel=1e-4)
+
+
+def direction_of(weight, lam=None, prepared=None):
+    """The prepared batch, log π of its tokens, and the weighted gradient as one vector."""
+    model, batch = build_model(), prepared_batch(prepared or Prepared())
+    logps = token_logps(model, batch)
+    values = weight(batch.lengths, logps.detach(), group_advantages(batch.rewards), lam)
+    return batch, logps.detach(), weighted_gradient(batch, logps, values, list(model.parameters()))
+
+
+def trained_direction(run):
+    return torch.cat([-run.grads[0][parameter].flatten() for parameter, _ in build_model().named_parameters()])
+
+
+def held(aggregation: str, side: str, **options) -> dict:
+    return {
+        "aggregation": aggregation, "lambda_side": side, "lambda_init": 1.5, "lambda_learnable": False, **options
+    }  # fmt: skip
+
+
+SIDED = {
+    **{f"{family}, {side}": held(family, side) for family in ("lambda", "power") for side in SIGNED},
+    "least log π": held("power", "positive", lambda_features=["min_logp", "length"]),
+    "mean log π, each prompt": held("power", "signed", lambda_features=["mean_logp"], aggregation_scope="prompt"),
+    "length × TR": held("power", "positive", token_regulation="sigmoid"),
+    "right answers 3 times": {"aggregation": "dapo", "positive_weight": 3.0},
+    "the same, of TRL's grpo": {"aggregation": None, "loss_type": "grpo", "positive_weight": 3.0},
+    "balanced": {"aggregation": "balanced"},
+    "balanced, each prompt": {"aggregation": "balanced", "aggregation_scope": "prompt"},
+}
+
+
+@pytest.mark.parametrize("name", SIDED)
+def test_the_direction_of_a_weight_with_a_side_is_that_of_its_trainer(name):
+    """λ away from 0, where sides and features differ, which no arm begins with."""
+    expected = trained_direction(trainer_run(Arm("", SIDED[name])))
+    *_, mine = direction_of(make_weight(name, Arm("", SIDED[name])))
+    assert torch.cosine_similarity(mine, expected, dim=0).item() == pytest.approx(1, abs=1e-5)
+    *_, plain = direction_of(make_weight("dapo", Arm("", {"aggregation": "dapo"})))
+    assert torch.cosine_similarity(plain, expected, dim=0).item() < 0.999
+
+
+@pytest.mark.parametrize("arm", ["signed", "positive3"])
+def test_a_settled_weight_is_the_trainers_at_the_lambda_that_its_rule_is_drawn_to(arm):
+    weight = next(weight for weight in all_weights() if weight.name == f"{arm}_settled")
+    prepared = Prepared()
+    drawn = zip(prepared.completions, prepared.rewards, strict=True)
+    prepared.rewards = [math.log(len(completion)) + 0.1 * reward for completion, reward in drawn]
+    count = len(weight.options["lambda_features"])
+    batch, logps, _ = direction_of(weight, torch.zeros(count), prepared)
+    lam = settled_lambda(weight, [batch], [logps])
+    assert lam.abs().min() > 0.05
+    run = watch(build(LambdaGRPOTrainer, config(LambdaGRPOConfig, prepared, **ARMS[arm].options), prepared))
+    run.trainer._lambda.tensor.data.copy_(lam / 2)
+    run.trainer.train()
+    # Log-probabilities come from passes of other shapes, in float32.
+    of_trainer = -run.trainer._lambda.rule.gradient(torch.zeros(count, dtype=torch.float64))
+    assert lam.tolist() == pytest.approx(of_trainer.tolist(), rel=1e-4)
+    *_, mine = direction_of(weight, lam / 2, prepared)
+    assert torch.cosine_similarity(mine, trained_direction(run), dim=0).item() == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match=f"{arm}_settled is measured at a λ"):
+        weight(batch.lengths, logps, group_advantages(batch.rewards))
+
+
+def test_a_batchs_own_rewards_are_not_in_the_lambda_that_it_is_measured_at():
+    weight = next(weight for weight in all_weights() if weight.name == "positive3_settled")
+    generator = torch.Generator().manual_seed(0)
+    logps = [torch.rand(20, 9, generator=generator).log() for _ in range(3)]
+    lengths = [torch.randint(1, 10, (20, 1), generator=generator) for _ in range(3)]
+    batches = [
+        Batch({}, torch.arange(9) < length, torch.randn(4, 5, generator=generator) + length.view(4, 5))
+        for length in lengths
+    ]
+    before = settled_lambdas(weight, batches, logps)
+    flipped = [*batches[:2], replace(batches[2], rewards=-batches[2].rewards)]
+    after = settled_lambdas(weight, flipped, logps)
+    assert torch.equal(before[2], after[2]) and not torch.equal(before[0], after[0])
+    assert before[2].tolist() == settled_lambda(weight, batches[:2], logps[:2]).tolist() and before[2][0] > 0.1
 
 
 def test_which_arms_coincide():
     same = same_direction(all_weights())
     assert set(ARMS) <= set(same)
     assert {name for name in BASELINES if same[name] != "dapo"} == {"grpo", "sapo"}
-    assert {same[name] for name in (*LEARNED, "constant")} == {"dapo"}
+    assert {same[name] for name in (*LEARNED, "constant", "signed", "positive", "positive3")} == {"dapo"}
+    assert same["positive3_tr"] == "tr" and same["positive3_ar"] == "ar_0.6"
     assert same["sapo"] == same["power_-1"] == "grpo" and same["softmax_tr"] == same["power_tr"] == "tr"
     alone = (
         "grpo",
@@ -319,6 +396,13 @@ def test_which_arms_coincide():
         "tr_reversed",
         "power_tr_-1",
         "softmax_+2",
+        "balanced",
+        "positive_weight_3",
+        "signed_settled",
+        "positive_settled",
+        "positive3_settled",
+        "positive3_tr_settled",
+        "positive3_ar_settled",
     )
     assert [same[name] for name in alone] == list(alone)
 
@@ -348,6 +432,7 @@ def test_a_new_arm_is_picked_up_and_a_learnable_one_gets_its_slope():
         {"importance_sampling_level": "sequence", "token_regulation": "sigmoid"},
         {"regulation_inside_clip": True, "token_regulation": "sigmoid"},
         {"loss_type": "cispo"},
+        {"lambda_side": "positive", "lambda_rule": "target"},
     ],
 )
 def test_an_option_that_is_not_covered_is_refused(options):

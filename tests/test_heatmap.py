@@ -116,7 +116,8 @@ def test_equal_weights_have_one_colour_and_limits_make_pictures_compare(tmp_path
         expected = ["#{:02x}{:02x}{:02x}".format(*shade(x)) for x in (0.25, 0.5, 1.0)]
         assert [ground for ground, *_ in spans(page)] == expected
     else:
-        assert Image.open(tmp_path / name).size[0] > 400
+        with Image.open(tmp_path / name) as image:
+            assert image.size[0] > 400
 
 
 OWN = [1, 1, 0, 0, 0, 1]

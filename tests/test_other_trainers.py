@@ -292,17 +292,29 @@ def test_a_log_ordered_by_a_later_callback_has_the_metrics():
 
 
 def test_an_epoch_that_ends_within_a_logging_interval_changes_no_metric():
-    """The same three batches in one epoch and in three: sums over tokens, not means of means."""
+    """The same three batches in one epoch and in three: sums over tokens of the whole interval, not means of means."""
+    reduced = []
+
+    def count(trainer):
+        flush = trainer._loss_metrics.flush
+
+        def counted(mode, accelerator):
+            metrics = flush(mode, accelerator)
+            reduced.extend([trainer.state.global_step] if metrics else [])
+            return metrics
+
+        trainer._loss_metrics.flush = counted
 
     def logged(repeats, **epochs):
         batch = Batch(lengths=[[3, 1, 12, 6]])
         options = {"logging_steps": 3, "learning_rate": 0.05, "lambda_init": 1.0, "lambda_learnable": False} | epochs
         data = {"train_dataset": batch.dataset(repeats=repeats)}
-        return go(LambdaGRPOTrainer, batch=batch, options=options, **data).logs
+        return go(LambdaGRPOTrainer, prepare=count, batch=batch, options=options, **data).logs
 
     one = logged(3, num_train_epochs=1, max_steps=-1)
     three = logged(1, num_train_epochs=3, max_steps=-1)
     assert len(one) == len(three) == 1
+    assert reduced == [3, 3]  # once, when the log is due
     ours = [key for key in one[0] if key.startswith(("share/", "length_weight/", "advantage/", "lambda/"))]
     assert len(ours) > 10
     for key in ours:

@@ -21,11 +21,13 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quant
 from recipes.agents import search
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda import training as train
+from trl_lambda.weights.features import FEATURES
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 ENGINES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-OFFLINE = ("playground", "lookup_agent")  # need no stand-in: test_train_script.py, test_lookup_agent.py
+# Need no stand-in: test_train_script.py, test_lookup_agent.py, and below.
+OFFLINE = ("playground", "lookup_agent", "playground_preference")
 RECIPES = [path for path in CONFIGS if path.stem not in OFFLINE]
 ON_CPU = ["--use_cpu", "--bf16", "false", "--dtype", "float32"]
 # What a policy of near-even odds may say: calls that tools take and calls that they refuse.
@@ -243,6 +245,40 @@ def test_a_recipe_runs_two_steps_on_stand_ins(
         assert all(1.0 <= mean <= 1.4 for mean in logs(trainer, "token_weight/mean"))
 
 
+def test_the_preference_recipe_runs_two_steps_as_it_stands(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "recipes" / "configs" / "playground_preference.yaml"
+    _, _, *arguments = launch_command(path)
+    assert launch_command_parser().parse_args(arguments).training_script == "recipes/train.py"
+    smaller = ["--max_steps", "2", "--eval_strategy", "no", "--eval_on_start", "false", "--disable_tqdm", "true"]
+    parsed = train.parse(["--config", str(path), *smaller, "--output_dir", str(tmp_path)])
+    raw, plain = (yaml.safe_load(p.read_text()) for p in (path, path.with_stem("playground")))
+    candidate = {
+        "aggregation": "power", "lambda_side": "positive", "lambda_rule": "regression",
+        "lambda_features": ["length", "mean_logp", "min_logp"],
+    }  # fmt: skip
+    assert {key: value for key, value in raw.items() if plain.get(key) != value} == candidate | {
+        "output_dir": "runs/playground_preference"
+    }
+    (code,) = re.findall(r"^LambdaGRPOConfig\((.*?)^\)$", README, re.MULTILINE | re.DOTALL)
+    assert eval(f"dict({code})") == candidate
+    trainer = train.make_trainer(*parsed)
+    trainer.train()
+    train.finish(trainer, parsed[0])
+    assert trainer.state.global_step == 2
+    values = [logs(trainer, f"lambda/{name}")[-1] for name in ("value", "mean_logp", "min_logp")]
+    assert all(0 < abs(value) < 1 for value in values)
+    # λ of right answers only: the weights of the wrong ones are all alike.
+    first, second = (
+        {key: logs(trainer, f"length_weight/{key}")[step] for key in ("positive/min", "positive/max", "negative/min")}
+        for step in (0, 1)
+    )
+    assert set(first.values()) == {1.0} and second["positive/min"] < 1 < second["positive/max"]
+    assert logs(trainer, "length_weight/negative/max")[-1] == second["negative/min"]
+    for file in ("model.safetensors", "README.md", "run.png", "lambda.json"):
+        assert (tmp_path / file).is_file(), file
+
+
 def test_the_maths_recipes_run_on_gsm8k_by_three_overrides(model, datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = next(path for path in RECIPES if path.stem == "math_qwen2.5-3b")
@@ -390,13 +426,18 @@ def test_every_logged_metric_is_explained():
         {"token_regulation": "sigmoid", "loss_type": "sapo"},
         {"aggregation": "grpo", "loss_type": "cispo"},
         {"aggregation": "grpo", "loss_type": "vespo"},
+        {"aggregation": "power", "lambda_side": "positive", "lambda_features": ["length", *FEATURES]},
+        {"length_target": 0.5},
     ):
         run = train_prepared(LambdaGRPOTrainer, LambdaGRPOConfig, max_steps=1, **options)
         logged |= {key for entry in run.trainer.state.log_history for key in entry}
     assert {"lambda/value", "token_weight/clipped_by_regulation", "share/probability_q4"} <= logged
+    assert {"lambda/min_logp", "lambda/r2", "lambda/slope", "length_weight/negative/mean"} <= logged
+    assert "lambda/target_gap" in logged
     explained = (ROOT / "docs" / "metrics.md").read_text()
     names = set(re.findall(r"`([^`]+)`", explained))
     names |= {name.replace("<function>", "reward") for name in names}  # the test's reward function is called so
     names |= {re.sub(r"(min|max|mean)_length", r"\1_terminated_length", name) for name in names}
     names |= {re.sub(r"_q1$", f"_q{q}", name) for name in names for q in (2, 3)}
+    names |= {f"lambda/{feature}" for feature in FEATURES if "lambda/<feature>" in names}
     assert logged <= names, logged - names

@@ -6,6 +6,7 @@ A run killed at a named event (`kills.py`) and resumed ends where an uninterrupt
 it, which is whole, and from which the run is resumed here.
 """
 
+import json
 import signal
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from kills import EVENTS
 from launch import launch, read_results
 from worker import run_job
+
+from trl_lambda.preference.files import write_json
 
 OPTIONS = {
     "aggregation": "lambda",
@@ -240,6 +243,13 @@ def test_a_torn_first_checkpoint_has_none_before_it(tmp_path):
     (tmp_path / "checkpoint-2" / STATE).unlink()
     with pytest.raises(ValueError, match="trainer_state.json is missing.*no whole checkpoint before it"):
         run_job(job(tmp_path, options, resume=True))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path, LAMBDA, {"lambda": 0.5})
+    with pytest.raises(TypeError, match="not JSON serializable"):  # after the first half
+        write_json(tmp_path, LAMBDA, {"lambda": 0.75, "then": object()})
+    assert json.loads((tmp_path / LAMBDA).read_text()) == {"lambda": 0.5}
 
 
 def test_save_only_model_resumes_lambda_without_its_momentum(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import reference
@@ -45,7 +46,7 @@ def weights_of(lam, aggregation="power", **options):
 
 @pytest.mark.parametrize("lam", [-1.7, -0.4, 0.0, 0.9, 6.0])
 @pytest.mark.parametrize("scope", ["batch", "prompt"])
-@pytest.mark.parametrize(("aggregation", "side"), itertools.product(["lambda", "power"], SIGNED))
+@pytest.mark.parametrize(("aggregation", "side"), list(itertools.product(["lambda", "power"], SIGNED)))
 def test_every_side_equals_the_reference(aggregation, side, scope, lam):
     mine = weights_of(torch.tensor(lam, dtype=torch.float64), aggregation, side=side, scope=scope)
     expected = reference.side_weights(LENGTH_ROWS, ADVANTAGES, [lam], aggregation, side, scope)
@@ -81,7 +82,7 @@ def test_balanced_and_positive_weight_equal_the_reference(scope):
         torch.testing.assert_close(mine, torch.tensor(expected, dtype=torch.float64), rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize(("aggregation", "side"), itertools.product(["lambda", "power"], SIDES))
+@pytest.mark.parametrize(("aggregation", "side"), list(itertools.product(["lambda", "power"], SIDES)))
 def test_gradient_in_lambda(aggregation, side):
     lam = torch.tensor([0.37], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: weights_of(x, aggregation, side=side), lam)
@@ -94,7 +95,7 @@ def test_gradient_in_several_lambdas(side):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("aggregation", "side"), itertools.product(["lambda", "power"], SIDES))
+@pytest.mark.parametrize(("aggregation", "side"), list(itertools.product(["lambda", "power"], SIDES)))
 def test_lambda_0_is_the_token_mean_to_the_bit(aggregation, side, dtype):
     lengths, advantages = tensors()
     zero = length_weights(lengths.to(dtype), 0.0, aggregation=aggregation, side=side, advantages=advantages.to(dtype))
@@ -382,7 +383,7 @@ def test_logs_and_card_name_every_lambda():
     assert list(values) == THREE and result.trainer.lambda_value == values["length"]
     assert last["lambda/mean_logp"] == pytest.approx(values["mean_logp"])
     result.trainer.create_model_card("x")
-    card = (result.trainer.args.output_dir and open(f"{result.trainer.args.output_dir}/README.md").read()) or ""
+    card = Path(result.trainer.args.output_dir, "README.md").read_text()
     assert "| side (`lambda_side`) | positive |" in card and "length, mean_logp, min_logp" in card
     assert "| how λ learns (`lambda_rule`) | regression |" in card
 

@@ -311,3 +311,41 @@ def test_the_summary_knows_runs_whose_lambda_is_learned_fixed_or_absent():
     fixed = config(lambda_init=1.5, lambda_learnable=False)
     assert train.lambda_line(fixed, 1.5) == ("lambda", "fixed at 1.5")
     assert train.lambda_line(config(aggregation="dapo"), None) == ("lambda", "none (aggregation: dapo)")
+
+
+def test_weights_of_the_users_are_found_by_path(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = CONFIG.read_text().replace("token_regulation: sigmoid\n", "").splitlines()
+    options = {"length_weight": "user_weights.power", "token_weight": "user_weights.linear", "max_steps": 1}
+    (tmp_path / "own.yaml").write_text("\n".join([*lines, *(f"{name}: {value}" for name, value in options.items())]))
+    arguments = ["--config", str(tmp_path / "own.yaml"), "--output_dir", str(tmp_path / "run"), "--lambda_init", "0.5"]
+    trainer = train.make_trainer(*train.parse([*arguments, "--length_weight", "user_weights.same_power"]))
+    assert trainer.length_weight.name == "user_weights.same_power"  # the command line wins here too
+    assert trainer.token_weight.name == trainer.args.token_regulation == "user_weights.linear"
+    assert trainer.lambda_value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--length_weight", "user_weights.none"], "length_weight='user_weights.none' cannot be imported (AttributeE"),
+        (["--length_weight", "power"], "length_weight='power' is no dotted path; accepted: package.module.function."),
+        (["--length_weight", ""], "length_weight='' is no dotted path"),
+        (["--length_weight", "..a.b"], "length_weight='..a.b' is no dotted path"),
+        (["--length_weight", "user_weights.__name__"], "length_weight='user_weights.__name__' is no function"),
+        (["--length_weight", "user_weights.Square"], "length_weight=Square is a class: pass an object, Square()."),
+        (["--length_weight", "user_weights.misspelled"], "user_weights.misspelled requires 'length'; a weight is"),
+        (["--length_weight", "user_weights.half", "--lambda_init", "1"], "lambda_init=1.0 has no effect with aggreg"),
+        (["--token_weight", "broken_weights.v"], "token_weight='broken_weights.v' cannot be imported (SystemExit: 3)"),
+        (
+            ["--token_weight", "user_weights.power"],
+            "user_weights.power requires 'lengths'; a weight is called by name",
+        ),
+        (["--token_weight", "user_weights.linear"], "token_regulation='sigmoid' has no effect beside user_weights.l"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_one_line(arguments, message, tmp_path: Path, monkeypatch):
+    (tmp_path / "broken_weights.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    nowhere = ["--model_name_or_path", "no/where"]  # the weights are looked at first
+    assert message in error_of([*BASE, *nowhere, *arguments], monkeypatch)

@@ -9,9 +9,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_lambda.weights import length_weights, probability_weights, sequence_mean_weights
+from trl_lambda.weights import (
+    LEARNABLE_AGGREGATIONS,
+    LENGTH_AGGREGATIONS,
+    TOKEN_REGULATIONS,
+    length_weights,
+    probability_weights,
+    sequence_mean_weights,
+)
 
-MEMBERS = ["lambda", "power", "grpo", "dapo", "dr_grpo"]
 LAMBDAS = [-20.0, -3.7, -1.0, -0.3, 0.0, 0.5, 1.0, 2.0, 7.0, 20.0]
 
 
@@ -32,11 +38,11 @@ CASES = ["paper", "unequal", "zero rows", "equal", "one response", "sixty-four",
 
 
 @pytest.mark.parametrize("scope", ["batch", "prompt"])
-@pytest.mark.parametrize("aggregation", MEMBERS)
+@pytest.mark.parametrize("aggregation", LENGTH_AGGREGATIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_length_weights_equal_the_reference(case, aggregation, scope):
     lengths = groups(case)
-    for lam in LAMBDAS if aggregation in ("lambda", "power") else [0.0]:
+    for lam in LAMBDAS if aggregation in LEARNABLE_AGGREGATIONS else [0.0]:
         expected = torch.tensor(
             reference.length_weights(lengths, lam, aggregation, scope, max_completion_length=512), dtype=torch.float64
         )
@@ -235,7 +241,7 @@ def test_length_weights_name_the_bad_argument(arguments, message):
         length_weights(given.pop("lengths"), given.pop("lam"), **given)
 
 
-@pytest.mark.parametrize("regulation", ["sigmoid", "linear"])
+@pytest.mark.parametrize("regulation", TOKEN_REGULATIONS)
 @pytest.mark.parametrize("alpha", [None, 0.7])
 def test_probability_weights_equal_the_reference(regulation, alpha):
     logps = torch.linspace(-12, 0, 97, dtype=torch.float64).view(1, -1)
@@ -256,7 +262,7 @@ def test_reading_of_the_sigmoid_constants():
     assert weights[5:].tolist() == pytest.approx([1.4, 1.4, 1.4])
 
 
-@pytest.mark.parametrize("regulation", ["sigmoid", "linear"])
+@pytest.mark.parametrize("regulation", TOKEN_REGULATIONS)
 def test_probability_weights_increase_are_detached_and_positive(regulation):
     logps = torch.tensor([-1e30, -500.0, -50.0, -3.0, -1.2, -0.5, 0.0], requires_grad=True)
     weights = probability_weights(logps, regulation=regulation, alpha=1.0 if regulation == "linear" else 2.0)

@@ -55,10 +55,11 @@ _GROUP_FIELDS = (
 )
 _TOKEN_PREFIX = "regulation_"
 # Options of ours that are parameters of some member: without effect beside a member that does not have them.
+_members: Any = (LENGTH_WEIGHTS.values(), TOKEN_WEIGHTS.values())
 _LENGTH_PARAMETERS = {  # parameter of a member -> option
-    f.name: f.metadata.get("option", f.name) for member in LENGTH_WEIGHTS.values() for f in fields(member)
+    f.name: f.metadata.get("option", f.name) for member in _members[0] for f in fields(member)
 }
-_TOKEN_PARAMETERS = sorted({f.name for member in TOKEN_WEIGHTS.values() for f in fields(member)})
+_TOKEN_PARAMETERS = sorted({f.name for member in _members[1] for f in fields(member)})
 
 
 @dataclass
@@ -272,9 +273,10 @@ class LambdaGRPOConfig(GRPOConfig):
     def make_token_weight(self) -> TokenWeight | None:
         """The member v that `token_regulation` names, with its parameters; `None` for no token weight."""
         options = {name: getattr(self, _TOKEN_PREFIX + name) for name in _TOKEN_PARAMETERS}
-        return self.token_regulation and make_token_weight(self.token_regulation, options, prefix=_TOKEN_PREFIX)
+        name = self.token_regulation
+        return None if name is None else make_token_weight(name, options, prefix=_TOKEN_PREFIX)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # The command line passes "none" as a string.
         self.aggregation = _none_from_text(self.aggregation)
         self.token_regulation = _none_from_text(self.token_regulation)
@@ -282,7 +284,7 @@ class LambdaGRPOConfig(GRPOConfig):
         for name in _NUMBER_FIELDS:  # YAML reads 1e-2 as text
             setattr(self, name, _number_from_text(getattr(self, name)))
         if isinstance(self.lambda_bounds, list | tuple):
-            self.lambda_bounds = [_number_from_text(bound) for bound in self.lambda_bounds]
+            self.lambda_bounds = [_number_from_text(bound) for bound in self.lambda_bounds]  # type: ignore[misc]
         self.validate()
         self._warn_about_score_function()
         super().__post_init__()
@@ -353,10 +355,10 @@ class LambdaGRPOConfig(GRPOConfig):
                 f"loss_type={self.loss_type!r} brings its own reduction, which aggregation={f.name!r} would replace. "
                 f"Use {instead}."
             )
-        f.check(max(self.num_generations, self.num_generations_eval or 1))
+        f.check(max(self.num_generations or 1, self.num_generations_eval or 1))
 
     def _check_bounds(self) -> None:
-        bounds = self.lambda_bounds
+        bounds: Any = self.lambda_bounds
         numbers = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(_is_number(bound) for bound in bounds)
         if not numbers or not bounds[0] < bounds[1]:
             raise ValueError(f"lambda_bounds={bounds!r} must be two numbers [low, high] with low < high.")

@@ -9,7 +9,6 @@ and stay unweighted. Then the optimizers step, λ's with the model's, and λ is 
 
 import copy
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from .metrics.loss_metrics import LossMetrics, Surrogate, Tokens, length_quartil
 from .model_card import LAMBDA_PAPER, TR_PAPER, complete_card, weight_tags
 from .preference.checkpoint import LambdaCheckpoint
 from .preference.lambda_parameter import LambdaParameter, base_learning_rate, unwrap_optimizer
-from .preference.making import TARGET_BOUNDS, make_rule
+from .preference.making import bounds_of, make_rule
 from .preference.placement import companion_class, engine_owns_optimizer, lambda_eps
 from .preference.step import LambdaStep
 from .preference.whole_checkpoint import check_whole
@@ -97,6 +96,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
     _config_class: type[LambdaGRPOConfig] = LambdaGRPOConfig
     # What a subclass with a `_compute_loss` of its own declares its reduction to be: see `refuse_other_losses`.
     loss_reduction: str | None = None
+    # As they are here; transformers declares what any trainer may have.
+    args: LambdaGRPOConfig
+    model: torch.nn.Module
+    _buffered_inputs: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         length_weight: Callable[..., torch.Tensor] | LengthWeight | None = None,
         token_weight: Callable[..., torch.Tensor] | TokenWeight | None = None,
         **trl_kwargs: Any,
-    ):
+    ) -> None:
         check_contract(GRPOTrainer)
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
@@ -140,7 +143,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._lambda = LambdaParameter(
                 [args.lambda_init, *[0.0] * (len(self.length_weight.lambda_features) - 1)],
                 learnable=args.lambda_learnable,
-                bounds=args.lambda_bounds or (TARGET_BOUNDS if args.length_target is not None else None),
+                bounds=bounds_of(args),
                 max_grad_norm=args.lambda_max_grad_norm,
                 device=self.accelerator.device,
                 rule=make_rule(args, self.length_weight, num_iterations=self.num_iterations),
@@ -152,7 +155,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             "length_scale": getattr(self.length_weight, "length_scale", None),
             "token_weight": own_v and own_v.name,
         }
-        if self._lambda is not None:
+        if self._lambda is not None and self.length_weight is not None:
             identity |= {
                 "lambda_side": getattr(self.length_weight, "side", "both"),
                 "lambda_features": list(self.length_weight.lambda_features),
@@ -219,7 +222,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _take_generation_batch(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
         """Keep lengths and advantages of all processes' rows, from this process's share of them."""
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        group_size: Any = self.num_generations if self.model.training else self.num_generations_eval
         batch = gather_generation_batch(
             micro_batches,
             self._rows_scored,
@@ -455,7 +458,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if self.args.should_save:
             self._lambda_checkpoint.write_optimizer(output_dir)
 
-    def _write_lambda(self, folder: str | os.PathLike[str]) -> None:
+    def _write_lambda(self, folder: Any) -> None:
         if self.args.should_save:
             self._lambda_checkpoint.write(folder, self.state.global_step)
 
@@ -474,11 +477,11 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._lambda_checkpoint.load_value(self.state.best_model_checkpoint)
+        self._lambda_checkpoint.load_value(str(self.state.best_model_checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: Any) -> None:
         if self.args.should_save:
-            self._lambda_checkpoint.copy_for_push(checkpoint_folder, self.args.output_dir)
+            self._lambda_checkpoint.copy_for_push(checkpoint_folder, str(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -492,7 +495,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             dataset_name (`str`, *optional*): As in TRL.
             tags (`str` or `list[str]`, *optional*): As in TRL; `lambda-grpo` and `tr-grpo` are added where they apply.
         """
-        model_name = model_name or Path(self.args.output_dir).resolve().name
+        model_name = model_name or Path(str(self.args.output_dir)).resolve().name
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=weight_tags(self, tags))
         if self.is_world_process_zero():
             complete_card(self)

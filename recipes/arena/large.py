@@ -5,9 +5,10 @@ The arena with a model of 19 million parameters and answers of up to 100 tokens 
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,17 +24,61 @@ ARMS = ("grpo", "dapo", "dr_grpo", "softmax", "power", "power_+1", "delta_l", "t
 MAX_COMPLETION_LENGTH = 160
 
 
-def base_model(task: str) -> BaseModel:
+@dataclass(frozen=True)
+class Size:
+    """
+    How large a study is.
+
+    Args:
+        name (`str`): in the rows, and the folder of the base models.
+        hidden_size, num_layers (`int`): of the model.
+        arms (`tuple[str, ...]`): names in `ARMS`.
+        pretraining (`dict`): what the base model's schedule changes.
+    """
+
+    name: str
+    hidden_size: int
+    num_layers: int
+    arms: tuple[str, ...] = ARMS
+    pretraining: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+FULL = Size("19M", 384, 8, pretraining={"measure_every": 100})
+# Learns nothing: it only shows that every line runs.
+TINY = Size(
+    "tiny",
+    16,
+    1,
+    ("grpo", "softmax"),
+    {
+        "steps": 4,
+        "first_measure": 2,
+        "measure_every": 2,
+        "accuracy_range": (0.0, 1.0),
+        "styles_by_equals_sign": False,
+        "problems": 16,
+    },
+)
+SIZES = {size.name: size for size in (FULL, TINY)}
+
+
+def base_model(task: str, size: Size = FULL) -> BaseModel:
     """How the base model of a long task is made; `runs/` holds it, as it is too large to be committed."""
     return BaseModel(
         task,
-        MODELS / task,
-        hidden_size=384,
-        num_layers=8,
+        MODELS / size.name / task,
+        hidden_size=size.hidden_size,
+        num_layers=size.num_layers,
         max_length=256,
         max_new_tokens=MAX_COMPLETION_LENGTH,
         learning_rate=1e-3,
+        **size.pretraining,
     )
+
+
+def make_base(spec: BaseModel, device: str) -> dict[str, Any]:
+    """Make a base model and return what its `measured.json` holds."""
+    return make(spec, SEED, spec.folder, device)
 
 
 @dataclass(frozen=True)
@@ -43,13 +88,15 @@ class LargeSpec(RunSpec):
 
     Args:
         device (`str`): `"cuda"` or `"cpu"`.
+        size (`str`): a name in `SIZES`.
     """
 
     device: str = "cuda"
+    size: str = FULL.name
 
     @property
     def base_model(self) -> Path:
-        return base_model(self.task).folder
+        return base_model(self.task, SIZES[self.size]).folder
 
     @property
     def max_completion_length(self) -> int:
@@ -58,6 +105,22 @@ class LargeSpec(RunSpec):
     @property
     def use_cpu(self) -> bool:
         return self.device == "cpu"
+
+
+def make_plan(tasks: tuple[str, ...], *, seeds: int, size: Size, device: str, steps: int = 100) -> Plan:
+    """
+    The plan of a study.
+
+    Args:
+        tasks (`tuple[str, ...]`): names in `LONG_TASKS`.
+        seeds (`int`): test seeds.
+        size (`Size`): of the models; a tiny study also takes two steps only.
+        device (`str`): `"cuda"` or `"cpu"`.
+        steps (`int`): optimizer steps of a run.
+    """
+    spec = partial(LargeSpec, device=device, size=size.name)
+    steps = 2 if size is TINY else steps
+    return Plan(size.arms, tasks, tuple(range(seeds)), steps, tasks, LEARNING_RATES, spec)
 
 
 def main() -> None:
@@ -75,17 +138,9 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is there; --device cpu would take days")
     tasks = tuple(LONG_TASKS)
-    plan = Plan(
-        ARMS,
-        tasks,
-        tuple(range(args.seeds)),
-        args.steps,
-        tasks,
-        LEARNING_RATES,
-        partial(LargeSpec, device=args.device),
-    )
+    plan = make_plan(tasks, seeds=args.seeds, size=FULL, device=args.device, steps=args.steps)
     for task in tasks if "base" in args.parts else ():
-        make(base_model(task), SEED, base_model(task).folder, args.device)
+        make_base(base_model(task), args.device)
     do_parts([part for part in args.parts if part != "base"], plan, args.results, args.workers)
 
 

@@ -35,7 +35,7 @@ from recipes.bench.measure.stepping import (
     time_scoring,
 )
 from recipes.bench.measure.traffic import traffic_rows
-from recipes.bench.measure.trainers import ARMS, BASELINE, build_trainer
+from recipes.bench.measure.trainers import ARMS, BASELINE, build_trainer, measured_arms
 from recipes.bench.measure.workload import MODELS, Workload
 
 BENCH = "overhead"
@@ -81,18 +81,19 @@ def time_rows(trainers: dict[str, Any], workload: Workload, pairs: int) -> list[
     gc.collect()
     gc.freeze()  # what is alive now stays alive: no arm should pay for looking through it
     taken = time_pairs(base, steppers, pairs=pairs, steps=steps)
-    rows = _compared(taken, setting, (*PHASES, LOSS), steps)
+    rows = compared(BENCH, taken, setting, (*PHASES, LOSS), steps)
     rest = {arm: [(b[REST] - a[REST]) / steps * 1e3 for a, b in of_arm] for arm, of_arm in taken.items()}
     rows += [row(BENCH, arm, setting, f"{REST}, difference", values, "ms") for arm, values in rest.items()]
     if workload.device == "cuda":
         steps = max(_CUDA_STEPS, steps)
         taken = time_pairs(base, steppers, pairs=pairs, steps=steps, by_phase=False)
-    rows += _compared(taken, setting, (WHOLE, CPU_TIME), steps)
+    rows += compared(BENCH, taken, setting, (WHOLE, CPU_TIME), steps)
     more = {arm: [(b[WHOLE] - a[WHOLE]) / steps * 1e3 for a, b in of_arm] for arm, of_arm in taken.items()}
     return rows + [row(BENCH, arm, setting, f"{WHOLE}, difference", values, "ms") for arm, values in more.items()]
 
 
-def _compared(
+def compared(
+    bench: str,
     taken: Pairs,
     setting: str,
     phases: tuple[str, ...],
@@ -102,9 +103,9 @@ def _compared(
     rows = []
     for phase in phases:
         base = [a[phase] / steps * 1e3 for of_arm in taken.values() for a, _ in of_arm]
-        rows.append(row(BENCH, BASELINE, setting, phase, base, "ms"))
+        rows.append(row(bench, BASELINE, setting, phase, base, "ms"))
         for arm, of_arm in taken.items():
-            rows.append(row(BENCH, arm, setting, phase, [b[phase] / a[phase] for a, b in of_arm], "ratio"))
+            rows.append(row(bench, arm, setting, phase, [b[phase] / a[phase] for a, b in of_arm], "ratio"))
     return rows
 
 
@@ -140,12 +141,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--share-model", action="store_true", help="one set of weights and moments for all arms")
     parser.add_argument("--logging-steps", type=int, default=1, help="a pair has that many steps of each side")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="among %(default)s")
+    parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)} (default: those the package has)")
     parser.add_argument("--pairs", type=int, default=30)
     args = parser.parse_args()
     if args.share_model and args.lora:
         parser.error("--share-model cannot be had with --lora: each trainer puts adapters of its own into the model.")
-    if unknown := set(args.arms) - set(ARMS):
+    if unknown := set(args.arms or ()) - set(ARMS):
         parser.error(f"--arms {sorted(unknown)} is unknown; accepted: {list(ARMS)}.")
     return args
 
@@ -156,7 +157,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     workload = workload_from(args)
-    arms = [BASELINE, *(arm for arm in args.arms if arm != BASELINE)]
+    arms = [BASELINE, *(arm for arm in args.arms or measured_arms(token_metrics=False) if arm != BASELINE)]
     pairs = 2 if args.smoke else args.pairs
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(workload, arms, folder, args.share_model)

@@ -4,15 +4,20 @@ Print results.csv as tables. Where a figure has been measured twice on one machi
     python -m recipes.bench.table
     python -m recipes.bench.table --write recipes/bench/README.md      # between its `bench: begin` and `bench: end`
     python -m recipes.bench.table --write docs/cost.md --overhead-only  # the first tables alone
+    python -m recipes.bench.table --gpu --write recipes/bench/README.md    # gpu.csv, between the marks `gpu`
+    python -m recipes.bench.table --recipe-memory                      # the LoRA recipe's memory, from gpu.csv
 """
 
 import argparse
+import math
+import re
 from pathlib import Path
 
-from recipes.bench.measure.rows import RESULTS, read
+from recipes.bench.gpu_parts import cost, lora_recipe
+from recipes.bench.measure.rows import RESULTS, ROOT, read
 from recipes.bench.measure.trainers import BASELINE
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+GPU_RESULTS = RESULTS.with_name("gpu.csv")
 _TIMES = ("loss forward", "backward", "optimizer", "whole step")
 _PEAKS = ("peak memory",)
 _TRAFFIC = {
@@ -78,20 +83,27 @@ def _table(head: list[str], body: list[list[str]]) -> str:
 
 def overhead(results: Results) -> list[str]:
     """Ratios to `GRPOTrainer`, and traffic, by setting."""
+    return beside_the_baseline(results, "overhead", _TIMES, _PEAKS)
+
+
+def beside_the_baseline(results: Results, bench: str, times: tuple[str, ...], peaks: tuple[str, ...]) -> list[str]:
+    """Two tables a setting: ratios to `GRPOTrainer`, and traffic."""
     parts = []
-    for group in results.groups("overhead"):
-        arms = [arm for arm in results.arms("overhead", group) if arm != BASELINE]
-        base = results.get("overhead", group, BASELINE, "whole step", "ms")
+    for group in results.groups(bench):
+        arms = [arm for arm in results.arms(bench, group) if arm != BASELINE]
+        base = results.get(bench, group, BASELINE, "whole step", "ms")
+        if base is None:
+            continue
         sample = next(row for row in results.rows.values() if (row["hardware"], row["setting"]) == group)
         caption = f"{group[1]}; `GRPOTrainer` takes {number(base)} ms a step"
         caption += f" ({group[0]}; torch {sample['torch']}, TRL {sample['trl']}; {sample['commit']})."
         body = [
-            [arm, *(ratio(results.get("overhead", group, arm, metric, "ratio")) for metric in (*_TIMES, *_PEAKS))]
+            [arm, *(ratio(results.get(bench, group, arm, metric, "ratio")) for metric in (*times, *peaks))]
             for arm in arms
         ]
-        parts.append(f"{caption}\n\n" + _table(["ratio to `GRPOTrainer`", *_TIMES, *_PEAKS], body))
+        parts.append(f"{caption}\n\n" + _table(["ratio to `GRPOTrainer`", *times, *peaks], body))
         traffic = [
-            [arm, *(number(results.get("overhead", group, arm, metric, "count")) for metric in _TRAFFIC)]
+            [arm, *(number(results.get(bench, group, arm, metric, "count")) for metric in _TRAFFIC)]
             for arm in (BASELINE, *arms)
         ]
         parts.append(_table(["", *_TRAFFIC.values()], traffic))
@@ -137,23 +149,89 @@ def markdown(path: Path = RESULTS) -> str:
     return "\n\n".join([*parts, *single(results, "generation"), *single(results, "import")]) + "\n"
 
 
-def main() -> None:
+def gpu_markdown(path: Path) -> str:
+    """The tables of the rows of `recipes.bench.gpu`, or a line that says that there are none."""
+    if not path.exists():
+        return "No GPU row yet: `make gpu` writes them.\n"
+    results = Results(read(path))
+    benches = list(dict.fromkeys(row["bench"] for row in results.rows.values()))
+    parts = []
+    for bench in benches:
+        if bench == cost.BENCH:
+            parts += beside_the_baseline(results, bench, ("whole step",), _PEAKS)
+        else:
+            parts += [f"{bench}\n\n{table}" for table in single(results, bench)]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_recipe_memory(path: Path, recipe: Path, readme: Path) -> None:
+    """
+    Put the measured memory of the LoRA recipe in the place of the estimate, in its file and in the recipes' table.
+
+    Raises:
+        ValueError: if there is no such row of a GPU, or no such line.
+    """
+    rows = read(path) if path.exists() else []
+    peaks = [row for row in rows if row["metric"] == lora_recipe.RESERVED and row["device"] == "cuda"]
+    if not peaks:
+        raise ValueError(f"{path} has no GPU row of the recipe's memory.")
+    gigabytes = f"{math.ceil(float(peaks[-1]['value']) * 2**30 / 1e9)} GB"
+    measured = f"about {gigabytes}, measured on one {peaks[-1]['hardware']} (`make gpu`); by estimate, in parts:"
+    said = r"about \d+ GB, (estimated:|measured on one .*? in parts:)"
+    text, found = re.subn(said, measured, _text(recipe), count=1)
+    line = rf"(\| `{re.escape(recipe.name)}` .*?\| )\d+ GB( \|)"
+    table, listed = re.subn(line, rf"\g<1>{gigabytes}\2", _text(readme))
+    if not (found and listed):
+        raise ValueError(f"{recipe} or {readme} does not say how much memory the recipe takes.")
+    recipe.write_text(text, encoding="utf-8")
+    readme.write_text(table, encoding="utf-8")
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def replace_between(path: Path, mark: str, text: str) -> None:
+    """
+    Write a text into a file, between its two marks.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    before, first, rest = _text(path).partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"{path} has no {begin} and {end}.")
+    path.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Print the tables, or write them into a file between its marks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().split("\n\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="CSV file (default: results.csv, with --gpu gpu.csv)")
     parser.add_argument("--write", type=Path, help="a Markdown file with the two marks")
     parser.add_argument("--overhead-only", action="store_true", help="only what a step costs beside GRPOTrainer")
-    args = parser.parse_args()
-    whole = markdown(args.results)
-    text = "\n\n".join(overhead(Results(read(args.results)))) + "\n" if args.overhead_only else whole
-    if args.write is None:
-        print(text, end="")
-        return
-    before, mark, rest = args.write.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (mark and end):
-        parser.error(f"{args.write} has no {BEGIN} and {END}.")
-    args.write.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    parser.add_argument("--gpu", action="store_true", help="the rows of `make gpu`")
+    parser.add_argument("--recipe-memory", action="store_true", help="write the LoRA recipe's measured memory")
+    args = parser.parse_args(arguments)
+    path = args.results or (GPU_RESULTS if args.gpu or args.recipe_memory else RESULTS)
+    try:
+        if args.recipe_memory:
+            write_recipe_memory(path, lora_recipe.RECIPE, ROOT / "recipes" / "README.md")
+            return
+        if args.gpu:
+            text = gpu_markdown(path)
+        elif args.overhead_only:
+            text = "\n\n".join(overhead(Results(read(path)))) + "\n"
+        else:
+            text = markdown(path)
+        if args.write is None:
+            print(text, end="")
+        else:
+            replace_between(args.write, "gpu" if args.gpu else "bench", text)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

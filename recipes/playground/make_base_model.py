@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ class BaseModel:
         correlation_range (`tuple`): of reward and length within a group.
         styles_by_equals_sign (`bool`): whether a long answer is one with `=` in it, so that style shares can be told.
         chat_template (`str`), response_template (`dict`): of the tokenizer, for a task with an environment.
+        problems (`int`): the most problems of a split that are measured.
     """
 
     task: str
@@ -81,6 +83,7 @@ class BaseModel:
     styles_by_equals_sign: bool = True
     chat_template: str | None = None
     response_template: dict[str, Any] | None = None
+    problems: int = sys.maxsize
 
 
 def _arena_model(task: str, **settings: Any) -> BaseModel:
@@ -297,7 +300,7 @@ def pretrain(
         `tuple[dict, list[dict]]`: the measurement chosen and all of them, made on the validation split.
     """
     splits = make_splits(spec.task)
-    validation = splits["validation"][:128]
+    validation = splits["validation"][: min(128, spec.problems)]
     held_out = {problem.key for split in ("validation", "test") for problem in splits[split]}
     batches = training_batches(tokenizer, random.Random(seed), held_out, spec.task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -335,7 +338,7 @@ def final_figures(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, spec: BaseModel, seed: int
 ) -> dict[str, float]:
     """Measure the chosen model on problems that neither training nor the choice has seen; `measured.json` holds it."""
-    problems, limit = make_splits(spec.task)["test"], spec.max_new_tokens
+    problems, limit = make_splits(spec.task)["test"][: spec.problems], spec.max_new_tokens
     greedy = measure(model, tokenizer, problems, num_samples=1, seed=seed, greedy=True, max_new_tokens=limit)
     sampled = measure(model, tokenizer, problems, num_samples=8, seed=seed, max_new_tokens=limit)
     return {**sampled, "accuracy_greedy": greedy["accuracy_sampled"], "mean_length_greedy": greedy["mean_length"]}

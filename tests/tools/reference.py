@@ -26,7 +26,7 @@ def length_weights(lengths, lam, aggregation, scope="batch", r=1 / 9, max_comple
                 f = softmax_weight(n, present, lam, r)
             elif aggregation == "power":
                 f = power_weight(n, everyone if scope == "batch" else present, lam)
-            if scope == "prompt" and aggregation in ("dapo", "lambda", "power"):
+            if scope == "prompt" and aggregation not in ("grpo", "dr_grpo"):
                 f *= (batch / len(lengths)) / sum(group)
             out.append(f)
         weights.append(out)

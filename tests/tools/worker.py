@@ -5,7 +5,8 @@ Run prepared trainings in this process, one of several ranks or not, and write w
 
 JOBS.json is a list of {"trainer": "lambda" or "tr" or "grpo", "options": {...}} and what `run_job` reads besides. Jobs
 with a "kill" (`kills.py`) come before all others; under torchrun there is only one, which ends every rank. A job may
-name `"engine": "fsdp2"`, and is then the only one of its process; DeepSpeed comes from `accelerate launch`.
+name `"engine": "fsdp2"`, and is then the only one of its process; DeepSpeed comes from `accelerate launch`. Its
+"length_weight" and "token_weight" are dotted paths to functions (`user_weights.py`).
 """
 
 import json
@@ -22,6 +23,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+from trl_lambda.weights.custom import import_function
 
 CLASSES = {
     "lambda": (LambdaGRPOTrainer, LambdaGRPOConfig),
@@ -90,6 +92,9 @@ def run_job(job: dict) -> dict:
         from peft import LoraConfig
 
         trainer_options["peft_config"] = LoraConfig(**trainer_options.pop("peft"))
+    for name in ("length_weight", "token_weight"):
+        if name in job:
+            trainer_options[name] = import_function(job[name], name)
     if job.get("eval"):
         trainer_options["eval_dataset"] = batch.dataset()
     model = job.get("model") or build_model(**job.get("build", {}))

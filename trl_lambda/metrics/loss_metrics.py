@@ -54,7 +54,9 @@ class LossMetrics:
         with_turns (`bool`, defaults to `False`): whether conversations may have several turns.
     """
 
-    def __init__(self, clip: Surrogate | None, token_bounds: tuple[float, float] | None, *, with_turns: bool = False):
+    def __init__(
+        self, clip: Surrogate | None, token_bounds: tuple[float, float] | None, *, with_turns: bool = False
+    ) -> None:
         self._clip = clip
         self._with_turns = with_turns
         self._token_bounds = token_bounds

@@ -37,7 +37,7 @@ class LambdaCheckpoint:
         is_custom (`bool`): whether f or v is the user's, so that the file is written without a λ too.
     """
 
-    def __init__(self, parameter: LambdaParameter | None, identity: Mapping[str, Any], *, is_custom: bool):
+    def __init__(self, parameter: LambdaParameter | None, identity: Mapping[str, Any], *, is_custom: bool) -> None:
         self._parameter = parameter
         self._identity = dict(identity)
         self._is_written = parameter is not None or is_custom

@@ -14,7 +14,7 @@ COMPANION_FILE = "lambda_optimizer.json"
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
-def write_json(folder: str | os.PathLike, name: str, content: dict) -> Path:
+def write_json(folder: str | os.PathLike[str], name: str, content: dict[str, Any]) -> Path:
     """
     Write a JSON file into `folder`, whole or not at all.
 
@@ -37,7 +37,7 @@ def write_json(folder: str | os.PathLike, name: str, content: dict) -> Path:
     return path
 
 
-def read_lambda_file(folder: str | os.PathLike) -> dict[str, Any]:
+def read_lambda_file(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     Read `lambda.json` from a checkpoint.
 
@@ -86,7 +86,7 @@ def companion_state_to_json(state: dict[str, Any]) -> dict[str, Any]:
     return {"state": slots, "param_groups": state["param_groups"]}
 
 
-def read_companion_state(folder: str | os.PathLike, size: int = 1) -> dict[str, Any]:
+def read_companion_state(folder: str | os.PathLike[str], size: int = 1) -> dict[str, Any]:
     """
     Read the state of λ's companion optimizer from a checkpoint.
 

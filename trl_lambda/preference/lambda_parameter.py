@@ -43,7 +43,7 @@ class LambdaParameter:
         max_grad_norm: float,
         device: torch.device,
         rule: Rule | None = None,
-    ):
+    ) -> None:
         # One element rather than 0-d, float32 whatever the model's dtype.
         values = [init] if isinstance(init, int | float) else list(init)
         self.tensor = torch.nn.Parameter(
@@ -171,7 +171,8 @@ class LambdaParameter:
             grad = grad / (self._scale_probe.grad / self._micro_batches)
             self._scale_probe.grad = None
         self._micro_batches = 0
-        self.tensor.grad = accelerator.reduce(grad, reduction="mean")
+        reduced: Any = accelerator.reduce(grad, reduction="mean")
+        self.tensor.grad = reduced
 
     def prepare_step(self) -> None:
         """
@@ -180,16 +181,15 @@ class LambdaParameter:
         Raises:
             `RuntimeError`: nobody has reduced the gradient: a subclass replaced `training_step`.
         """
-        if not self._is_reduced:
+        if self._is_reduced and self.rule is not None:
+            self.tensor.grad = self.rule.gradient(self.tensor)
+        grad = self.tensor.grad
+        if grad is None or not self._is_reduced:
             raise RuntimeError(
                 "λ's gradient was not averaged over the processes: a subclass overrides training_step without calling "
                 "super().training_step, which does it. Call it, or set lambda_learnable=False."
             )
         self._is_reduced = False
-        if self.rule is not None:
-            self.tensor.grad = self.rule.gradient(self.tensor)
-        grad = self.tensor.grad
-        assert grad is not None  # `reduce_gradient` or the rule has made it
         self.last_grad = grad.item() if grad.numel() == 1 else grad.norm().item()
         if not math.isfinite(self.last_grad):
             self.tensor.grad = None

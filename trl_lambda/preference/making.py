@@ -8,6 +8,13 @@ from .rules import Regression, Rule, Target
 TARGET_BOUNDS = (-3.0, 3.0)
 
 
+def bounds_of(args: LambdaGRPOConfig) -> tuple[float, float] | None:
+    """λ's bounds: `lambda_bounds`, or those of "target" where it is not set."""
+    if args.lambda_bounds is not None:
+        return args.lambda_bounds[0], args.lambda_bounds[1]
+    return TARGET_BOUNDS if args.length_target is not None else None
+
+
 def make_rule(args: LambdaGRPOConfig, f: LengthWeight, *, num_iterations: int) -> Rule | None:
     """
     Args:
@@ -22,7 +29,7 @@ def make_rule(args: LambdaGRPOConfig, f: LengthWeight, *, num_iterations: int) -
     if rule == "regression":
         return Regression(f.lambda_features, args.lambda_gain)
     if rule == "target":
-        steps = args.steps_per_generation * num_iterations / args.gradient_accumulation_steps
-        low, high = args.lambda_bounds or TARGET_BOUNDS
-        return Target(args.length_target, steps, getattr(f, "side", "positive"), (low, high))
+        steps = (args.steps_per_generation or 1) * num_iterations / args.gradient_accumulation_steps
+        assert args.length_target is not None  # the configuration has seen to it
+        return Target(args.length_target, steps, getattr(f, "side", "positive"), bounds_of(args) or TARGET_BOUNDS)
     return None

@@ -27,7 +27,7 @@ class LambdaState:
         was_learned (`bool`): What its `lambda.json` says.
     """
 
-    def __init__(self, parameter: LambdaParameter, checkpoint: str | os.PathLike, was_learned: bool):
+    def __init__(self, parameter: LambdaParameter, checkpoint: str | os.PathLike[str], was_learned: bool) -> None:
         self._parameter = parameter
         self._checkpoint = Path(checkpoint)
         self._was_learned = was_learned
@@ -60,8 +60,8 @@ class LambdaState:
             number = sum(len(group["params"]) for group in groups)
             mine = next(g for g in optimizer.state_dict()["param_groups"] if g.get("name") == GROUP_NAME)
             groups.append({**mine, "params": [number]})
-            if self._is_usable(mine):
-                for slot in self._state["state"].values():
+            if (found := self._usable(mine)) is not None:
+                for slot in found["state"].values():
                     slots[number] = slot
         return {**state, "param_groups": groups, "state": slots}
 
@@ -80,30 +80,30 @@ class LambdaState:
                 "trainer."
             )
         if companion is not None:
-            if self._is_usable(companion.param_groups[0]):
-                companion.load_state_dict(self._state)
+            if (found := self._usable(companion.param_groups[0])) is not None:
+                companion.load_state_dict(found)
         elif self._parameter.learnable and not self._is_loaded:
-            self._is_usable({})
+            self._usable({})
 
     def _model_is_saved(self) -> bool:
         """Whether an optimizer state, as torch or an engine names it, is there: none is with `save_only_model`."""
         names = ("optimizer", "global_step", "zero_pp_rank")
         return any(path.name.startswith(names) for path in self._checkpoint.iterdir())
 
-    def _is_usable(self, group: dict[str, Any]) -> bool:
-        """Whether λ's saved state is of the same kind of optimizer; a warning where it was learned and is not."""
+    def _usable(self, group: dict[str, Any]) -> dict[str, Any] | None:
+        """λ's saved state, if of the same kind of optimizer; else `None`, with a warning where λ was learned."""
         if not self._was_learned:
-            return False
+            return None
         found = self._state and self._state["param_groups"][0]
         if found and set(found) - set(_PLACES) == set(group) - set(_PLACES):
-            return True
+            return self._state
         cause = "it is of another kind of optimizer" if found else "it is not in the checkpoint"
         warnings.warn(
             f"λ goes on from {self._checkpoint} without its optimizer state: {cause}. Its moments start afresh.",
             UserWarning,
             stacklevel=2,
         )
-        return False
+        return None
 
 
 def widen_scheduler(scheduler: Any) -> None:

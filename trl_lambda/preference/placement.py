@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..lambda_grpo_config import LambdaGRPOConfig
@@ -21,7 +21,7 @@ def engine_owns_optimizer(trainer: Trainer) -> bool:
 
 
 def companion_class(
-    args: LambdaGRPOConfig, model: torch.nn.Module, *, user_built: bool
+    args: LambdaGRPOConfig, model: Any, *, user_built: bool
 ) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """
     Choose the companion's class and arguments: those of `args.optim`, so that λ steps as it would in the trainer's own
@@ -66,5 +66,5 @@ def lambda_eps(args: LambdaGRPOConfig, optimizer: torch.optim.Optimizer) -> floa
     return None
 
 
-def _is_owning(args: LambdaGRPOConfig) -> bool:
+def _is_owning(args: TrainingArguments) -> bool:
     return any(name in OptimizerNames(args.optim).value for name in _OWNING_OPTIMIZERS)

@@ -65,7 +65,7 @@ class Regression(Rule):
         gain (`float`): κ.
     """
 
-    def __init__(self, features: tuple[str, ...], gain: float):
+    def __init__(self, features: tuple[str, ...], gain: float) -> None:
         size = len(features)
         self._features = features
         self._gain = gain
@@ -149,7 +149,7 @@ class Target(Rule):
     # For warnings: generation batches at a bound, how far off that is, and how much reward is a fall.
     _PATIENCE, _FAR, _FALL = 20, 0.15, 0.1
 
-    def __init__(self, target: float, steps: float, side: str, bounds: tuple[float, float]):
+    def __init__(self, target: float, steps: float, side: str, bounds: tuple[float, float]) -> None:
         self._target = target if target > 1 else math.nan
         self._part = target
         self._steps = max(steps, 1.0)

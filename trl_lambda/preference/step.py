@@ -22,7 +22,7 @@ class LambdaStep(TrainerCallback):
 
     def __init__(
         self, parameter: LambdaParameter, accelerator: Accelerator, metrics: MutableMapping[str, list[float]]
-    ):
+    ) -> None:
         self._parameter = parameter
         self._accelerator = accelerator
         self._metrics = metrics

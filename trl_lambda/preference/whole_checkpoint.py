@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 STATE_FILE = "trainer_state.json"
 
 
-def check_whole(folder: str | os.PathLike) -> None:
+def check_whole(folder: str | os.PathLike[str]) -> None:
     """
     Refuse a checkpoint that was cut short: `Trainer` names the folder first and writes `trainer_state.json` last.
 
@@ -55,5 +55,6 @@ def _whole_before(folder: Path) -> Path | None:
     """The newest whole checkpoint beside `folder` with fewer steps."""
     if (step := _step(folder)) is None:
         return None
-    beside = [path for path in folder.parent.iterdir() if path.is_dir() and (_step(path) or step) < step]
-    return max((path for path in beside if _fault(path) is None), key=_step, default=None)
+    steps = {path: n for path in folder.parent.iterdir() if path.is_dir() and (n := _step(path)) is not None}
+    beside = [path for path, n in steps.items() if n < step and _fault(path) is None]
+    return max(beside, key=lambda path: steps[path], default=None)

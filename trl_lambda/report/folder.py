@@ -75,8 +75,8 @@ def read_run(folder: str | Path) -> RunLog:
             if not 0 < scale < 1:
                 raise ValueError(f"{candidate / 'lambda.json'} is damaged (length_scale = {scale}).")
             member, length_scale = content["aggregation"], scale
-            side = content.get("lambda_side")
-            side = side if side in SIDES else "both"
+            saved = content.get("lambda_side")
+            side = str(saved) if saved in SIDES else "both"
             title = f"{title}: aggregation={member}"
             break
         except (ValueError, TypeError, OverflowError, RecursionError) as error:

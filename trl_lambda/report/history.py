@@ -21,14 +21,14 @@ class RunLog:
     length_scale: float = 1 / 9
     side: str = "both"
 
-    def series(self, key: str | None) -> tuple[list[int], list[float]]:
+    def series(self, key: str) -> tuple[list[int], list[float]]:
         """Return the optimizer steps at which `key` was logged and its values, without those that are not finite."""
         return series(self.history, key)
 
     def held_out(self, key: str) -> list[tuple[str, list[int], list[float]]]:
         """Return what `key` was on held-out data: label, steps and values of each data set that has any."""
-        sets = [(name, *series(entries, f"eval_{key}")) for name, entries in evaluations(self.history).items()]
-        return [(f"held-out: {name}" if name else "held-out", *points) for name, *points in sets if points[0]]
+        sets = [(name, series(entries, f"eval_{key}")) for name, entries in evaluations(self.history).items()]
+        return [(f"held-out: {name}" if name else "held-out", *points) for name, points in sets if points[0]]
 
 
 def check_history(history: Any) -> None:
@@ -59,7 +59,7 @@ def readable_history(history: LogHistory) -> LogHistory:
     return [{readable(str(key)): value for key, value in entry.items()} for entry in history]
 
 
-def evaluations(history: LogHistory) -> dict[str, LogHistory]:
+def evaluations(history: LogHistory) -> Mapping[str, LogHistory]:
     """
     Tell the held-out data sets of a run apart.
 
@@ -95,7 +95,7 @@ def _data_sets(entry: Mapping[str, Any]) -> list[str]:
     return [""]
 
 
-def series(history: LogHistory, key: str | None) -> tuple[list[int], list[float]]:
+def series(history: LogHistory, key: str) -> tuple[list[int], list[float]]:
     """Return the optimizer steps at which `key` was logged and its values; TRL logs None where nothing was valid."""
     points = [
         (entry["step"], float(entry[key]))

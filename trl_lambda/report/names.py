@@ -6,7 +6,7 @@ from pathlib import Path
 PICTURES, PAGES = (".png",), (".html", ".htm")
 
 
-def check_ending(argument: str, path: str | os.PathLike, accepted: tuple[str, ...]) -> Path:
+def check_ending(argument: str, path: str | os.PathLike[str], accepted: tuple[str, ...]) -> Path:
     """
     Return `path` as a `Path` whose ending says what is written there.
 

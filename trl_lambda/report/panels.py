@@ -188,7 +188,9 @@ def _draw_curves(axes: Any, run: RunLog) -> None:
         chosen.setdefault(f"{values[index]:.2f}", when)  # a λ that stands still is one curve
     chosen = {when: lam for lam, when in chosen.items()}
     chosen = {when: chosen[when] for when in ("at start", "midway", "at end") if when in chosen}
-    lengths = torch.linspace(*_curve_lengths(run), rows, dtype=torch.float64)
+    ends = _curve_lengths(run)
+    assert ends is not None and run.aggregation is not None  # `_has_curves` has seen to it
+    lengths = torch.linspace(*ends, rows, dtype=torch.float64)
     axes.axhline(1.0, color="0.85", linewidth=2.5)  # f = 1: the token mean
     if run.side != "both":
         _draw_sides(axes, run, lengths, values[-1])
@@ -208,7 +210,7 @@ def _draw_sides(axes: Any, run: RunLog, lengths: torch.Tensor, lam: float) -> No
         lengths = lengths[::2]
     signs = torch.cat([torch.ones_like(lengths), -torch.ones_like(lengths)]).unsqueeze(0)
     weights = length_weights(
-        lengths.repeat(2).unsqueeze(0), lam, aggregation=run.aggregation, length_scale=run.length_scale,
+        lengths.repeat(2).unsqueeze(0), lam, aggregation=str(run.aggregation), length_scale=run.length_scale,
         side=run.side, advantages=signs,
     )[0]  # fmt: skip
     for name, values, (color, dash) in (

@@ -127,6 +127,7 @@ def _draw(log: RunLog) -> bytes:
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     panels = [panel for panel in PANELS if panel.has_data(log)]
@@ -135,9 +136,9 @@ def _draw(log: RunLog) -> bytes:
         raise ValueError(f"run has {len(log.history)} entries and nothing to draw; needed is at least one of: {keys}.")
     columns = min(len(panels), 3 if len(panels) > 4 else 2)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.9 * columns + 0.3, 2.75 * rows + 0.4), dpi=100, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(4.9 * columns + 0.3, 2.75 * rows + 0.4), dpi=100, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     grid = figure.add_gridspec(rows, columns)
     taller = [0.0] * rows  # inches that a row of panels needs for legends of several lines
     for number, panel in enumerate(panels):
@@ -217,7 +218,7 @@ class ReportCallback(TrainerCallback):
         ValueError: if `every` is below 1.
     """
 
-    def __init__(self, every: int | None = None, html: bool = False):
+    def __init__(self, every: int | None = None, html: bool = False) -> None:
         require_matplotlib()
         if every is not None and every < 1:
             raise ValueError(f"every={every} must be >= 1, or None for the end only.")

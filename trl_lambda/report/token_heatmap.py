@@ -142,7 +142,8 @@ def shade(fraction: float) -> tuple[int, int, int]:
     """Return the ground's red, green and blue, 0..255, for a fraction from 0 (light) to 1 (dark)."""
     place = fraction * (len(_STOPS) - 1)
     i = min(int(place), len(_STOPS) - 2)
-    return tuple(round(a + (place - i) * (b - a)) for a, b in zip(_STOPS[i], _STOPS[i + 1], strict=True))
+    red, green, blue = (round(a + (place - i) * (b - a)) for a, b in zip(_STOPS[i], _STOPS[i + 1], strict=True))
+    return red, green, blue
 
 
 def _ink(fraction: float) -> str:

@@ -14,7 +14,7 @@ from .guard import guard, guard_environment, tool_methods
 from .loading import import_function
 
 
-def load_tools(names: list[str] | str | None, timeout: float | None = None) -> list[Callable]:
+def load_tools(names: list[str] | str | None, timeout: float | None = None) -> list[Callable[..., Any]]:
     """
     Import tools and guard them.
 
@@ -157,8 +157,9 @@ def _reads_earlier_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "tool", "content": "answer"},
     ]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return bool(parse_response(tokenizer, [tokenizer.eos_token_id], prefix=ids).get("tool_calls"))
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    end: Any = tokenizer.eos_token_id
+    return bool(parse_response(tokenizer, [end], prefix=ids).get("tool_calls"))
 
 
 def check_rows(dataset: Any, environment: type | None, environment_name: str | None) -> None:
@@ -184,7 +185,7 @@ def check_rows(dataset: Any, environment: type | None, environment_name: str | N
             ) from error
 
 
-def _check_description(label: str, tool: Callable) -> None:
+def _check_description(label: str, tool: Callable[..., Any]) -> None:
     try:
         get_json_schema(tool)
     except (DocstringParsingException, TypeHintParsingException, ValueError, TypeError) as error:

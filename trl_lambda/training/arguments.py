@@ -2,7 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field, fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -39,6 +39,10 @@ class LambdaGRPOScriptArguments(ScriptArguments):
             and `get_reward()`, if it has one, scores it.
         tool_timeout (`float`, *optional*):
             Seconds after which a call of a tool is broken off and counted as a failure.
+        length_weight (`str`, *optional*):
+            Dotted path to a function or an object, in place of `aggregation`: see the trainer's `length_weight`.
+        token_weight (`str`, *optional*):
+            The same in place of `token_regulation`: see the trainer's `token_weight`.
         plot (`bool`, *optional*, defaults to `False`):
             Write `run.png` (λ, reward and length over steps) into the output folder; needs `trl-lambda[plots]`.
         short_progress (`bool`, *optional*, defaults to `False`):
@@ -87,6 +91,17 @@ class LambdaGRPOScriptArguments(ScriptArguments):
         default=None,
         metadata={"help": "Seconds after which a call of a tool is broken off and counted as a failure."},
     )
+    length_weight: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path to a function or an object, in place of `aggregation`: see the trainer's "
+            "`length_weight`."
+        },
+    )
+    token_weight: str | None = field(
+        default=None,
+        metadata={"help": "The same in place of `token_regulation`: see the trainer's `token_weight`."},
+    )
     plot: bool = field(
         default=False,
         metadata={"help": "Write run.png (λ, reward and length over steps) to output_dir; needs trl-lambda[plots]."},
@@ -122,8 +137,10 @@ def parse(args: list[str]) -> tuple[LambdaGRPOScriptArguments, LambdaGRPOConfig,
         raise ValueError("--config needs the path of a YAML file.")
     if "--config" in args:
         check_config_file(args[args.index("--config") + 1], DATACLASSES)
-    parser = Parser(DATACLASSES)
+    types: Any = DATACLASSES  # more than TRL's annotation allows, as in TRL's own script
+    parser = Parser(types)
     try:
+        parsed: Any
         *parsed, unknown = parser.parse_args_and_config(args, return_remaining_strings=True)
     except (TypeError, AttributeError, OverflowError) as error:  # from a check that a value of another kind gets into
         given = ", ".join(text for text in args if text.startswith("--"))

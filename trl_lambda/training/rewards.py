@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 from trl.rewards import (
     accuracy_reward,
@@ -14,7 +15,7 @@ from .agents import owns_reward
 from .arguments import LambdaGRPOScriptArguments
 from .loading import import_function
 
-REWARD_FUNCS: dict[str, Callable] = {
+REWARD_FUNCS: dict[str, Callable[..., Any]] = {
     "accuracy_reward": accuracy_reward,
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
@@ -23,14 +24,16 @@ REWARD_FUNCS: dict[str, Callable] = {
 MATH_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward")
 
 
-def load_rewards(script_args: LambdaGRPOScriptArguments, environment: type | None = None) -> list[str | Callable]:
+def load_rewards(
+    script_args: LambdaGRPOScriptArguments, environment: type | None = None
+) -> list[str | Callable[..., Any]]:
     """
     Resolve the names of reward model and reward functions to what the trainer takes as `reward_funcs`.
 
     Raises:
         ValueError: if none is given and the environment has none of its own, or a name cannot be resolved.
     """
-    rewards: list[str | Callable] = []
+    rewards: list[str | Callable[..., Any]] = []
     if script_args.reward_model_name_or_path:
         rewards.append(script_args.reward_model_name_or_path)
     names = script_args.reward_funcs or []

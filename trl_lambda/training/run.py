@@ -1,9 +1,11 @@
 """One run: what is cheap to check is checked first, then the trainer is built, trains, and says what came out."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -14,6 +16,8 @@ from ..lambda_grpo_config import LambdaGRPOConfig
 from ..lambda_grpo_trainer import LambdaGRPOTrainer
 from ..preference.files import read_lambda_file
 from ..report import plot_run, require_matplotlib, summarize_run
+from ..weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight
+from ..weights.custom import import_function as import_weight
 from .agents import check_reward_names, check_rows, check_tokenizer, load_environment, load_tools
 from .arguments import LambdaGRPOScriptArguments, parse
 from .loading import load_splits
@@ -61,7 +65,7 @@ def check_resume(args: LambdaGRPOConfig) -> None:
         read_lambda_file(checkpoint)
 
 
-def load_agent(script_args: LambdaGRPOScriptArguments) -> tuple[list[Callable], type | None]:
+def load_agent(script_args: LambdaGRPOScriptArguments) -> tuple[list[Callable[..., Any]], type | None]:
     """
     Load the tools and the environment that the arguments name.
 
@@ -75,6 +79,22 @@ def load_agent(script_args: LambdaGRPOScriptArguments) -> tuple[list[Callable], 
     if tools or environment:
         check_reward_names(script_args.reward_funcs)
     return tools, environment
+
+
+def load_weights(script_args: LambdaGRPOScriptArguments) -> tuple[LengthWeight | None, TokenWeight | None]:
+    """
+    Import the user's own weights, where there are any.
+
+    Raises:
+        ValueError: if a path cannot be imported, or is of something else than a weight.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    f, v = script_args.length_weight, script_args.token_weight
+    return (
+        None if f is None else as_length_weight(import_weight(f, "length_weight")),
+        None if v is None else as_token_weight(import_weight(v, "token_weight")),
+    )
 
 
 def make_trainer(
@@ -94,19 +114,24 @@ def make_trainer(
         require_matplotlib()
     tools, environment = load_agent(script_args)
     rewards = load_rewards(script_args, environment)
+    length_weight, token_weight = load_weights(script_args)
+    training_args.validate(length_weight, token_weight)
     check_model(model_args, training_args.trust_remote_code)
     check_resume(training_args)
     train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
     if tools or environment:
-        name, revision = model_args.model_name_or_path, model_args.model_revision
-        check_tokenizer(name, revision, training_args.trust_remote_code)
+        check_tokenizer(str(model_args.model_name_or_path), model_args.model_revision, training_args.trust_remote_code)
         check_rows(train_dataset, environment, script_args.environment)
+    agent: dict[str, Any] = {"tools": tools} if tools else {}
+    if environment:
+        agent["environment_factory"] = environment
+    given: Any = training_args.model_init_kwargs or {}
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "trust_remote_code": training_args.trust_remote_code,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **given,
     }
     trainer = LambdaGRPOTrainer(
         model=model_args.model_name_or_path,
@@ -116,8 +141,9 @@ def make_trainer(
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
-        **({"tools": tools} if tools else {}),
-        **({"environment_factory": environment} if environment else {}),
+        **agent,
+        length_weight=length_weight,
+        token_weight=token_weight,
     )
     if script_args.short_progress and not training_args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -139,7 +165,7 @@ def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -
     args = trainer.args
     trainer.save_model(args.output_dir)
     trainer.save_state()  # the log history, for `trl_lambda.report`
-    output_dir, picture = Path(args.output_dir), None
+    output_dir, picture = Path(str(args.output_dir)), None
     if script_args.plot and trainer.accelerator.is_main_process:
         picture = plot_run(output_dir, output_dir / "run.png")  # before the card, which shows it
     on_hub = script_args.dataset_name if not Path(script_args.dataset_name or "").exists() else None

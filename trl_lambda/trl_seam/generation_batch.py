@@ -114,7 +114,8 @@ def gather_generation_batch(
     # float32 holds a length exactly up to 2^24 tokens.
     local = torch.zeros(rows, len(columns), dtype=torch.float32, device=lengths.device)
     local[place] = torch.stack([column.float() for column in columns], dim=1)
-    everywhere = accelerator.gather(local).view(-1, group_size, len(columns))
+    gathered: Any = accelerator.gather(local)
+    everywhere = gathered.view(-1, group_size, len(columns))
     advantages = everywhere[..., 1].contiguous() if per_row else None
     first = 1 + per_row
     named = zip(features, everywhere[..., first : first + len(features)].unbind(dim=-1), strict=True)

@@ -13,7 +13,7 @@ class WeightedInputs(dict[str, Any]):
     silence.
     """
 
-    def __init__(self, inputs: dict[str, Any]):
+    def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__(inputs)
         self._pending: set[str] = {"advantages"}
         self._complete = False
@@ -86,6 +86,6 @@ class WeightedInputs(dict[str, Any]):
         self._note(key)
         return super().__getitem__(key)
 
-    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+    def get(self, key: str, default: Any = None) -> Any:
         self._note(key)
         return super().get(key, default)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .custom import check_result, function_name, named_arguments
+from .custom import USERS, check_follows_lambda, check_result, function_name, named_arguments
 from .features import FEATURES
 from .tensors import kind, listing, one_where_zero, strictly_positive
 
@@ -20,6 +20,8 @@ SIDES = ("both", "signed", "positive", "negative")
 PREFERENCE_BOUND = 2.0
 # A group whose advantages differ by less than this part of the largest has equal rewards and rounding.
 _ROUNDING, _FAINT = 1e-5, 1e-2
+# What `**kwargs` get unasked: who names another one is called in another way by it.
+_KWARGS = ("lengths", "advantages")
 # Keeps z finite where σ = 0. Lengths are integers, so that a σ other than 0 is at least 0.1: this is far below it.
 _SIGMA_EPSILON = 1e-8
 
@@ -40,7 +42,8 @@ class LengthWeight(ABC):
         mean_logp, min_logp   (P, G): mean and least log-probability of the own tokens under the sampling policy
         features     all of these, name -> (P, G)
 
-    and returns positive weights, (P, G). Rows without tokens, scope, dtype and positivity are not its business.
+    and returns positive weights, (P, G). `**kwargs` get lengths and advantages. Rows without tokens, scope, dtype and
+    positivity are not its business.
 
     Class attributes: `name`, as in `aggregation`; `formula` and `source` for the model card; `has_lambda`, whether it
     reads λ; `has_scope`, whether μ and Σ|o| depend on `aggregation_scope`.
@@ -315,10 +318,12 @@ def centred_features(
     Raises:
         `ValueError`: a feature is not given.
     """
-    missing = [name for name in names if name != "length" and features.get(name) is None]
-    if missing:
-        raise ValueError(f"features are required for {', '.join(missing)}: the policy's log-probabilities.")
-    raw = [one_where_zero(lengths).log() if name == "length" else features[name].to(lengths) for name in names]
+    raw = []
+    for name in names:
+        values = one_where_zero(lengths).log() if name == "length" else features.get(name)
+        if values is None:
+            raise ValueError(f"features are required for {name}: the policy's log-probabilities.")
+        raw.append(values.to(lengths))
     x, present = torch.stack(raw, dim=-1), has_tokens.unsqueeze(-1)
     mean = (x * present).sum(dim=1, keepdim=True) / one_where_zero(present.sum(dim=1, keepdim=True))
     return (x - mean) * present
@@ -346,12 +351,12 @@ def _check_side(side: str) -> None:
 class FunctionLengthWeight(LengthWeight):
     """A function of the user's as a member: `name` is the function's, and it has a λ if it names `lam`."""
 
-    source = "the user's"
+    source = USERS
 
-    def __init__(self, function: Callable[..., torch.Tensor]):
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self.function = function
         self.name = self.formula = function_name(function)
-        self.takes = named_arguments(function, LENGTH_ARGUMENTS)
+        self.takes = named_arguments(function, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)
         self.has_lambda = "lam" in self.takes
 
     def __call__(self, **known: Any) -> torch.Tensor:
@@ -366,14 +371,17 @@ def as_length_weight(weight: object) -> LengthWeight:
         `ValueError`: it is neither a `LengthWeight` nor a function whose arguments there are, or it names `lam` and
             says that it has no λ.
     """
-    if isinstance(weight, type) and issubclass(weight, LengthWeight):
+    if isinstance(weight, type):
         raise ValueError(f"length_weight={weight.__name__} is a class: pass an object, {weight.__name__}().")
     if not isinstance(weight, LengthWeight):
         return FunctionLengthWeight(weight)  # type: ignore[arg-type]  checked there
-    if "lam" in arguments_of(weight) and not weight.has_lambda:
-        raise ValueError(f"{function_name(weight)} names lam, and there is no λ: set its has_lambda = True.")
+    if ("lam" in arguments_of(weight)) != weight.has_lambda:
+        names = "names lam, and there is no λ" if not weight.has_lambda else "does not name lam, and there is a λ"
+        raise ValueError(f"{function_name(weight)} {names}: set its has_lambda = {not weight.has_lambda}.")
     if not weight.name:
         raise ValueError(f"{function_name(weight)} has no name: set its class attribute name.")
+    if type(weight) is not LENGTH_WEIGHTS.get(weight.name, type(weight)):
+        raise ValueError(f"{function_name(weight)} has the name {weight.name!r} of another member: give it its own.")
     return weight
 
 
@@ -381,7 +389,7 @@ def arguments_of(member: LengthWeight) -> tuple[str, ...]:
     """The arguments that a member is called with."""
     if isinstance(member, FunctionLengthWeight):
         return member.takes
-    return named_arguments(member, LENGTH_ARGUMENTS)
+    return named_arguments(member, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)
 
 
 def features_of(member: LengthWeight | None) -> tuple[str, ...]:
@@ -451,12 +459,13 @@ def weigh_responses(
         weights = member(**given)
         if isinstance(member, FunctionLengthWeight) or type(member) not in LENGTH_WEIGHTS.values():
             check_result(member.name, weights, rows.shape, has_tokens)
+    check_follows_lambda(member.name, weights, given.get("lam"))
     if positive_weight != 1:
         dim = known["dim"] if member.has_scope else (0, 1)
         weights = favour_positive(weights, positive_weight, rows, has_tokens, known["advantages"], dim)
     if scope == "prompt" and member.has_scope:
         weights = weights * (rows.sum() / rows.size(0)) / one_where_zero(rows.sum(dim=1, keepdim=True))
-    return strictly_positive(weights, _result_dtype(lengths, lam)) * has_tokens
+    return strictly_positive(weights, _result_dtype(lengths, lam)).masked_fill(~has_tokens, 0)
 
 
 def sequence_mean_weights(weights: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -487,7 +496,8 @@ def _one_prompt_at_a_time(member: LengthWeight, given: Mapping[str, Any], has_to
 def _fill_empty_rows(rows: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
     """Show a row without tokens as its group's mean length: neutral to a mean, and no division by zero."""
     mean = rows.sum(dim=1, keepdim=True) / one_where_zero(has_tokens.sum(dim=1, keepdim=True))
-    return torch.where(has_tokens, rows, one_where_zero(mean).expand_as(rows))
+    everyones = one_where_zero(rows.sum() / one_where_zero(has_tokens.sum()))  # for a group without any tokens
+    return torch.where(has_tokens, rows, torch.where(mean > 0, mean, everyones))
 
 
 def _check_arguments(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .custom import check_result, function_name, named_arguments
+from .custom import USERS, check_result, function_name, named_arguments
 from .tensors import kind, listing, strictly_positive
 
 
@@ -100,10 +100,11 @@ TOKEN_WEIGHTS: dict[str, type[TokenWeight]] = {member.name: member for member in
 class FunctionTokenWeight(TokenWeight):
     """A function of the user's as a member, under its own name."""
 
-    source = "the user's"
+    source = USERS
 
-    def __init__(self, function: Callable[..., torch.Tensor]):
-        named_arguments(function, ("probs",))
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        if "probs" not in named_arguments(function, ("probs",), to_kwargs=("probs",)):
+            raise ValueError(f"{function_name(function)} must take probs, the probabilities that it weighs by.")
         self.function = function
         self.name = self.formula = function_name(function)
 
@@ -113,10 +114,12 @@ class FunctionTokenWeight(TokenWeight):
 
 def as_token_weight(weight: object) -> TokenWeight:
     """A member from what the trainer's `token_weight=` takes; a `ValueError` if it is neither object nor function."""
-    if isinstance(weight, type) and issubclass(weight, TokenWeight):
+    if isinstance(weight, type):
         raise ValueError(f"token_weight={weight.__name__} is a class: pass an object, {weight.__name__}().")
     if isinstance(weight, TokenWeight) and not weight.name:
         raise ValueError(f"{function_name(weight)} has no name: set its class attribute name.")
+    if isinstance(weight, TokenWeight) and type(weight) is not TOKEN_WEIGHTS.get(weight.name, type(weight)):
+        raise ValueError(f"{function_name(weight)} has the name {weight.name!r} of another member: give it its own.")
     return weight if isinstance(weight, TokenWeight) else FunctionTokenWeight(weight)  # type: ignore[arg-type]
 
 
@@ -161,5 +164,6 @@ def weigh_tokens(member: TokenWeight, logps: torch.Tensor) -> torch.Tensor:
     probs = logps.exp().clamp(max=1)
     if type(member) in TOKEN_WEIGHTS.values():
         return member(probs)
-    weights = check_result(member.name, member(probs), probs.shape)
+    # A policy that has diverged has probabilities of NaN: TRL's loss shows that, and the function is not to blame.
+    weights = check_result(member.name, member(probs), probs.shape, probs.isfinite())
     return strictly_positive(weights.detach(), probs.dtype)

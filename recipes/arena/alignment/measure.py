@@ -18,6 +18,7 @@ from recipes.arena.alignment.policy_gradient import (
     jackknife_error,
     without_each,
 )
+from recipes.arena.alignment.settled import settled_lambdas
 from recipes.arena.alignment.weights import Weight, all_weights, lambda_gradient, same_direction, slope_sides
 
 RULE_COLUMNS = ("lambda_gradient", "lambda_gradient_se", "slope_raw", "slope_raw_se", "slope_adam", "slope_adam_se")
@@ -35,17 +36,24 @@ def measure(
         on_batch (`Callable`): called 2 · K times.
 
     Returns:
-        `dict[str, dict[str, Any]]`: by weight, the columns from `same_as` to `RULE_COLUMNS`, empty where λ is no
-        learnable one.
+        `dict[str, dict[str, Any]]`: by weight, the columns from `same_as` to `RULE_COLUMNS`, empty where λ is
+        not learned by descent.
     """
     weights = all_weights()
     same = same_direction(weights)
     distinct = [weight for weight in weights if same[weight.name] == weight.name]
     place = {name: [weight.name for weight in distinct].index(first) for name, first in same.items()}
 
+    with torch.no_grad():
+        known = [token_logps(model, batch) for batch in batches]
+    lambdas = {weight.name: settled_lambdas(weight, batches, known) for weight in distinct if weight.settled}
+
     def weights_of(batch: Batch, logps: torch.Tensor) -> torch.Tensor:
         advantages = group_advantages(batch.rewards)
-        return torch.stack([weight(batch.lengths, logps, advantages) for weight in distinct])
+        k = next(k for k, other in enumerate(batches) if other is batch)
+        lams = (lambdas[weight.name][k] if weight.settled else None for weight in distinct)
+        rows = [weight(batch.lengths, logps, advantages, lam) for weight, lam in zip(distinct, lams, strict=True)]
+        return torch.stack([row.to(logps.dtype) for row in rows])
 
     parameters = list(model.parameters())
     products = inner_products(batches, lambda batch: token_logps(model, batch), weights_of, parameters, on_batch)
@@ -61,12 +69,10 @@ def measure(
             columns[name][f"ratio_{metric}"] = ratios[metric][i].item()
             columns[name][f"ratio_{metric}_se"] = errors[i].item()
 
-    with torch.no_grad():
-        logps = [token_logps(model, batch) for batch in batches]
     for weight in weights:
         columns[weight.name] |= dict.fromkeys(RULE_COLUMNS, "")
         if weight.learnable:
-            gradients = [lambda_gradient(weight, *pair) for pair in zip(batches, logps, strict=True)]
+            gradients = [lambda_gradient(weight, *pair) for pair in zip(batches, known, strict=True)]
             columns[weight.name]["lambda_gradient"] = statistics.fmean(gradients)
             columns[weight.name]["lambda_gradient_se"] = statistics.stdev(gradients) / len(gradients) ** 0.5
             columns[weight.name] |= slopes(ratios, deleted, *slope_sides(weight, weights), place)

@@ -9,8 +9,10 @@ per task, checkpoint, seed and weight:
 - `cosine_*`: mean over batches; `ratio_*`: that divided by the one of λ = 0, with its standard error `*_se`; in
   Euclid's metric (`raw`) and in that of Adam's step (`adam`);
 - `same_as`: a weight that this one is a constant multiple of at ρ = 1, and whose figures it shares;
-- `lambda_gradient`, for a learnable λ: dL/dλ at its start, mean over batches; descent moves λ against its sign.
+- `lambda_gradient`, where λ is learned by descent: dL/dλ at its start, mean over batches; λ moves against its sign.
   `slope_*`: by how much the ratio grows per unit of λ there.
+
+A λ that follows a regression has no such columns: `*_settled` are its weights where the rule has led it.
 
 All of it is at ρ = 1, as in the first optimizer step on a generation batch. A killed study goes on where it stopped.
 """

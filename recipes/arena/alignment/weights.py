@@ -5,10 +5,13 @@ On the policy's own samples all surrogates of TRL have the gradient A·∇log π
 1/|o| Σ_t ∇log π counts |o| times), so that only reduction and weights tell arms apart, and some not even these:
 `same_direction` says which. A generation batch is taken whole; cut over several steps, bnpo divides each part by its
 own tokens and is dapo no more.
+
+A λ that is learned by regression starts at 0, where it is dapo. What it becomes is a weight of its own, `*_settled`: λ
+where the rule stands after all other batches, see `settled`.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 import torch
@@ -16,7 +19,8 @@ import torch
 from recipes.arena.alignment.policy_gradient import Batch, group_advantages
 from recipes.arena.comparison.arms import ARMS, Arm
 from trl_lambda import LambdaGRPOConfig
-from trl_lambda.weights import LEARNABLE_AGGREGATIONS, length_weights, probability_weights
+from trl_lambda.weights import LEARNABLE_AGGREGATIONS, make_length_weight, probability_weights, weigh_responses
+from trl_lambda.weights.features import FEATURES
 
 BASE = "dapo"  # λ = 0
 # The reduction of TRL's loss types in the terms of `length_weights`, at ρ = 1 and up to a constant. sapo's soft gate
@@ -33,12 +37,20 @@ REDUCTIONS = {
 }
 UNDERSTOOD = frozenset({
     "loss_type", "epsilon", "epsilon_high", "importance_sampling_level", "aggregation", "aggregation_scope",
-    "lambda_init", "lambda_learnable", "lambda_learning_rate", "lambda_adam_eps", "length_scale", "token_regulation",
+    "lambda_init", "lambda_learnable", "lambda_learning_rate", "lambda_adam_eps", "lambda_side", "lambda_features",
+    "lambda_rule", "lambda_gain", "positive_weight", "length_scale", "token_regulation",
     "regulation_alpha", "regulation_slope", "regulation_center", "regulation_min", "regulation_max",
     "regulation_inside_clip",
 })  # fmt: skip
-STEPPING = {"lambda_learning_rate", "lambda_adam_eps"}  # how λ moves, not where it starts
-DEFAULTS = {field.name: field.default for field in fields(LambdaGRPOConfig) if field.name in UNDERSTOOD}
+# How λ moves, not where it starts.
+STEPPING = {"lambda_learning_rate", "lambda_adam_eps", "lambda_rule", "lambda_gain"}
+
+
+def _default(field: Field) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+DEFAULTS = {field.name: _default(field) for field in fields(LambdaGRPOConfig) if field.name in UNDERSTOOD}
 # How far below and above λ's start the slope of the alignment in λ is taken; of about equal effect in both families.
 SLOPE_STEP = {"lambda": 2.0, "power": 0.5}
 # More of λ's axis, for the families without a token weight.
@@ -62,41 +74,87 @@ class Weight:
         name (`str`): of an arm, or of a point beside the arms.
         options (`Mapping`): everything in `UNDERSTOOD`, defaults filled in.
         reversed (`bool`): its reciprocal is meant.
+        settled (`bool`): it is meant with the λ that its rule finds, which `__call__` is given.
     """
 
     name: str
     options: Mapping[str, Any]
     reversed: bool = False
+    settled: bool = False
 
     @property
     def learnable(self) -> bool:
-        """Whether λ is learned, and `lambda_init` only where it starts."""
+        """Whether λ is learned by descent on the policy loss, and `lambda_init` only where it starts."""
+        return self._learned and self.options["lambda_side"] == "both"
+
+    @property
+    def follows(self) -> bool:
+        """Whether λ follows a regression."""
+        return self._learned and self.options["lambda_side"] != "both"
+
+    @property
+    def _learned(self) -> bool:
         return self.options["aggregation"] in LEARNABLE_AGGREGATIONS and self.options["lambda_learnable"]
 
-    def __call__(self, lengths: torch.Tensor, logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    @property
+    def start(self) -> torch.Tensor | float:
+        """λ at step 0: `lambda_init` for the first feature, 0 for the others."""
+        init, others = self.options["lambda_init"], len(self.options["lambda_features"]) - 1
+        return torch.tensor([init, *[0.0] * others]) if others else init
+
+    def __call__(
+        self,
+        lengths: torch.Tensor,
+        logps: torch.Tensor,
+        advantages: torch.Tensor,
+        lam: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
-        w_it at ρ = 1, λ at its start.
+        w_it at ρ = 1.
 
         Args:
-            lengths (`torch.Tensor`): tokens per completion, (P, G).
+            lengths (`torch.Tensor`): tokens per completion, (P, G); they come first in their row.
             logps (`torch.Tensor`): log π_it, (P · G, T).
-            advantages (`torch.Tensor`): A_i, (P, G); the clip asks for their sign when v is inside it.
+            advantages (`torch.Tensor`): A_i, (P, G); f and the clip may ask for their sign.
+            lam (`torch.Tensor`, *optional*): λ, if not at its start; a settled weight's.
 
         Returns:
             `torch.Tensor`: (P · G, T), >= 0.
         """
-        per_response = response_weights(self.options, lengths, self.options["lambda_init"])
+        if self.settled and lam is None:
+            raise ValueError(f"{self.name} is measured at a λ of its rule's, and none is given.")
+        lam = self.start if lam is None else lam
+        per_response = response_weights(self.options, lengths, logps, advantages, lam)
         weights = per_response.view(-1, 1) * token_weights(self.options, logps, advantages.view(-1, 1))
         return 1 / weights if self.reversed else weights
 
 
-def response_weights(options: Mapping[str, Any], lengths: torch.Tensor, lam: torch.Tensor | float) -> torch.Tensor:
-    """f_i(λ), (P, G), differentiable in λ."""
-    member = options["aggregation"] or REDUCTIONS[options["loss_type"]]
-    scope, scale = options["aggregation_scope"], options["length_scale"]
-    return length_weights(
-        lengths, lam, aggregation=member, scope=scope, length_scale=scale, max_completion_length=int(lengths.max())
+def response_weights(
+    options: Mapping[str, Any],
+    lengths: torch.Tensor,
+    logps: torch.Tensor,
+    advantages: torch.Tensor,
+    lam: torch.Tensor | float,
+) -> torch.Tensor:
+    """f_i(λ), (P, G), differentiable in λ; arguments as for `Weight`."""
+    name = options["aggregation"] or REDUCTIONS[options["loss_type"]]
+    parameters = {"length_scale": options["length_scale"], "max_completion_length": int(lengths.max())}
+    parameters |= {"side": options["lambda_side"], "features": tuple(options["lambda_features"])}
+    return weigh_responses(
+        make_length_weight(name, parameters),
+        lengths,
+        lam,
+        scope=options["aggregation_scope"],
+        advantages=advantages,
+        features=response_features(options["lambda_features"], lengths, logps),
+        positive_weight=options["positive_weight"],
     )
+
+
+def response_features(names: Iterable[str], lengths: torch.Tensor, logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What λ weighs beside length, name -> (P, G), from lengths (P, G) and log π (P · G, T)."""
+    own = torch.arange(logps.size(1)) < lengths.view(-1, 1)
+    return {name: FEATURES[name](logps, own).view(lengths.shape) for name in names if name != "length"}
 
 
 def token_weights(options: Mapping[str, Any], logps: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
@@ -133,9 +191,10 @@ def lambda_gradient(weight: Weight, batch: Batch, logps: torch.Tensor) -> float:
         `float`: descent moves λ against its sign.
     """
     lam = torch.tensor(weight.options["lambda_init"], dtype=torch.float64, requires_grad=True)
-    advantages = group_advantages(batch.rewards).view(-1, 1)
-    values = token_weights(weight.options, logps, advantages) * advantages * batch.mask
-    per_response = response_weights(weight.options, batch.lengths, lam)
+    advantages = group_advantages(batch.rewards)
+    column = advantages.view(-1, 1)
+    values = token_weights(weight.options, logps, column) * column * batch.mask
+    per_response = response_weights(weight.options, batch.lengths, logps, advantages, lam)
     loss = -(per_response.flatten() * values.sum(dim=1)).sum() / batch.lengths.sum()
     return torch.autograd.grad(loss, lam)[0].item()
 
@@ -145,7 +204,7 @@ def make_weight(name: str, arm: Arm) -> Weight:
     The weight of an arm.
 
     Raises:
-        ValueError: if an option may change the gradient in a way that is not covered here.
+        `ValueError`: if an option may change the gradient in a way that is not covered here.
     """
     unknown = set(arm.options) - UNDERSTOOD
     if unknown:
@@ -156,12 +215,17 @@ def make_weight(name: str, arm: Arm) -> Weight:
         raise ValueError(f"arm {name!r} weighs tokens that share one ratio; alignment knows a ratio per token only.")
     if weight.learnable and (options["regulation_inside_clip"] or options["loss_type"] != "dapo"):
         raise ValueError(f"arm {name!r} learns λ from another value than v·A, the only one alignment knows.")
+    if weight.follows and options["lambda_rule"] == "target":
+        raise ValueError(
+            f"arm {name!r} holds a length, which no batch by itself tells: alignment cannot settle its λ."
+        )
     return weight
 
 
 def all_weights(arms: Mapping[str, Arm] = ARMS) -> list[Weight]:
     """
-    Every arm, λ = 0 first, then λ's axis around every learnable arm, then the controls.
+    Every arm, λ = 0 first, then λ's axis around every arm that learns by descent, the controls, and the arms whose λ
+    follows a regression, at its start and settled.
 
     Args:
         arms (`Mapping[str, Arm]`): by name, `BASE` among them.
@@ -179,7 +243,10 @@ def all_weights(arms: Mapping[str, Arm] = ARMS) -> list[Weight]:
             weights.setdefault(_beside(weight, lam), Weight(_beside(weight, lam), options))
     weights |= {name: make_weight(name, arm) for name, arm in CONTROLS.items()}
     weights |= {name: Weight(name, weights[of].options, reversed=True) for name, of in REVERSED.items()}
-    return list(weights.values())
+    # Last, so that what they coincide with at λ = 0 has its own name.
+    following = [weight for weight in weights.values() if weight.follows]
+    settled = [Weight(f"{weight.name}_settled", weight.options, settled=True) for weight in following]
+    return [*(weight for weight in weights.values() if not weight.follows), *following, *settled]
 
 
 def slope_sides(weight: Weight, weights: Iterable[Weight]) -> tuple[Weight, Weight]:
@@ -209,7 +276,7 @@ def same_direction(weights: Iterable[Weight]) -> dict[str, str]:
     """
     The first weight that each is a constant multiple of, so that their gradients at ρ = 1 are parallel on any batch.
 
-    Decided on random lengths, probabilities and rewards, float64.
+    Decided on random lengths, probabilities and rewards, float64, and for a settled weight at any λ other than 0.
 
     Args:
         weights (`Iterable[Weight]`): `BASE` first.
@@ -225,7 +292,9 @@ def same_direction(weights: Iterable[Weight]) -> dict[str, str]:
     seen: dict[str, torch.Tensor] = {}
     result = {}
     for weight in weights:
-        values = (weight(lengths, logps, advantages) * mask).flatten().double()
+        count = len(weight.options["lambda_features"])
+        lam = torch.linspace(0.5, 1.0, count, dtype=torch.float64) if weight.settled else None
+        values = (weight(lengths, logps, advantages, lam) * mask).flatten().double()
         values /= values.norm()
         result[weight.name] = next((n for n, other in seen.items() if (values - other).norm() < 1e-5), weight.name)
         seen.setdefault(result[weight.name], values)

@@ -255,12 +255,14 @@ def training_figures(
 @cache
 def environment() -> dict[str, str]:
     """Commit, versions and hardware, as columns."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
     cpu = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "")
     return {
-        "commit": git.stdout.strip(),
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -21,10 +21,11 @@ import statistics
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import connection
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -101,7 +102,11 @@ class Plan:
 SMOKE = Plan(("grpo", "dapo", "softmax", "power", "tr"), TASKS[:2], (0, 1), 20, TASKS[:1])
 
 
-def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
+def _never() -> bool:
+    return False
+
+
+def execute(specs: list[RunSpec], ledger: Ledger, workers: int, time_is_up: Callable[[], bool] = _never) -> int:
     """
     Run the specs that have no row yet, and append their rows as they come.
 
@@ -109,6 +114,7 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
         specs (`list[RunSpec]`): in the order in which they are started.
         ledger (`Ledger`): where the rows go.
         workers (`int`): processes, one thread each.
+        time_is_up (`Callable`): once it is true no further run is started, and those that are running end.
 
     Returns:
         `int`: how many were run.
@@ -121,13 +127,21 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int) -> int:
     # Workers live to the end: replacing them deadlocks (max_tasks_per_child, python/cpython#115634).
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     progress = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="arena", unit="run", smoothing=0.05)
+    count, waiting = 0, iter(todo)
+    running: set[Future[dict[str, Any]]] = set()
     with pool, progress:
-        for future in as_completed(pool.submit(run, spec) for spec in todo):
-            row = future.result()
-            ledger.append(row)
-            progress.set_postfix_str(f"{row['task']} {row['arm']} reward {row['auc']:.3f}")
-            progress.update()
-    return len(todo)
+        while True:
+            while len(running) < workers and not time_is_up() and (spec := next(waiting, None)) is not None:
+                running.add(pool.submit(run, spec))
+            if not running:
+                return count
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                row = future.result()
+                ledger.append(row)
+                progress.set_postfix_str(f"{row['task']} {row['arm']} reward {row['auc']:.3f}")
+                progress.update()
+                count += 1
 
 
 def _start_worker() -> None:
@@ -182,19 +196,21 @@ def choose_rates(rows: list[dict[str, str]], plan: Plan) -> dict[str, float]:
     return chosen
 
 
-def do_parts(parts: list[str], plan: Plan, results: Path, workers: int) -> None:
-    """Do some parts of a plan, in their order."""
+def do_parts(
+    parts: list[str], plan: Plan, results: Path, workers: int, time_is_up: Callable[[], bool] = _never
+) -> None:
+    """Do some parts of a plan, in their order; see `execute`."""
     tuning, runs = Ledger(results / "tuning.csv", KEY), Ledger(results / "runs.csv", KEY)
     rates_file = results / "learning_rates.json"
     for part in parts:
         if part == "tune":
-            execute(plan.tune(), tuning, workers)
+            execute(plan.tune(), tuning, workers, time_is_up)
         elif part == "choose":
             rates = choose_rates(tuning.rows(), plan)
             rates_file.write_text(json.dumps(rates, indent=2) + "\n", encoding="utf-8")
         else:
             rates = json.loads(rates_file.read_text(encoding="utf-8"))
-            execute(getattr(plan, part)(rates), runs, workers)
+            execute(getattr(plan, part)(rates), runs, workers, time_is_up)
 
 
 def main() -> None:

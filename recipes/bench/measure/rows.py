@@ -73,10 +73,13 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with a `+` where the measured code differs from it; empty outside a checkout."""
+    """Short hash of HEAD, with a `+` where the measured code differs from it; empty without a checkout or git."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--", "trl_lambda", "recipes/bench/*.py")

@@ -131,13 +131,19 @@ def time_pairs(base: Stepper, arms: dict[str, Stepper], *, pairs: int, steps: in
     Returns:
         `dict[str, list]`: by arm, the seconds of baseline and arm in each pair.
     """
+    *_, taken = itertools.islice(rounds(base, arms, steps=steps, by_phase=by_phase), pairs)
+    return taken
+
+
+def rounds(base: Stepper, arms: dict[str, Stepper], *, steps: int, by_phase: bool = True) -> Iterator[Pairs]:
+    """`time_pairs` without an end: all pairs so far, after each round of one pair for every arm."""
     taken: Pairs = {name: [] for name in arms}
     names = list(arms)
     for stepper in (base, *arms.values()):
         stepper.by_phase = by_phase
         stepper.run(1)
         stepper.taken()
-    for number in range(pairs):
+    for number in itertools.count():
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             sides = in_turn(number, base, arms[name])
@@ -145,7 +151,7 @@ def time_pairs(base: Stepper, arms: dict[str, Stepper], *, pairs: int, steps: in
                 for side in sides:
                     side.run(1 if by_phase else steps)
             taken[name].append((base.taken(), arms[name].taken()))
-    return taken
+        yield taken
 
 
 def time_scoring(base: Any, other: Any, pairs: int) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 # Completions are prepared, and come in by way of TRL's `rollout_func`, which warns that it is new.
@@ -30,6 +30,20 @@ ARMS: dict[str, tuple[tuple[str, str] | None, dict[str, Any]]] = {
     "lambda": (_LAMBDA, {}),
     "TR": (_TR, {}),
     "unified": (_LAMBDA, _SIGMOID),
+    # With the fields that each needs: `measured_arms` leaves out those that the installed package does not have.
+    "three features": (
+        _LAMBDA,
+        {
+            "aggregation": "power",
+            "lambda_side": "positive",
+            "lambda_rule": "regression",
+            "lambda_features": ["length", "mean_logp", "min_logp"],
+        },
+    ),
+    "target": (
+        _LAMBDA,
+        {"aggregation": "power", "lambda_rule": "target", "length_target": lambda workload: workload.completion / 2},
+    ),
     "lambda, token_metrics=False": (_LAMBDA, _PLAIN),
     "TR, token_metrics=False": (_TR, _PLAIN),
     "unified, token_metrics=False": (_LAMBDA, _SIGMOID | _PLAIN),
@@ -69,7 +83,32 @@ class Completions:
         return [self.rewards[r] for r in row]
 
 
-def build_trainer(arm: str, workload: Workload, folder: str, model: Any = None, processes: int = 1) -> Any:
+def measured_arms(*, token_metrics: bool = True) -> list[str]:
+    """
+    The arms whose options the package has.
+
+    Args:
+        token_metrics (`bool`): `False` also names those without the metrics that look at every token.
+    """
+    arms = []
+    for arm, (classes, options) in ARMS.items():
+        config_class = GRPOConfig if classes is None else _ours(classes)[1]
+        known = {field.name for field in fields(config_class)}
+        if set(options) <= known and not (token_metrics and "token_metrics" in options):
+            arms.append(arm)
+    return arms
+
+
+def build_trainer(
+    arm: str,
+    workload: Workload,
+    folder: str,
+    model: Any = None,
+    processes: int = 1,
+    *,
+    settings: dict[str, Any] | None = None,
+    train: bool = True,
+) -> Any:
     """
     A trainer for one arm, after one optimizer step, so that everything it makes lazily is there.
 
@@ -79,11 +118,14 @@ def build_trainer(arm: str, workload: Workload, folder: str, model: Any = None, 
         folder (`str`): its output folder.
         model (*optional*): a model to share; `None` builds its own, with the same weights.
         processes (`int`): how many processes share a generation batch.
+        settings (`dict`, *optional*): fields of the configuration that differ from the usual ones.
+        train (`bool`): `False` leaves the first step, and all others, to the caller.
     """
     classes, options = ARMS[arm]
+    options = {name: value(workload) if callable(value) else value for name, value in options.items()}
     found: tuple[Any, Any] = (GRPOTrainer, GRPOConfig) if classes is None else _ours(classes)
     trainer_class, config_class = found
-    args = config_class(output_dir=folder, **_settings(workload), **options)
+    args = config_class(output_dir=folder, **(_settings(workload) | options | (settings or {})))
     completions = Completions(workload, processes)
     trainer = trainer_class(
         model=build_model(workload) if model is None else model,
@@ -96,8 +138,9 @@ def build_trainer(arm: str, workload: Workload, folder: str, model: Any = None, 
     )
     trainer.remove_callback(PrinterCallback)
     torch.manual_seed(0)  # TRL shuffles rows with the global generator
-    trainer.train()
-    trainer.model.train()
+    if train:
+        trainer.train()
+        trainer.model.train()
     return trainer
 
 

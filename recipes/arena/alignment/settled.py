@@ -1,0 +1,41 @@
+"""Where a λ that follows a regression stands: the λ of `*_settled` weights."""
+
+from collections.abc import Sequence
+
+import torch
+
+from recipes.arena.alignment.policy_gradient import Batch, group_advantages
+from recipes.arena.alignment.weights import Weight, response_features
+from trl_lambda.preference.rules import Regression
+from trl_lambda.trl_seam.generation_batch import GenerationBatch
+
+
+def settled_lambda(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    κ·w after the trainer's own rule has seen these batches, in their order: where λ is drawn to.
+
+    Args:
+        weight (`Weight`): one whose λ follows a regression.
+        batches (`Sequence[Batch]`): K of them.
+        logps (`Sequence[torch.Tensor]`): log π of their tokens, (B, T) each.
+
+    Returns:
+        `torch.Tensor`: λ, one per feature, float64; 0 where no group has a signal.
+    """
+    features = tuple(weight.options["lambda_features"])
+    rule = Regression(features, weight.options["lambda_gain"])
+    for batch, of_tokens in zip(batches, logps, strict=True):
+        values = response_features(features, batch.lengths, of_tokens)
+        rule.observe(GenerationBatch(batch.lengths, group_advantages(batch.rewards), values), float("nan"))
+    return -rule.gradient(torch.zeros(len(features), dtype=torch.float64))
+
+
+def settled_lambdas(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """
+    For each batch, λ from all others: a batch's own noise would pass for what right answers look like.
+
+    The references of the cosines share those other batches. λ is a few numbers from hundreds of rows, and what noise
+    it has is not in the jackknife's error.
+    """
+    kept = [[j for j in range(len(batches)) if j != k] for k in range(len(batches))]
+    return [settled_lambda(weight, [batches[j] for j in js], [logps[j] for j in js]) for js in kept]

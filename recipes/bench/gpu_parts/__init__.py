@@ -1,0 +1,1 @@
+"""The parts of `recipes.bench.gpu`, each a list of steps that yield rows."""
