@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm test lint matrix versions engines vllm fuzz mutations arena arena-smoke \
-	alignment bench gpu gpu-wheels clean
+.PHONY: help setup demo demo-vllm test lint docs pictures release matrix versions engines vllm fuzz mutations arena \
+	arena-smoke alignment bench gpu gpu-wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,17 @@ lint: $(STAMP) ## ruff: rules and format; pyright: the package's types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in README.md
-	$(BIN)/python tests/tools/matrix.py --write README.md
+docs: $(STAMP) ## the pages in docs/ as a site in site/, offline; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: $(STAMP) ## the pictures in docs/images/ that come from formulas
+	$(BIN)/python docs/pictures.py
+
+release: $(STAMP) ## wheel and sdist in dist/, checked, installed where no checkout is, and used there
+	$(BIN)/python tests/tools/release.py --outdir dist
+
+matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in docs/verification.md
+	$(BIN)/python tests/tools/matrix.py --write docs/verification.md
 
 versions: $(STAMP) ## contract, parity and matrix on every tested version of TRL (REDUCED=1: the oldest, a part)
 	$(BIN)/python tests/tools/versions.py --folder .versions $(if $(REDUCED),--reduced)
@@ -85,14 +94,14 @@ arena-smoke: $(STAMP) ## the same in small, minutes, in runs/arena_smoke
 alignment: $(STAMP) ## which weights point where learning goes: minutes per task; goes on where it stopped
 	$(BIN)/python -m recipes.arena.alignment.study
 
-bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the table in README.md
+bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the tables
 	$(BIN)/python -m recipes.bench.overhead
 	$(BIN)/python -m recipes.bench.weights_alone
 	$(BIN)/python -m recipes.bench.head_memory
 	$(BIN)/python -m recipes.bench.two_processes
 	$(BIN)/python -m recipes.bench.import_time
 	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
-	$(BIN)/python -m recipes.bench.table --write README.md --overhead-only
+	$(BIN)/python -m recipes.bench.table --write docs/cost.md --overhead-only
 
 gpu: $(if $(BARE),.gpu-site/.installed,$(STAMP)) ## all that wants a GPU, under 25 minutes (TINY=1: every line on a CPU; PARTS=; OUT=; BARE=1: no network)
 	$(if $(BARE),PYTHONPATH=.gpu-site $(PYTHON),$(BIN)/python) -m recipes.bench.gpu \
@@ -109,4 +118,5 @@ gpu-wheels: ## what `make gpu BARE=1` needs beside torch, transformers, accelera
 	touch $@
 
 clean: ## remove .venv, caches, runs and the folders that other targets install into
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines .vllm .gpu-site .gpu-wheels runs *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .versions .engines .vllm .gpu-site .gpu-wheels runs site dist \
+		*.egg-info

@@ -10,12 +10,12 @@ import pytest
 from stand_ins import write_agent_model, write_model
 from trl.chat_template_utils import qwen3_chat_template
 
-from recipes import train
 from recipes.agents import search
 from recipes.agents.calculator import calculate
-from recipes.agents.guard import MAX_CHARACTERS, ToolError, guard, guard_environment
-from recipes.agents.loading import check_rows, check_tokenizer, load_environment, load_tools
-from recipes.agents.rewards import answer_match, final_accuracy, last_message
+from trl_lambda import training as train
+from trl_lambda.training.agent_rewards import answer_match, final_accuracy, last_message
+from trl_lambda.training.agents import check_rows, check_tokenizer, load_environment, load_tools
+from trl_lambda.training.guard import MAX_CHARACTERS, ToolError, guard, guard_environment
 
 # ---- The calculator ----
 

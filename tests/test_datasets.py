@@ -1,4 +1,4 @@
-"""`recipes/preparations.py` and what loads it: the hub's columns become `prompt` and `solution`, or one line tells."""
+"""`trl_lambda.training.preparations` and its loader: the hub's columns become `prompt` and `solution`, or one line."""
 
 import sys
 from pathlib import Path
@@ -8,14 +8,14 @@ from stand_ins import GSM8K, KNIGHTS_AND_KNAVES, MATH, puzzle, write_dataset, wr
 from trl import DatasetMixtureConfig
 from trl.rewards import accuracy_reward
 
-from recipes import preparations, train
-from recipes.loading import load_splits
+from trl_lambda import training as train
+from trl_lambda.training import load_splits, preparations
 
 ROOT = Path(__file__).parent.parent
 PREPARATIONS = {
-    "openai/gsm8k": "recipes.preparations.gsm8k",
-    "nlile/hendrycks-MATH-benchmark": "recipes.preparations.math",
-    "K-and-K/knights-and-knaves": "recipes.preparations.knights_and_knaves",
+    "openai/gsm8k": "trl_lambda.training.preparations.gsm8k",
+    "nlile/hendrycks-MATH-benchmark": "trl_lambda.training.preparations.math",
+    "K-and-K/knights-and-knaves": "trl_lambda.training.preparations.knights_and_knaves",
 }
 
 
@@ -126,14 +126,17 @@ def error_of(monkeypatch, folder: str, *arguments: str) -> str:
     [
         ("gsm8k", "dataset_preparation is 'gsm8k'; accepted: a dotted path to a function."),
         (
-            "recipes.preparations.gsm9k",
-            "dataset_preparation is 'recipes.preparations.gsm9k', which cannot be imported",
+            "trl_lambda.training.preparations.gsm9k",
+            "dataset_preparation is 'trl_lambda.training.preparations.gsm9k', which cannot be imported",
         ),
-        ("recipes.preparations.REQUEST", "dataset_preparation is 'recipes.preparations.REQUEST', which is a str;"),
         (
-            "recipes.preparations.gsm8k",
-            "split 'train' has no 'question' column, which dataset_preparation 'recipes.preparations.gsm8k' needs; it "
-            "has: problem, answer.",
+            "trl_lambda.training.preparations.REQUEST",
+            "dataset_preparation is 'trl_lambda.training.preparations.REQUEST', which is a str;",
+        ),
+        (
+            "trl_lambda.training.preparations.gsm8k",
+            "split 'train' has no 'question' column, which dataset_preparation "
+            "'trl_lambda.training.preparations.gsm8k' needs; it has: problem, answer.",
         ),
     ],
 )
@@ -144,5 +147,5 @@ def test_a_preparation_that_does_not_fit_is_one_line(preparation, message, tmp_p
 
 def test_a_row_that_cannot_be_prepared_is_one_line(tmp_path, monkeypatch):
     name = write_dataset(tmp_path, {"default": {"train": [{"question": "1+1", "answer": "2"}]}})
-    line = error_of(monkeypatch, name, "--dataset_preparation", "recipes.preparations.gsm8k")
+    line = error_of(monkeypatch, name, "--dataset_preparation", "trl_lambda.training.preparations.gsm8k")
     assert line == "error: gsm8k: no '#### N' at the end of the answer '2'."

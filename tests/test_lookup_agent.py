@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import train
 from recipes.playground import learn_agent
 from recipes.playground.lookup_agent import DIGITS, EARLY_STOP, KEYS, RESPONSE_TEMPLATE, LookUp, lookup_agent
 from recipes.playground.make_base_model import BASE_MODELS, make_tokenizer, training_batches
@@ -23,6 +22,7 @@ from recipes.playground.rewards import exact_answer
 from recipes.playground.rollouts import roll_out
 from recipes.playground.tasks import make_splits
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda import training as train
 
 ROOT = Path(__file__).parent.parent
 SPEC = BASE_MODELS["lookup_agent"]

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes import train
+from trl_lambda import training as train
 
 ROOT = Path(__file__).parent.parent
 PLAYGROUND = ROOT / "recipes" / "configs" / "playground.yaml"

@@ -1,7 +1,7 @@
 """
 The notebooks run from top to bottom, offline, and are kept with the outputs of such a run.
 
-    python tests/test_notebooks.py    # runs them, says how many seconds of one core each took, and keeps the outputs
+    PYTHONPATH=tests/tools python tests/test_notebooks.py    # keeps the outputs; seconds of one core for each
 """
 
 import os

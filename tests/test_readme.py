@@ -1,8 +1,9 @@
-"""README: its snippet runs, its commands exist, its versions are those that the package says it was tested on."""
+"""README: its snippet runs, and its versions are those that the package says it was tested on."""
 
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from launch import HANG
@@ -22,32 +23,29 @@ def test_the_snippet_runs(tmp_path):
     assert re.search(r"^λ = -?0\.\d{4}$", done.stdout, re.MULTILINE)
 
 
-def test_commands_are_targets_of_the_makefile():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-    assert {"demo", "test", "setup"} <= targets
-    assert set(re.findall(r"`make ([a-z]+)", README)) <= targets
-    assert re.findall(r"^make ([a-z]+)", README, re.MULTILINE) == ["demo", "test"]
+def test_the_two_names_of_the_swap_are_imported_from_the_package():
+    added = re.search(r"^\+(from trl_lambda .*)$", README, re.MULTILINE).group(1)
+    namespace = {}
+    exec(added, namespace)
+    removed = re.search(r"^-from trl import (.*)$", README, re.MULTILINE).group(1)
+    assert set(removed.split(", ")) <= namespace.keys()
 
 
 def test_versions():
     row = re.search(r"^\| TRL \| (.*?) \(", README, re.MULTILINE).group(1)
     assert tuple(row.split(", ")) == TESTED_VERSIONS
-    declared = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name in ("trl", "torch"):
-        requirement = re.search(rf'"{name}(.*?)"', declared[declared.index("dependencies") :]).group(1)
-        assert f"`{requirement}`" in README
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors = {re.match(r"[a-z]+", text).group(): text for text in declared["dependencies"]}
+    for name in ("trl", "transformers", "accelerate", "datasets", "torch"):
+        (row,) = re.findall(rf"^\| {name} \| (.*)$", README, re.MULTILINE | re.IGNORECASE)
+        assert row.endswith(f"| `{floors[name].removeprefix(name)}` |")
+    (row,) = re.findall(r"^\| Python \| (.*)$", README, re.MULTILINE)
+    versions = {text.rpartition(" ")[2] for text in declared["classifiers"] if "Python :: 3." in text}
+    assert set(re.findall(r"3\.\d+", row)) == versions
 
 
-def test_every_logged_metric_is_defined():
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "trl_lambda").glob("*.py"))
-    logged = set(re.findall(r'"((?:advantage|clipped|lambda|length_weight|token_weight)/[a-z_]+)"', source))
-    assert len(logged) == 17
-    for name in logged:
-        prefix, leaf = name.split("/")
-        assert f"`{name}`" in README or (f"`{prefix}/" in README and f"`/{leaf}`" in README), name
-
-
-def test_the_matrix_was_written_by_its_command():
-    block = re.search(r"<!-- matrix: begin -->\n(.*?)<!-- matrix: end -->", README, re.DOTALL).group(1)
-    assert block.startswith("| f | v × surrogate × cut |") and "| TRL bnpo |" in block
+def test_it_is_one_screen_and_every_page_has_its_line():
+    before, _, after = README.partition("## Read on")
+    assert len(before.splitlines()) <= 85
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"^\| \[[^\]]+\]\(docs/([a-z-]+\.md)\) \|", after, re.MULTILINE)) == pages

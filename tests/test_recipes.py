@@ -18,9 +18,9 @@ from support import train as train_prepared
 from transformers import BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config, get_quantization_config
 
-from recipes import train
 from recipes.agents import search
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda import training as train
 from trl_lambda.weights.features import FEATURES
 
 ROOT = Path(__file__).parent.parent
@@ -41,8 +41,8 @@ CALLS = {
     "hotpotqa_search_qwen3-1.7b": [("search", {"query": "director of Alien"}), ("search", {"query": "?"})],
 }
 REWARDS = {
-    "gsm8k_calculator_qwen3-1.7b_trgrpo": "recipes.agents.rewards.final_accuracy",
-    "hotpotqa_search_qwen3-1.7b": "recipes.agents.rewards.answer_match",
+    "gsm8k_calculator_qwen3-1.7b_trgrpo": "trl_lambda.training.agent_rewards.final_accuracy",
+    "hotpotqa_search_qwen3-1.7b": "trl_lambda.training.agent_rewards.answer_match",
 }
 # What a recipe needs beside a CPU and is switched off here; everything else in the file stays.
 WITHOUT = {
@@ -228,7 +228,10 @@ def test_a_recipe_runs_two_steps_on_stand_ins(
     assert any(0 < reward < 1 for reward in rewards), "the reward saw no right answer, or no wrong one"
     assert len(logs(trainer, "eval_reward")) == (2 if args.eval_strategy != "no" else 0)  # before training and after
     if path.stem in CALLS:
-        assert min(logs(trainer, "tools/call_frequency")) > 0 and "| `tools/call_frequency` |" in README
+        assert (
+            min(logs(trainer, "tools/call_frequency")) > 0
+            and "| `tools/call_frequency` |" in (ROOT / "docs" / "metrics.md").read_text()
+        )
         assert all(0 < part < 1 for part in logs(trainer, "tools/failure_frequency"))
     weights = "adapter_model.safetensors" if model_args.use_peft else "model.safetensors"
     for file in (weights, "README.md", "run.png"):
@@ -382,9 +385,11 @@ def test_the_cispo_row_clamps_no_ratio_near_1():
     assert largest_deviation(default.grads[0], fifth) < 1e-5
 
 
-def test_what_the_readme_says_of_the_arena_stands_in_the_arenas_tables():
+def test_what_the_page_says_of_the_arena_stands_in_the_arenas_tables():
     """The smallest differences that could be seen, and TR-GRPO's with one step per generation batch."""
-    said = " ".join((ROOT / "README.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0].split())
+    said = " ".join(
+        (ROOT / "docs" / "arena.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0].split()
+    )
     arena = (ROOT / "recipes" / "arena" / "README.md").read_text()
     found = arena.partition("## What was found")[2].partition("\n## ")[0]
     found = " ".join(found.split())
@@ -429,7 +434,7 @@ def test_every_logged_metric_is_explained():
     assert {"lambda/value", "token_weight/clipped_by_regulation", "share/probability_q4"} <= logged
     assert {"lambda/min_logp", "lambda/r2", "lambda/slope", "length_weight/negative/mean"} <= logged
     assert "lambda/target_gap" in logged
-    explained = README.partition("## What is logged")[2]
+    explained = (ROOT / "docs" / "metrics.md").read_text()
     names = set(re.findall(r"`([^`]+)`", explained))
     names |= {name.replace("<function>", "reward") for name in names}  # the test's reward function is called so
     names |= {re.sub(r"(min|max|mean)_length", r"\1_terminated_length", name) for name in names}

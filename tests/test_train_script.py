@@ -1,5 +1,6 @@
 """`recipes/train.py`: the real command, its summary, and the one-line errors."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -9,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes import train
 from trl_lambda import LambdaGRPOConfig
+from trl_lambda import training as train
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "recipes" / "configs" / "playground.yaml"
@@ -273,7 +274,7 @@ def test_plot_without_matplotlib_is_refused_before_training(monkeypatch):
 
 @pytest.mark.parametrize("name", train.MATH_REWARDS)
 def test_maths_rewards_without_math_verify_are_refused(name, monkeypatch):
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     assert f"reward_funcs has '{name}', which needs math-verify" in error_of(
         [*BASE, "--reward_funcs", name], monkeypatch
     )

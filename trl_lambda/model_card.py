@@ -10,6 +10,8 @@ from .weights.custom import USERS
 if TYPE_CHECKING:
     from .lambda_grpo_trainer import LambdaGRPOTrainer
 
+from .card_loading import loading_section
+
 LAMBDA_CITATION = """\
 @article{wang2025lambdagrpo,
     title        = {{$\\lambda$-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences}},
@@ -54,6 +56,7 @@ def complete_card(trainer: "LambdaGRPOTrainer") -> None:
     path = Path(str(trainer.args.output_dir)) / "README.md"
     text, section = with_names(trainer, path.read_text(encoding="utf-8")), settings_section(trainer)
     before, anchor, after = text.partition(_FOLLOWS)
+    section = f"{loading_section(trainer)}\n\n{section}"
     path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 

@@ -3,7 +3,7 @@ Print results.csv as tables. Where a figure has been measured twice on one machi
 
     python -m recipes.bench.table
     python -m recipes.bench.table --write recipes/bench/README.md      # between its `bench: begin` and `bench: end`
-    python -m recipes.bench.table --write README.md --overhead-only    # the first tables alone
+    python -m recipes.bench.table --write docs/cost.md --overhead-only  # the first tables alone
     python -m recipes.bench.table --gpu --write recipes/bench/README.md    # gpu.csv, between the marks `gpu`
     python -m recipes.bench.table --recipe-memory                      # the LoRA recipe's memory, from gpu.csv
 """

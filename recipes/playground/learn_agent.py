@@ -15,7 +15,7 @@ import torch
 import transformers
 import trl
 
-from recipes import train
+from trl_lambda import training as train
 
 RECIPE = Path(__file__).parents[1] / "configs" / "lookup_agent.yaml"
 RESULTS = Path(__file__).parent / "lookup_agent.csv"

@@ -53,7 +53,7 @@ def main() -> None:
         let_vllm_train_on_cpu()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}: run `make .vllm/.installed`, and put PYTHONPATH=.vllm before the command.")
-    from recipes import train
+    from trl_lambda import training as train
 
     train.main()
 

@@ -2,7 +2,7 @@
 A run as a picture (PNG), a page (HTML) and a few lines of text. matplotlib is an extra: `pip install
 "trl-lambda[plots]"`.
 
-    python -m trl_lambda.report OUTPUT_DIR --html
+    trl-lambda report OUTPUT_DIR --html
 """
 
 from .folder import read_log_history

@@ -259,7 +259,7 @@ class ReportCallback(TrainerCallback):
 def main(arguments: list[str] | None = None) -> None:
     """Write the report of a run from its folder; what the user can mend is told in one line, without a traceback."""
     parser = argparse.ArgumentParser(
-        prog="python -m trl_lambda.report", description="Draw a finished or running run from its output folder."
+        prog="trl-lambda report", description="Draw a finished or running run from its output folder."
     )
     parser.add_argument("output_dir", help="the run's output_dir, with trainer_state.json, checkpoints or event files")
     parser.add_argument("--png", help="picture to write, .png (default: OUTPUT_DIR/report.png)")

@@ -29,6 +29,7 @@ class TokenWeight(ABC):
 
     @property
     def bounds(self) -> tuple[float, float] | None:
+        """The least and the largest weight of a member that is clipped to them, else None."""
         return None
 
     def check(self, prefix: str = "") -> None:  # noqa: B027  a member may have nothing to check

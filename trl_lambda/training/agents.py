@@ -9,12 +9,12 @@ from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 from trl import GRPOTrainer
 
-from recipes.agents.guard import guard, guard_environment, tool_methods
-from recipes.agents.rewards import TRL_FIRST_MESSAGE
-from recipes.loading import import_function
+from .agent_rewards import TRL_FIRST_MESSAGE
+from .guard import guard, guard_environment, tool_methods
+from .loading import import_function
 
 
-def load_tools(names: list[str] | str | None, timeout: float | None = None) -> list[Callable]:
+def load_tools(names: list[str] | str | None, timeout: float | None = None) -> list[Callable[..., Any]]:
     """
     Import tools and guard them.
 
@@ -98,7 +98,7 @@ def check_reward_names(names: list[str] | str | None) -> None:
         if name in TRL_FIRST_MESSAGE:
             raise ValueError(
                 f"reward_funcs has {name!r}, which reads the first message of a completion: with tools, the one "
-                "before the first call; recipes.agents.rewards.final_accuracy reads the last."
+                "before the first call; trl_lambda.training.agent_rewards.final_accuracy reads the last."
             )
 
 
@@ -157,8 +157,9 @@ def _reads_earlier_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "tool", "content": "answer"},
     ]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return bool(parse_response(tokenizer, [tokenizer.eos_token_id], prefix=ids).get("tool_calls"))
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    end: Any = tokenizer.eos_token_id
+    return bool(parse_response(tokenizer, [end], prefix=ids).get("tool_calls"))
 
 
 def check_rows(dataset: Any, environment: type | None, environment_name: str | None) -> None:
@@ -184,7 +185,7 @@ def check_rows(dataset: Any, environment: type | None, environment_name: str | N
             ) from error
 
 
-def _check_description(label: str, tool: Callable) -> None:
+def _check_description(label: str, tool: Callable[..., Any]) -> None:
     try:
         get_json_schema(tool)
     except (DocstringParsingException, TypeHintParsingException, ValueError, TypeError) as error:

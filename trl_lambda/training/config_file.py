@@ -69,7 +69,7 @@ def check_value(name: str, value: Any, hint: Any) -> None:
         _check_items(name, value, hint)
 
 
-def _check_items(name: str, values: list, hint: Any) -> None:
+def _check_items(name: str, values: list[Any], hint: Any) -> None:
     """Check what is in a list; there the parser converts nothing."""
     kinds = _item_kinds(hint)
     if not kinds or kinds & {Any, dict}:
@@ -89,7 +89,7 @@ def _item_kinds(hint: Any) -> set[Any]:
     return set().union(*map(_kinds, lists))
 
 
-def _parts(hint: Any) -> tuple:
+def _parts(hint: Any) -> tuple[Any, ...]:
     """Return the members of a union, and what is none as its only member."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 

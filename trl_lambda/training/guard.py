@@ -22,7 +22,9 @@ class ToolError(Exception):
     """A call that failed; its text is what the model is told."""
 
 
-def guard(tool: Callable, *, timeout: float | None = None, max_characters: int = MAX_CHARACTERS) -> Callable:
+def guard(
+    tool: Callable[..., Any], *, timeout: float | None = None, max_characters: int = MAX_CHARACTERS
+) -> Callable[..., Any]:
     """
     Wrap a tool so that every call ends in an answer that TRL can use, or in a [`ToolError`].
 
@@ -48,23 +50,23 @@ def guard(tool: Callable, *, timeout: float | None = None, max_characters: int =
                 raise _failure(tool, error) from error
 
         @functools.wraps(tool)
-        async def guarded(*args: Any, **kwargs: Any) -> Any:
+        async def guarded_coroutine(*args: Any, **kwargs: Any) -> Any:
             try:
                 answer = await asyncio.wait_for(attempt(*args, **kwargs), timeout)
             except TimeoutError as error:
-                raise _failure(tool, _too_long(timeout)) from error
+                raise _failure(tool, _too_long(timeout or 0.0)) from error
             return check_answer(tool.__name__, answer, max_characters)
 
-    else:
+        return guarded_coroutine
 
-        @functools.wraps(tool)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            try:
-                with time_limit(timeout):
-                    answer = tool(*args, **kwargs)
-            except (Exception, SystemExit) as error:
-                raise _failure(tool, error) from error
-            return check_answer(tool.__name__, answer, max_characters)
+    @functools.wraps(tool)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with time_limit(timeout):
+                answer = tool(*args, **kwargs)
+        except (Exception, SystemExit) as error:
+            raise _failure(tool, error) from error
+        return check_answer(tool.__name__, answer, max_characters)
 
     return guarded
 
@@ -82,7 +84,7 @@ def guard_environment(environment: type, *, timeout: float | None = None) -> typ
     return type(environment.__name__, (environment,), {**tools, "__doc__": environment.__doc__})
 
 
-def tool_methods(environment: type) -> list[tuple[str, Callable]]:
+def tool_methods(environment: type) -> list[tuple[str, Callable[..., Any]]]:
     """The methods of an environment that TRL offers as tools: the public ones beside `reset` and `get_reward`."""
     methods = inspect.getmembers(environment, inspect.isfunction)
     return [(name, method) for name, method in methods if name not in ("reset", "get_reward") and name[0] != "_"]
@@ -138,7 +140,7 @@ def _too_long(seconds: float) -> ToolError:
     return ToolError(f"no answer within {seconds:g} s.")
 
 
-def _failure(tool: Callable, error: BaseException) -> ToolError:
+def _failure(tool: Callable[..., Any], error: BaseException) -> ToolError:
     try:
         text = _encodable(str(error))
     except Exception:

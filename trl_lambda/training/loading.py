@@ -5,14 +5,19 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
-from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from trl import DatasetMixtureConfig, get_dataset
+
+from .arguments import LambdaGRPOScriptArguments
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def import_function(argument: str, name: str, accepted: str = "a dotted path to a function") -> Callable:
+def import_function(argument: str, name: str, accepted: str = "a dotted path to a function") -> Callable[..., Any]:
     """
     Import a function by its dotted path, from the current directory too.
 
@@ -44,7 +49,9 @@ def import_function(argument: str, name: str, accepted: str = "a dotted path to 
     return function
 
 
-def load_splits(script_args: ScriptArguments, mixture: DatasetMixtureConfig, evaluate: bool) -> tuple[Any, Any]:
+def load_splits(
+    script_args: LambdaGRPOScriptArguments, mixture: DatasetMixtureConfig, evaluate: bool
+) -> tuple[Any, Any]:
     """
     Load the training split and, if `evaluate`, the held-out one (else `None`); a mixture goes before a single name.
 
@@ -64,22 +71,35 @@ def load_splits(script_args: ScriptArguments, mixture: DatasetMixtureConfig, eva
     return train_dataset, pick_split(script_args, mixture, dataset, "dataset_test_split")
 
 
-def dataset_label(script_args: ScriptArguments, mixture: DatasetMixtureConfig) -> str:
+def dataset_label(script_args: LambdaGRPOScriptArguments, mixture: DatasetMixtureConfig) -> str:
     """Name the dataset for an error message."""
     return "datasets" if mixture.datasets else f"dataset_name is {script_args.dataset_name!r}"
 
 
-def load_named(script_args: ScriptArguments, mixture: DatasetMixtureConfig, config: str | None) -> Any:
+def load_named(script_args: LambdaGRPOScriptArguments, mixture: DatasetMixtureConfig, config: str | None) -> Any:
     """Load all splits of one configuration of the dataset; a `ValueError` tells why they cannot be loaded."""
     try:
         if mixture.datasets:
             return get_dataset(mixture)
-        return load_dataset(script_args.dataset_name, name=config, streaming=script_args.dataset_streaming)
+        name, options = str(script_args.dataset_name), {"name": config, "streaming": script_args.dataset_streaming}
+        if Path(name).is_file():  # which `datasets` takes by its format only; its one split is "train"
+            return load_dataset(file_format(name), data_files=name, **options)
+        return load_dataset(name, **options)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"{dataset_label(script_args, mixture)}, which cannot be loaded: {error}") from error
 
 
-def pick_split(script_args: ScriptArguments, mixture: DatasetMixtureConfig, dataset: Any, argument: str) -> Any:
+def file_format(name: str) -> str:
+    """The format of a dataset that is one file, by its ending; a `ValueError` names those accepted."""
+    ending = Path(name).suffix.lower()
+    if ending not in FILE_FORMATS:
+        raise ValueError(f"a file must end in one of {', '.join(FILE_FORMATS)}, not {ending!r}")
+    return FILE_FORMATS[ending]
+
+
+def pick_split(
+    script_args: LambdaGRPOScriptArguments, mixture: DatasetMixtureConfig, dataset: Any, argument: str
+) -> Any:
     """Take the splits that `argument` names, put them together and prepare them; raises what `load_splits` says."""
     label, wanted = dataset_label(script_args, mixture), getattr(script_args, argument)
     for split in wanted.split("+"):
@@ -116,8 +136,8 @@ def prepare(rows: Any, name: str, label: str) -> Any:
     function = import_function("dataset_preparation is", name)
     needed = list(inspect.signature(function).parameters)
     columns = rows.column_names
-    missing = [column for column in needed if columns is not None and column not in columns]
-    if missing:
+    missing = [column for column in needed if column not in (needed if columns is None else columns)]
+    if columns is not None and missing:
         raise ValueError(
             f"{label} has no {missing[0]!r} column, which dataset_preparation {name!r} needs; it has: "
             f"{', '.join(columns)}."

@@ -1,0 +1,153 @@
+"""
+Build wheel and sdist, check them, install the wheel into an environment that has never seen the checkout, and train,
+draw and launch there from an empty folder, offline.
+
+    python tests/tools/release.py --outdir dist
+
+The environment is clean of this package, not of its dependencies: torch and the rest are those of the calling Python.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+import offline  # noqa: F401
+from stand_ins import write_model
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIG = """\
+model_name_or_path: model
+dataset_name: rows.jsonl
+reward_funcs: my_reward.brevity
+output_dir: out
+max_steps: 2
+per_device_train_batch_size: 4
+num_generations: 4
+max_completion_length: 8
+use_cpu: true
+bf16: false
+logging_steps: 1
+report_to: none
+disable_tqdm: true
+save_strategy: "no"
+"""
+REWARD = "def brevity(completions, **kwargs):\n    return [-float(len(text)) for text in completions]\n"
+
+
+def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Run a command and return what it printed; a failure raises with it."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def build(outdir: Path) -> tuple[Path, Path]:
+    """
+    Build from a copy of the files that git tracks, so that nothing else gets in, and nothing is left in the checkout.
+
+    Args:
+        outdir (`Path`): Where the two files go.
+
+    Returns:
+        `tuple[Path, Path]`: wheel and sdist, both through `twine check --strict`.
+    """
+    outdir.mkdir(parents=True, exist_ok=True)
+    tracked = run("git", "ls-files", "-z", "trl_lambda", "pyproject.toml", "README.md", "LICENSE", cwd=ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in filter(None, tracked.split("\0")):
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", outdir.resolve(), folder)
+    (wheel,), (sdist,) = outdir.glob("*.whl"), outdir.glob("*.tar.gz")
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
+    return wheel, sdist
+
+
+def names(archive: Path) -> set[str]:
+    """The files in a wheel, or in an sdist below its one folder."""
+    if archive.suffix == ".whl":
+        return set(zipfile.ZipFile(archive).namelist())
+    with tarfile.open(archive) as tar:
+        return {member.name.partition("/")[2] for member in tar.getmembers() if member.isfile()}
+
+
+def clean_environment(folder: Path, wheel: Path) -> Path:
+    """
+    An environment with the wheel and, by a path of this Python's, with its dependencies.
+
+    This Python may hold the package itself, as an editable install. That is a `.pth` file, which Python reads in its
+    own folders only and not in those that another `.pth` names.
+    """
+    venv.create(folder, with_pip=False)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    python = folder / "bin" / "python"
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install")
+    run(*pip, "--quiet", "--no-deps", "--no-index", "--ignore-installed", wheel)
+    return folder / "bin"
+
+
+def environment() -> dict[str, str]:
+    """The variables for a command of that environment: without a path to the checkout, offline, on one thread."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def use(bin_folder: Path, folder: Path) -> dict[str, str]:
+    """
+    Use the package as a user does who has a folder of his own and no checkout.
+
+    Args:
+        bin_folder (`Path`): Of the environment.
+        folder (`Path`): Empty.
+
+    Returns:
+        `dict[str, str]`: what each command printed.
+    """
+    write_model(folder / "model")
+    (folder / "rows.jsonl").write_text('{"prompt": "aeo"}\n{"prompt": "oa"}\n')
+    (folder / "my_reward.py").write_text(REWARD)
+    (folder / "run.yaml").write_text(CONFIG)
+    command, python = bin_folder / "trl-lambda", bin_folder / "python"
+    launch = (python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
+    place = {"cwd": folder, "env": environment()}
+    return {
+        "where": run(python, "-c", "import trl_lambda; print(trl_lambda.__file__)", **place),
+        "version": run(command, "--version", **place),
+        "train": run(command, "train", "--config", "run.yaml", **place),
+        "report": run(command, "report", "out", "--html", **place),
+        "launch": run(*launch, "-m", "trl_lambda.training", "--config", "run.yaml", "--output_dir", "two", **place),
+    }
+
+
+def main() -> None:
+    """Build, check, install, use; print what was done."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser.add_argument("--outdir", type=Path, default=Path("dist"))
+    args = parser.parse_args()
+    for old in (*args.outdir.glob("*.whl"), *args.outdir.glob("*.tar.gz")):
+        old.unlink()
+    wheel, sdist = build(args.outdir)
+    with tempfile.TemporaryDirectory() as folder:
+        (empty := Path(folder, "empty")).mkdir()
+        printed = use(clean_environment(Path(folder, "env"), wheel), empty)
+    print(printed["version"].strip())
+    print("Summary" + printed["train"].partition("Summary")[2].rstrip())
+    print(f"{wheel}: {len(names(wheel))} files; {sdist}: {len(names(sdist))} files; trained, drawn, launched.")
+
+
+if __name__ == "__main__":
+    main()
