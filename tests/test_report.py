@@ -34,6 +34,10 @@ def entry(step: int) -> dict:
         "completions/max_length": 44.0,
         "lambda/value": 0.05 * step,
         "lambda/grad": -0.02,
+        "lambda/mean_logp": 0.2,
+        "lambda/min_logp": -0.1,
+        "lambda/r2": 0.3,
+        "lambda/target_gap": 0.1,
         "advantage/length_correlation": 0.3,
         "advantage/positive_mean_length": 15.0,
         "advantage/negative_mean_length": 11.0,
@@ -124,10 +128,20 @@ def test_a_lambda_that_stands_still_is_one_curve(tmp_path: Path, drawn):
     assert labels(drawn["Length weight f over the run's lengths"]) == ["λ = 2.00 at end"]
 
 
+OF_RULES = (
+    "What λ prefers beside length",
+    "Variance of A that λ's regression explains",
+    "Mean length against its target",
+)
+
+
 @pytest.mark.parametrize(
     ("prefixes", "gone"),
     [
-        (("lambda/",), {"Length preference λ", "Gradient of λ", "Length weight f over the run's lengths"}),
+        (("lambda/",), {"Length preference λ", "Gradient of λ", "Length weight f over the run's lengths", *OF_RULES}),
+        (("lambda/mean_logp", "lambda/min_logp"), OF_RULES[:1]),
+        (("lambda/r2",), OF_RULES[1:2]),
+        (("lambda/target_gap",), OF_RULES[2:]),
         (("lambda/grad",), {"Gradient of λ"}),
         (("completions/max_length",), {"Length weight f over the run's lengths"}),
         (("share/length_q2",), {"Share of the loss by response length"}),
@@ -137,7 +151,7 @@ def test_a_lambda_that_stands_still_is_one_curve(tmp_path: Path, drawn):
 )
 def test_what_was_not_logged_has_no_panel(tmp_path: Path, drawn, prefixes, gone):
     plot_run(without(*prefixes), tmp_path / "run.png", aggregation="lambda")
-    assert set(drawn) == {panel.title for panel in PANELS} - gone
+    assert set(drawn) == {panel.title for panel in PANELS} - set(gone)
 
 
 def test_no_panel_is_empty_and_every_axis_has_its_unit(tmp_path: Path, drawn):

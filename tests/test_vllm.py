@@ -272,7 +272,7 @@ def test_the_launcher_says_what_is_missing():
 
 def test_vllms_completions_teach_as_generates_do():
     """The table of `recipes.playground.vllm_seeds`: four seeds with each sampler, and what recipes/README.md says."""
-    rows = list(csv.DictReader(TABLE.open()))
+    rows = list(csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines()))
     by_sampler = {name: [row for row in rows if row["sampler"] == name] for name in ("generate", "vllm")}
     last, first = {}, {}
     for name, runs in by_sampler.items():
