@@ -43,10 +43,13 @@ CASES = ["paper", "unequal", "zero rows", "equal", "one response", "sixty-four",
 def test_length_weights_equal_the_reference(case, aggregation, scope):
     lengths = groups(case)
     for lam in LAMBDAS if aggregation in LEARNABLE_AGGREGATIONS else [0.0]:
+        rng = random.Random(case)
+        advantages = [[rng.choice([-1.0, -0.5, 0.0, 2.0]) for _ in group] for group in lengths]
         expected = torch.tensor(
-            reference.length_weights(lengths, lam, aggregation, scope, max_completion_length=512), dtype=torch.float64
+            reference.length_weights(lengths, lam, aggregation, scope, 1 / 9, 512, advantages), dtype=torch.float64
         )
         options = {"aggregation": aggregation, "scope": scope, "max_completion_length": 512}
+        options["advantages"] = torch.tensor(advantages, dtype=torch.float64)
         exact = length_weights(torch.tensor(lengths), torch.tensor(lam, dtype=torch.float64), **options)
         assert exact.dtype == torch.float64
         # exp(h^20) magnifies the 1e-8 that the package adds to σ and the reference does not.

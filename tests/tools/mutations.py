@@ -73,8 +73,8 @@ MUTANTS = (
     Mutant(
         "λ is not restored on resume",
         "preference/checkpoint.py",
-        '        state.finish()\n        parameter.load(content["lambda"], content["skipped"])',
-        "        state.finish()",
+        'state.finish()\n        parameter.load(content["lambdas"] or [content["lambda"]], content["skipped"])',
+        "state.finish()",
         ("test_trainer.py::test_lambda_and_its_optimizer_state_are_restored",),
     ),
     Mutant(

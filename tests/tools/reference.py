@@ -3,8 +3,10 @@
 import math
 
 
-def length_weights(lengths, lam, aggregation, scope="batch", r=1 / 9, max_completion_length=None):
+def length_weights(lengths, lam, aggregation, scope="batch", r=1 / 9, max_completion_length=None, advantages=None):
     """f for a list of groups of lengths; the same nesting back."""
+    if aggregation == "balanced":
+        return balanced_weights(lengths, advantages, scope)
     batch = sum(sum(group) for group in lengths)
     rows = sum(len(group) for group in lengths)
     everyone = [n for group in lengths for n in group if n > 0]
