@@ -132,6 +132,18 @@ def test_groups_without_a_signal_and_of_one_member():
     assert torch.equal(length_weights(lengths, aggregation="balanced", advantages=rounding * 0), ones)
 
 
+def test_a_reward_at_its_groups_mean_has_no_sign():
+    """Rounding leaves such an advantage at ±1e-8: which one must not decide."""
+    lengths = torch.tensor([[4, 9, 2, 7]])
+    for aggregation, options in (("balanced", {}), ("power", {"side": "positive"}), ("lambda", {"side": "signed"})):
+        exact, above, below = (
+            length_weights(lengths, 1.5, aggregation=aggregation, positive_weight=3.0, **options,
+                           advantages=torch.tensor([[1.2, rest, -1.2, rest]]))
+            for rest in (0.0, 3e-8, -3e-8)
+        )  # fmt: skip
+        assert torch.equal(exact, above) and torch.equal(exact, below)
+
+
 @st.composite
 def batches(draw):
     prompts, group = draw(st.integers(1, 4)), draw(st.integers(1, 8))

@@ -50,6 +50,16 @@ WEIGHTS = {
         lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "grpo"),
         {"regulation": "linear"},
     ),
+    "power, positive": Weights(
+        {"aggregation": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False},
+        lambda lengths, advantages, lam: reference.side_weights(lengths, advantages, [0.8], "power", "positive"),
+    ),
+    "balanced, positive weight": Weights(
+        {"aggregation": "balanced", "positive_weight": 3.0},
+        lambda lengths, advantages, lam: reference.favour_positive(
+            reference.balanced_weights(lengths, advantages), lengths, advantages, 3.0
+        ),
+    ),
     "lambda, truncated masked": Weights(
         {"aggregation": "lambda", "lambda_init": 2.0, "mask_truncated_completions": True},
         lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda"),
@@ -199,6 +209,8 @@ def assert_equals_reference(model_folder: Path, ranks: list[dict], case: tuple[s
     assert [generation["step"] for generation in first["generations"]] == [0, 2]
     losses = torch.tensor([rank["losses"] for rank in ranks]).view(len(ranks), 4, -1).sum(dim=2).mean(dim=0).tolist()
     lambdas = [weights.options.get("lambda_init"), *first["lambdas"]]
+    if not weights.options.get("lambda_learnable", True):  # no gradient to compare
+        lambdas = [None] * len(lambdas)
     options = {"mode": mode, "bounds": BOUNDS[mode.split("_")[0]], "surrogate": surrogate}
     tolerance = TOLERANCE[surrogate]
     for number in range(4):

@@ -269,7 +269,8 @@ def sides(advantages: torch.Tensor | None, has_tokens: torch.Tensor, side: str) 
         "positive"   1 where A_i > 0, else 0
         "negative"   1 where A_i < 0, else 0
 
-    A row without tokens has s = 0, and so has a group of equal rewards, whose advantages are rounding around 0.
+    A row without tokens has s = 0, and so have a group of equal rewards and a row whose reward is its group's mean:
+    their advantages are rounding around 0.
 
     Args:
         advantages (`torch.Tensor`, *optional*): A, (P, G); required for all but "both".
@@ -290,8 +291,11 @@ def sides(advantages: torch.Tensor | None, has_tokens: torch.Tensor, side: str) 
     count = one_where_zero(has_tokens.sum(dim=1, keepdim=True))
     mean = (advantages * has_tokens).sum(dim=1, keepdim=True) / count
     spread = ((advantages - mean).abs() * has_tokens).amax(dim=1, keepdim=True)
-    differ = spread > _ROUNDING * magnitude.amax(dim=1, keepdim=True)
-    sign = advantages.sign() * (has_tokens & (differ | (magnitude > _FAINT * magnitude.amax())))
+    largest = magnitude.amax(dim=1, keepdim=True)
+    differ = spread > _ROUNDING * largest
+    # A reward that is its group's mean leaves rounding around 0: a sign by chance.
+    known = (magnitude > _ROUNDING * largest) & (differ | (magnitude > _FAINT * magnitude.amax()))
+    sign = advantages.sign() * (has_tokens & known)
     if side == "signed":
         return sign
     return (sign > 0).to(sign.dtype) if side == "positive" else (sign < 0).to(sign.dtype)
