@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-from recipes import train
 from recipes.bench.gpu_parts.schedule import Context, Part, Rows, free_memory
 from recipes.bench.measure.clock import now
 from recipes.bench.measure.memory import peak_during, storage_bytes
 from recipes.bench.measure.rows import ROOT, row
 from recipes.bench.measure.workload import Workload, build_model
+from trl_lambda import training as train
 
 BENCH = "gpu c: LoRA recipe"
 MINUTES = 5
