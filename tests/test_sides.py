@@ -371,6 +371,33 @@ def test_resuming_with_another_preference_raises(tmp_path):
             trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_learned_by_a_rule_to_fixed_and_back(tmp_path):
+    signed = {"aggregation": "power", "lambda_side": "signed"}
+
+    def go(folder, resume=None, **options):
+        batch = Batch()
+        saving = {"save_strategy": "steps", "save_steps": 4, "output_dir": str(tmp_path / folder)}
+        trainer = build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, **(LONG | saving | options)), batch)
+        run = watch(trainer)
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume / "checkpoint-4"))
+        return run
+
+    go("learned", **signed, length_target=4.0, lambda_rule="target")
+    fixed = signed | {"lambda_learnable": False}
+    with pytest.raises(ValueError, match="is fixed .*Resume with lambda_init=") as error:
+        go("a", "learned", **fixed)
+    advised = float(str(error.value).rpartition("lambda_init=")[2].rstrip("."))
+    assert go("fixed", "learned", **fixed, lambda_init=advised).lambdas == [pytest.approx(advised)] * 4
+    go("start", **fixed, lambda_init=0.25)
+    on = go("b", "start", **signed, length_target=4.0, lambda_rule="target").lambdas
+    assert len(on) == 4 and on[-1] != 0.25 and abs(on[0] - 0.25) < 0.5
+    three = PREFERENCES["positive, three features"]
+    go("three", **three)
+    still = {k: v for k, v in three.items() if k != "lambda_learning_rate"} | {"lambda_learnable": False}
+    with pytest.raises(ValueError, match="is fixed .*Resume with lambda_learnable=True"):
+        go("c", "three", **still)
+
+
 def test_damaged_statistics_of_a_rule_are_named(tmp_path):
     options = LONG | {"save_strategy": "steps", "save_steps": 4, "output_dir": str(tmp_path)}
     train(LambdaGRPOTrainer, LambdaGRPOConfig, **options, **PREFERENCES["softmax, signed"])

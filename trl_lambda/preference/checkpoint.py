@@ -141,6 +141,8 @@ class LambdaCheckpoint:
             )
         for key, default in _PREFERENCE.items():
             saved, mine = content.get(key) or default, self._identity.get(key) or default
+            if key == "lambda_rule" and not (content["learnable"] and self._parameter and self._parameter.learnable):
+                continue  # a fixed λ has none, and goes on learned or fixed from its value
             if self._parameter is not None and saved != mine:
                 raise ValueError(
                     f"{key}={mine!r}, but {checkpoint} was trained with {saved!r}, whose λ has another meaning. "
@@ -153,9 +155,12 @@ class LambdaCheckpoint:
             )
         saved_values = content["lambdas"] or [value]
         if self._parameter is not None and not self._parameter.learnable and saved_values != self._parameter.values:
+            advice = f"Resume with lambda_init={value}."
+            if len(saved_values) > 1:  # the option sets the first feature's λ only
+                advice = f"Resume with lambda_learnable=True. To go on with a fixed one, {new_run}."
             raise ValueError(
                 f"lambda_init={self._parameter.value} is fixed (lambda_learnable=False), but {checkpoint} has "
-                f"λ = {value}. Resume with lambda_init={value}."
+                f"λ = {saved_values if len(saved_values) > 1 else value}. {advice}"
             )
         return content
 
