@@ -17,11 +17,18 @@ class Arm:
         about (`str`): what it is, for tables.
         options (`dict`): fields of `GRPOConfig` (if `trl`) or `LambdaGRPOConfig` that differ from the common ones.
         trl (`bool`): TRL's own trainer and reduction.
+        length_weight (`str`, *optional*): dotted path of the trainer's `length_weight=`.
     """
 
     about: str
     options: dict[str, Any] = field(default_factory=dict)
     trl: bool = False
+    length_weight: str | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that distinguishes the arm, for the column `options` of its rows."""
+        return self.options if self.length_weight is None else {**self.options, "length_weight": self.length_weight}
 
 
 def _trl(loss_type: str, **options: Any) -> Arm:

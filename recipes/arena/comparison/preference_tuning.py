@@ -3,7 +3,7 @@ What was tried for λ's rule "regression", on the tuning seeds 0 to 11 and the v
 
     python -m recipes.arena.comparison.preference_tuning --seeds 4
 
-Each variant is an arm's options and constants of `trl_lambda.preference.rules`. Rows go to
+Each variant is an arm and constants of `trl_lambda`, by module and name. Rows go to
 `recipes/arena/results/preference_tuning.csv`; a run that is there already is not made again. The figures are read with
 `--show`.
 """
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from recipes.arena.comparison.arms import ARMS, Arm
 from recipes.arena.comparison.ledger import Ledger
 from recipes.arena.comparison.run import RunSpec, run
-from trl_lambda.preference import rules
+from trl_lambda.preference import making, rules
+from trl_lambda.weights import length_weight
 
 RESULTS = Path(__file__).parent.parent / "results" / "preference_tuning.csv"
 KEY = ("task", "arm", "seed", "max_steps", "steps_per_generation")
@@ -28,7 +30,10 @@ LEARNING_RATE = 3e-4
 _THREE = ["length", "mean_logp", "min_logp"]
 _POSITIVE3 = {"aggregation": "power", "lambda_side": "positive", "lambda_features": _THREE}
 
-# name -> (options, constants of `rules`)
+_TR = {"token_regulation": "sigmoid"}
+_AR = {"token_regulation": "linear", "regulation_alpha": 0.6}
+
+# name -> (options, constants of `rules` and `length_weight`)
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "dapo": ({"aggregation": "dapo"}, {}),
     "positive_weight_3": ({"aggregation": "dapo", "positive_weight": 3.0}, {}),
@@ -39,6 +44,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "positive3, ridge 0.01": (_POSITIVE3, {"_RIDGE": 0.01}),
     "positive3, decay 0.8": (_POSITIVE3, {"_DECAY": 0.8}),
     "positive3, decay 0.95": (_POSITIVE3, {"_DECAY": 0.95}),
+    "positive3, clamp 1": (_POSITIVE3, {"PREFERENCE_BOUND": 1.0}),
+    "positive3, clamp 4": (_POSITIVE3, {"PREFERENCE_BOUND": 4.0}),
+    "positive3, κ fading": (_POSITIVE3, {"fading": 1.0}),
+    "positive3, mean held": ({}, {}),
+    "positive3 × TR": ({**_POSITIVE3, **_TR}, {}),
+    "positive3 × AR": ({**_POSITIVE3, **_AR}, {}),
+    "positive3 × positive_weight_3": ({**_POSITIVE3, "positive_weight": 3.0}, {}),
+    "length and min_logp": ({**_POSITIVE3, "lambda_features": ["length", "min_logp"]}, {}),
     "length and mean_logp": ({**_POSITIVE3, "lambda_features": ["length", "mean_logp"]}, {}),
     "positive": ({"aggregation": "power", "lambda_side": "positive"}, {}),
     "signed": ({"aggregation": "power", "lambda_side": "signed"}, {}),
@@ -46,17 +59,37 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
 TASKS = ("running_sum", "slippery_chain", "idle_filler")
 
 
+HELD = "positive3, mean held"
+
+
+class Fading(rules.Regression):
+    """κ falls on a straight line to 0 over the generation batches of a run of 100 optimizer steps."""
+
+    batches = 25
+
+    def observe(self, batch: Any, mean_reward: float) -> None:
+        self._initial = getattr(self, "_initial", self._gain)
+        self._gain = max(self._gain - self._initial / self.batches, 0.0)
+        super().observe(batch, mean_reward)
+
+
 @contextmanager
 def constants(values: dict[str, float]) -> Iterator[None]:
-    """The rules with other constants."""
-    before = {name: getattr(rules, name) for name in values}
+    """The package with other constants, or with `Fading` as its rule."""
+    changes: list[tuple[Any, str, Any]] = []
     for name, value in values.items():
-        setattr(rules, name, value)
+        if name == "fading":
+            changes.append((making, "Regression", Fading))
+        else:
+            changes.append((rules if hasattr(rules, name) else length_weight, name, value))
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(rules, name, value)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 def tune(tasks: tuple[str, ...], variants: tuple[str, ...], seeds: range, max_steps: int, results: Path) -> None:
@@ -70,7 +103,8 @@ def tune(tasks: tuple[str, ...], variants: tuple[str, ...], seeds: range, max_st
                 if tuple(str(getattr(spec, name)) for name in KEY) in done:
                     continue
                 options, changed = VARIANTS[variant]
-                ARMS[variant] = Arm(variant, options)
+                own = "recipes.arena.comparison.held_power.held_positive3" if variant == HELD else None
+                ARMS[variant] = Arm(variant, options, length_weight=own)
                 with constants(changed):
                     row = run(spec)
                 ledger.append(row | {"constants": str(changed)})
@@ -110,6 +144,7 @@ def main() -> None:
     if not 1 <= args.seeds <= 12:
         parser.error("--seeds must be 1 to 12: the study has others")
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
     if not args.show:
         tune(tuple(args.tasks), tuple(args.variants), range(args.seeds), args.max_steps, args.results)
     print("\n".join(show(args.results)))

@@ -30,6 +30,7 @@ from recipes.playground.measure import sample
 from recipes.playground.rewards import exact_answer
 from recipes.playground.tasks import environment_of, make_splits
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda.weights.custom import import_function
 
 PROMPTS, GENERATIONS = 8, 8  # of one generation batch
 # Where a completion is cut: half as long again as the longest answer taught, so that verbosity has room to grow.
@@ -120,6 +121,7 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         disable_tqdm=True,
         **arm.options,
     )
+    own = {} if arm.length_weight is None else {"length_weight": import_function(arm.length_weight, "length_weight")}
     return trainer_class(
         model=Qwen2ForCausalLM.from_pretrained(spec.base_model),
         reward_funcs=exact_answer,
@@ -128,6 +130,7 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         processing_class=AutoTokenizer.from_pretrained(spec.base_model),
         callbacks=[LambdaPath()],
         environment_factory=environment_of(spec.task),
+        **own,
     )
 
 
@@ -177,7 +180,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
         trainer.train()
     return {
         **asdict(spec),
-        "options": json.dumps(ARMS[spec.arm].options),
+        "options": json.dumps(ARMS[spec.arm].key),
         **held_out_figures(trainer.model, trainer.processing_class, spec),
         **training_figures(trainer.state.log_history, lambda_path.path, spec.steps_per_generation),
         "seconds": round(time.perf_counter() - start, 1),
