@@ -18,7 +18,7 @@ import torch
 
 from recipes.arena.alignment.factors import response_weights, token_weights
 from recipes.arena.alignment.policy_gradient import Batch, group_advantages
-from recipes.arena.comparison.arms import ARMS, Arm
+from recipes.arena.comparison.arms import ARMS, Arm, find_arm
 from trl_lambda import LambdaGRPOConfig
 from trl_lambda.weights import LEARNABLE_AGGREGATIONS
 
@@ -48,7 +48,7 @@ CONTROLS = {
         "GRPO × TR",
         {"aggregation": "power", "lambda_init": -1.0, "lambda_learnable": False, "token_regulation": "sigmoid"},
     ),
-    "ar_0.6": Arm("AR, α = 0.6", {"aggregation": None, "token_regulation": "linear", "regulation_alpha": 0.6}),
+    "ar_0.6": find_arm("ar_0.6"),
 }
 REVERSED = {"tr_reversed": "tr"}  # 1/v, decreasing in the probability
 

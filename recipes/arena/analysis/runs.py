@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.arena.comparison.arms import ARMS
+from recipes.arena.comparison.arms import ARMS, CONTROLS
 
 METRICS = (
     "accuracy_greedy", "accuracy_sampled", "auc", "mean_length", "mean_length_right", "mean_length_wrong",
@@ -76,8 +76,9 @@ def read_runs(path: str | Path) -> dict[tuple[str, str], Group]:
 
 
 def place_of(arm: str) -> tuple[int, str]:
-    """Order arms as `ARMS` does; one that is not listed there any more comes last."""
-    return (list(ARMS).index(arm) if arm in ARMS else len(ARMS), arm)
+    """Order arms as `ARMS` and `CONTROLS` do; one that is not listed there any more comes last."""
+    order = (*ARMS, *CONTROLS)
+    return (order.index(arm) if arm in order else len(order), arm)
 
 
 def _read_run(row: dict[str, str]) -> Run:

@@ -97,5 +97,31 @@ ARMS: dict[str, Arm] = {
     ),
 }  # fmt: skip
 
+# The first round's, in the order in which they were planned; the others above belong to the second (`../PLAN.md`).
+FIRST_ROUND = tuple(ARMS)[: tuple(ARMS).index("balanced")]
+
+# Controls of the second round.
+CONTROLS: dict[str, Arm] = {
+    "ar_0.6": Arm("AR, α = 0.6", {"aggregation": None, "token_regulation": "linear", "regulation_alpha": 0.6}),
+    "positive3_held": Arm(
+        "three features, positive, mean of f over a group's right answers held at 1",
+        length_weight="recipes.arena.comparison.held_power.held_positive3",
+    ),
+    # Mean f of right over mean f of wrong answers in runs of positive3: 1.90 on running_sum, 1.65 on slippery_chain.
+    "positive_weight_1.8": Arm(
+        "right answers count 1.8 times, as much as with positive3 on average", {**_DAPO, "positive_weight": 1.8}
+    ),
+    "positive3_x3": Arm(
+        "three features, positive, and right answers 3 times",
+        {**_POSITIVE, "lambda_features": _THREE, "positive_weight": 3.0},
+    ),
+}
+
+
+def find_arm(name: str) -> Arm:
+    """The arm or control of that name; a KeyError if there is none."""
+    return ARMS[name] if name in ARMS else CONTROLS[name]
+
+
 BASELINES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo")
 LEARNED = ("softmax", "softmax_fast", "softmax_adamw", "power", "power_fast", "power_adamw")

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.arena.comparison.arms import ARMS
+from recipes.arena.comparison.arms import find_arm
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.measure import sample
 from recipes.playground.rewards import exact_answer
@@ -53,7 +53,7 @@ class RunSpec:
     Args:
         study (`str`): which part of the arena it belongs to.
         task (`str`): a name in `recipes.playground.tasks.TASKS`.
-        arm (`str`): a name in `ARMS`.
+        arm (`str`): a name in `ARMS` or `CONTROLS`.
         seed (`int`): of the order of the problems, of the sampling and of the trainer.
         learning_rate (`float`): of the model, constant.
         max_steps (`int`): optimizer steps.
@@ -97,7 +97,7 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
     Returns:
         `GRPOTrainer`: TRL's own for an arm of TRL, else a `LambdaGRPOTrainer`.
     """
-    arm = ARMS[spec.arm]
+    arm = find_arm(spec.arm)
     classes: tuple[Any, Any] = (GRPOConfig, GRPOTrainer) if arm.trl else (LambdaGRPOConfig, LambdaGRPOTrainer)
     config_class, trainer_class = classes
     args = config_class(
@@ -180,7 +180,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
         trainer.train()
     return {
         **asdict(spec),
-        "options": json.dumps(ARMS[spec.arm].key),
+        "options": json.dumps(find_arm(spec.arm).key),
         **held_out_figures(trainer.model, trainer.processing_class, spec),
         **training_figures(trainer.state.log_history, lambda_path.path, spec.steps_per_generation),
         "seconds": round(time.perf_counter() - start, 1),

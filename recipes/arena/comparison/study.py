@@ -1,5 +1,5 @@
 """
-The arena's runs: `python -m recipes.arena.comparison.study PART [PART ...]`, with the parts
+The runs of the arena's first round: `python -m recipes.arena.comparison.study PART [PART ...]`, with the parts
 
 - `tune`: every arm at every learning rate of the grid, on seeds and held-out problems of its own;
 - `choose`: write `learning_rates.json`, each arm's rate with the highest mean reward over tasks and tuning seeds;
@@ -29,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recipes.arena.comparison.arms import ARMS, LEARNED
+from recipes.arena.comparison.arms import FIRST_ROUND, LEARNED, find_arm
 from recipes.arena.comparison.ledger import Ledger
 from recipes.arena.comparison.run import RunSpec, run
 
@@ -58,7 +58,7 @@ class Plan:
     What is run.
 
     Args:
-        arms, tasks (`tuple[str, ...]`): names in `ARMS` and `TASKS`.
+        arms, tasks (`tuple[str, ...]`): names in `FIRST_ROUND` and `TASKS`.
         seeds (`tuple[int, ...]`): test seeds.
         max_steps (`int`): optimizer steps of a run.
         tuning_tasks (`tuple[str, ...]`): tasks that learning rates are chosen on, one rate per arm for all tasks.
@@ -66,7 +66,7 @@ class Plan:
         spec (`Callable[..., RunSpec]`): makes the specs.
     """
 
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = FIRST_ROUND
     tasks: tuple[str, ...] = TASKS
     seeds: tuple[int, ...] = TEST_SEEDS
     max_steps: int = 100
@@ -87,7 +87,7 @@ class Plan:
         return [
             self.spec("main", task, arm, seed, rates[arm], self.max_steps)
             for task, seed, arm in itertools.product(self.tasks, self.seeds, self.arms)
-            if arm in TASK_ARMS.get(task, ARMS)
+            if arm in TASK_ARMS.get(task, FIRST_ROUND)
         ]
 
     def one_step(self, rates: dict[str, float]) -> list[RunSpec]:
@@ -120,7 +120,7 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int, time_is_up: Call
         `int`: how many were run.
     """
     done = ledger.done()
-    keys = [ledger.key_of({**vars(spec), "options": json.dumps(ARMS[spec.arm].key)}) for spec in specs]
+    keys = [ledger.key_of({**vars(spec), "options": json.dumps(find_arm(spec.arm).key)}) for spec in specs]
     todo = [spec for spec, key in zip(specs, keys, strict=True) if key not in done]
     # Read by torch when a worker starts.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=("tune", "choose", "main", "one_step"), metavar="PART")
     parser.add_argument("--smoke", action="store_true", help="a small version of everything, in runs/arena_smoke")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help="only these tasks")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="only these arms")
+    parser.add_argument("--arms", nargs="+", choices=FIRST_ROUND, metavar="ARM", help="only these arms")
     parser.add_argument("--seeds", type=int, help="this many test seeds, from 0 on")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
     parser.add_argument("--results", type=Path, help=f"folder of the CSV files (default: {RESULTS})")

@@ -1,0 +1,168 @@
+"""
+The runs of the arena's second round, as `recipes/arena/PLAN.md` lists them:
+
+    python -m recipes.arena.comparison.planned [PART ...]
+
+Without a part it does all of them, in the order of their importance, so that a study that is cut short has answered
+the first questions. Rows go to `results/planned.csv`, those of the learning rates to `results/planned_rates.csv`. What
+is there is not run again. `--reproduce N` runs N rows again, chosen at random, and says which differ. `--smoke` does
+everything with two seeds and a few steps, in a folder of its own.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from recipes.arena.comparison.arms import find_arm
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.run import RunSpec
+from recipes.arena.comparison.study import KEY, RESULTS, execute
+
+SMOKE_RESULTS = Path("runs") / "planned_smoke"
+FIRST_SEED = 400
+LEARNING_RATE = 3e-4
+LEARNING_RATES = (1.5e-4, 3e-4, 4.5e-4, 6e-4)
+TUNING_SEEDS = tuple(range(200, 204))
+LENGTH_MATTERS = ("running_sum", "slippery_chain")
+LENGTH_IDLE = ("idle_filler", "knights_and_knaves", "checked_sum")
+CORE = ("dapo", "positive_weight_3", "positive3")
+# What a row must have alike when it is run again: all that the run computed.
+COMPUTED = ("auc", "accuracy_sampled", "accuracy_greedy", "entropy", "reward_curve", "length_curve", "lambda_curve")
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    Some runs that answer one question.
+
+    Args:
+        study (`str`): the column `study` of their rows; runs of one study, task and arm have the same settings.
+        tasks, arms (`tuple[str, ...]`): names.
+        seeds (`int`): how many, from `first_seed` on.
+        max_steps (`int`): optimizer steps.
+        steps_per_generation (`int`): optimizer steps that share a generation batch.
+        first_seed (`int`): of the test seeds.
+    """
+
+    study: str
+    tasks: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: int
+    max_steps: int = 100
+    steps_per_generation: int = 4
+    first_seed: int = FIRST_SEED
+
+    def specs(self) -> list[RunSpec]:
+        """Seed by seed, so that a part that is cut short has whole pairs."""
+        return [
+            RunSpec(self.study, task, arm, seed, LEARNING_RATE, self.max_steps, self.steps_per_generation)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for task, arm in itertools.product(self.tasks, self.arms)
+        ]
+
+
+PARTS: dict[str, Part] = {
+    "start": Part("planned", LENGTH_MATTERS, CORE, 24),
+    "elsewhere": Part("planned", LENGTH_IDLE, CORE, 24),
+    "one_step": Part("planned_one_step", LENGTH_MATTERS, (*CORE, "positive"), 24, 50, 1),
+    "long": Part("planned_long", LENGTH_MATTERS, CORE, 16, 300),
+    "controls": Part(
+        "planned", LENGTH_MATTERS, ("positive3_held", "positive3_x3", "positive_weight_1.8", "positive"), 24
+    ),
+    "with_v": Part("planned", LENGTH_MATTERS, ("tr", "ar_0.6", "positive3_tr", "positive3_ar"), 24),
+    "published": Part("planned", LENGTH_MATTERS, ("grpo", "softmax", "balanced"), 24),
+}
+RATES = "rates"
+
+
+def rate_specs(seeds: Sequence[int] = TUNING_SEEDS, max_steps: int = 100) -> list[RunSpec]:
+    """`dapo` and the main arm over one grid of learning rates, on tuning seeds and validation problems."""
+    return [
+        RunSpec("planned_rates", task, arm, seed, rate, max_steps, split="validation")
+        for seed in seeds
+        for task, rate, arm in itertools.product(LENGTH_MATTERS, LEARNING_RATES, ("dapo", "positive3"))
+    ]
+
+
+def do_parts(names: Sequence[str], results: Path, workers: int, *, smoke: bool = False) -> None:
+    """Do some parts, in their order."""
+    for name in names:
+        if name == RATES:
+            specs = rate_specs(TUNING_SEEDS[:1], 8) if smoke else rate_specs()
+            execute(specs, Ledger(results / "planned_rates.csv", KEY), workers)
+        else:
+            part = PARTS[name]
+            small = replace(part, seeds=2, first_seed=0, max_steps=8, tasks=part.tasks[:2])
+            execute((small if smoke else part).specs(), Ledger(results / "planned.csv", KEY), workers)
+
+
+def reproduce(count: int, results: Path, workers: int, seed: int = 0) -> list[str]:
+    """
+    Run some rows of `planned.csv` again.
+
+    Args:
+        count (`int`): how many, chosen at random.
+        results (`Path`): folder of the rows.
+        workers (`int`): processes.
+        seed (`int`): of the choice.
+
+    Returns:
+        `list[str]`: one line per row, which says what differs, if anything.
+
+    Raises:
+        ValueError: an arm's options are no longer those of its rows.
+    """
+    rows = Ledger(results / "planned.csv", KEY).rows()
+    chosen = random.Random(seed).sample(rows, min(count, len(rows)))
+    for row in chosen:
+        if json.dumps(find_arm(row["arm"]).key) != row["options"]:
+            raise ValueError(f"arm {row['arm']!r} has other options now than in its rows: {row['options']}")
+    specs = [
+        RunSpec(
+            row["study"], row["task"], row["arm"], int(row["seed"]), float(row["learning_rate"]),
+            int(row["max_steps"]), int(row["steps_per_generation"]), row["split"],
+        )
+        for row in chosen
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        again = Ledger(Path(folder) / "again.csv", KEY)
+        execute(specs, again, workers)
+        found = {again.key_of(row): row for row in again.rows()}
+    lines = []
+    for row in chosen:
+        new = found[again.key_of(row)]
+        different = [name for name in COMPUTED if new[name] != row[name]]
+        verdict = f"differs in {', '.join(different)}" if different else "the same, bit for bit"
+        lines.append(f"{row['study']} {row['task']} {row['arm']} {row['seed']}: {verdict}")
+    return lines
+
+
+def main() -> None:
+    """Parse the command line and do its parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = (*PARTS, RATES)
+    parser.add_argument(
+        "parts", nargs="*", default=names, metavar="PART", help=f"of {', '.join(names)} (default: all)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="all of it in small, in runs/planned_smoke")
+    parser.add_argument("--reproduce", type=int, metavar="N", help="run N rows again and compare")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help=f"folder of the CSV files (default: {RESULTS})")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(names):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; accepted: {', '.join(names)}")
+    results = args.results or (SMOKE_RESULTS if args.smoke else RESULTS)
+    if args.reproduce:
+        print("\n".join(reproduce(args.reproduce, results, args.workers)))
+    else:
+        do_parts(args.parts, results, args.workers, smoke=args.smoke)
+
+
+if __name__ == "__main__":
+    main()
