@@ -25,7 +25,10 @@ RULE_COLUMNS = ("lambda_gradient", "lambda_gradient_se", "slope_raw", "slope_raw
 
 
 def measure(
-    model: PreTrainedModel, batches: list[Batch], on_batch: Callable[[], object] = lambda: None
+    model: PreTrainedModel,
+    batches: list[Batch],
+    on_batch: Callable[[], object] = lambda: None,
+    weights: list[Weight] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """
     Align every weight at one model.
@@ -34,12 +37,13 @@ def measure(
         model (`PreTrainedModel`): the policy that the batches were sampled from.
         batches (`list[Batch]`): K of them, K >= 3.
         on_batch (`Callable`): called 2 · K times.
+        weights (`list[Weight]`, *optional*): `BASE` first; all of them by default.
 
     Returns:
         `dict[str, dict[str, Any]]`: by weight, the columns from `same_as` to `RULE_COLUMNS`, empty where λ is
         not learned by descent.
     """
-    weights = all_weights()
+    weights = all_weights() if weights is None else weights
     same = same_direction(weights)
     distinct = [weight for weight in weights if same[weight.name] == weight.name]
     place = {name: [weight.name for weight in distinct].index(first) for name, first in same.items()}

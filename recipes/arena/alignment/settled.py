@@ -24,11 +24,21 @@ def settled_lambda(weight: Weight, batches: Sequence[Batch], logps: Sequence[tor
         `torch.Tensor`: λ, one per feature, float64; 0 where no group has a signal.
     """
     features = tuple(weight.options["lambda_features"])
+    return -_rule_after(weight, batches, logps).gradient(torch.zeros(len(features), dtype=torch.float64))
+
+
+def critic_r2(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> float:
+    """R² of the critic after these batches: what the trainer logs as `lambda/r2`; arguments as `settled_lambda`."""
+    return _rule_after(weight, batches, logps).metrics()["lambda/r2"]
+
+
+def _rule_after(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> Regression:
+    features = tuple(weight.options["lambda_features"])
     rule = Regression(features, weight.options["lambda_gain"])
     for batch, of_tokens in zip(batches, logps, strict=True):
         values = response_features(features, batch.lengths, of_tokens)
         rule.observe(GenerationBatch(batch.lengths, group_advantages(batch.rewards), values), float("nan"))
-    return -rule.gradient(torch.zeros(len(features), dtype=torch.float64))
+    return rule
 
 
 def settled_lambdas(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -14,6 +14,9 @@ per task, checkpoint, seed and weight:
 
 A λ that follows a regression has no such columns: `*_settled` are its weights where the rule has led it.
 
+`--planned` does question H5 of `../PLAN.md`: five tasks, other seeds, a later checkpoint, few weights, and `r2`, the
+part of the variance of the advantages that their critic explains; its rows go to `results/planned_alignment.csv`.
+
 All of it is at ρ = 1, as in the first optimizer step on a generation batch. A killed study goes on where it stopped.
 """
 
@@ -34,10 +37,12 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Qwen2ForCausalLM, TrainerCallback
 
-from recipes.arena.alignment.batches import sample_batches
+from recipes.arena.alignment.batches import sample_batches, token_logps
 from recipes.arena.alignment.measure import measure
+from recipes.arena.alignment.settled import critic_r2
 from recipes.arena.alignment.summary import plot
-from recipes.arena.alignment.weights import BASE, all_weights
+from recipes.arena.alignment.weights import BASE, Weight, all_weights
+from recipes.arena.comparison.arms import ARMS
 from recipes.arena.comparison.ledger import Ledger
 from recipes.arena.comparison.run import RunSpec, environment, make_trainer
 from recipes.playground.make_base_model import BASE_MODELS
@@ -63,6 +68,8 @@ class Plan:
         batches (`int`): K, per checkpoint.
         steps (`Sequence[int]`): checkpoints, in optimizer steps; the base model comes before them.
         learning_rate (`float`): of the runs.
+        first_seed (`int`): of the seeds.
+        arms (`Sequence[str]`, *optional*): only these of `ARMS`, and with `r2` in their rows.
     """
 
     tasks: Sequence[str]
@@ -70,6 +77,12 @@ class Plan:
     batches: int
     steps: Sequence[int]
     learning_rate: float
+    first_seed: int = 0
+    arms: Sequence[str] | None = None
+
+    def weights(self) -> list[Weight] | None:
+        """What is aligned; `None` is everything."""
+        return None if self.arms is None else all_weights({name: ARMS[name] for name in self.arms}, beside=False)
 
     def keys(self, task: str, seed: int) -> list[dict[str, Any]]:
         """The checkpoints of one run, as the leading columns of their rows."""
@@ -81,6 +94,17 @@ class Plan:
             "batches": self.batches,
         }
         return [base, *({**base, "checkpoint": s, "learning_rate": self.learning_rate} for s in self.steps)]
+
+
+PLANNED = Plan(
+    ("running_sum", "slippery_chain", "idle_filler", "knights_and_knaves", "checked_sum"),
+    3,
+    32,
+    (33, 66, 100, 300),
+    DEFAULT_LEARNING_RATE,
+    first_seed=400,
+    arms=(BASE, "positive_weight_3", "positive", "positive3"),
+)
 
 
 class Snapshots(TrainerCallback):
@@ -109,11 +133,24 @@ def train(
     return snapshots.states
 
 
-def rows_of(key: dict[str, Any], model: PreTrainedModel, tokenizer: Any, tick: Callable[[], object]) -> list[dict]:
-    """The rows of one checkpoint, one per weight; `key` says which."""
+def rows_of(
+    key: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tick: Callable[[], object],
+    weights: list[Weight] | None,
+) -> list[dict]:
+    """The rows of one checkpoint, one per weight, all or those given; `key` says which checkpoint."""
     start = time.perf_counter()
     batches = sample_batches(model, tokenizer, key["task"], seed=key["seed"], count=key["batches"])
-    columns = measure(model, batches, tick)
+    if weights is None:
+        columns = measure(model, batches, tick)
+    else:
+        columns = measure(model, batches, tick, weights)
+        with torch.no_grad():
+            logps = [token_logps(model, batch) for batch in batches]
+        for weight in weights:
+            columns[weight.name]["r2"] = critic_r2(weight, batches, logps) if weight.settled else ""
     common = {
         "accuracy": statistics.fmean(batch.rewards.mean().item() for batch in batches),
         "mean_length": statistics.fmean(batch.lengths.float().mean().item() for batch in batches),
@@ -137,9 +174,10 @@ def study(plan: Plan, ledger: Ledger) -> int:
     Returns:
         `int`: checkpoints measured.
     """
-    names = [weight.name for weight in all_weights()]
+    weights = plan.weights()
+    names = [weight.name for weight in (all_weights() if weights is None else weights)]
     done, todo = ledger.done(), {}
-    for seed, task in itertools.product(range(plan.seeds), plan.tasks):
+    for seed, task in itertools.product(range(plan.first_seed, plan.first_seed + plan.seeds), plan.tasks):
         keys = plan.keys(task, seed)
         todo[task, seed] = [k for k in keys if not done >= {ledger.key_of({**k, "weight": name}) for name in names}]
     count = sum(len(keys) for keys in todo.values())
@@ -156,7 +194,7 @@ def study(plan: Plan, ledger: Ledger) -> int:
             for key in keys:
                 progress.set_postfix_str(f"{task}, seed {seed}: {key['checkpoint']}")
                 model.load_state_dict(states[key["checkpoint"]])
-                for row in rows_of(key, model, tokenizer, progress.update):
+                for row in rows_of(key, model, tokenizer, progress.update, weights):
                     if ledger.key_of(row) not in done:
                         ledger.append(row)
     return count
@@ -179,6 +217,7 @@ def main() -> None:
         "--learning_rate", type=float, help="of the runs (default: that of results/learning_rates.json)"
     )
     parser.add_argument("--results", type=Path, help="the CSV file; the figure goes beside it")
+    parser.add_argument("--planned", action="store_true", help="question H5 of PLAN.md, in planned_alignment.csv")
     parser.add_argument("--smoke", action="store_true", help="one task, one seed, 6 batches, one early checkpoint")
     args = parser.parse_args()
     if args.smoke and args.results is None:
@@ -188,9 +227,11 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     plan = Plan(args.tasks, args.seeds, args.batches, STEPS, args.learning_rate or default_learning_rate())
+    if args.planned:
+        plan = replace(PLANNED, learning_rate=plan.learning_rate)
     if args.smoke:
-        plan = replace(plan, tasks=args.tasks[:1], seeds=1, batches=6, steps=(4,))
-    path = args.results or RESULTS / "alignment.csv"
+        plan = replace(plan, tasks=plan.tasks[:1], seeds=1, batches=6, steps=(4,))
+    path = args.results or RESULTS / ("planned_alignment.csv" if args.planned else "alignment.csv")
     study(plan, Ledger(path, KEY))
     plot(path, path.with_suffix(".png"))
 

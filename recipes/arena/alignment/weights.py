@@ -161,13 +161,14 @@ def make_weight(name: str, arm: Arm) -> Weight:
     return weight
 
 
-def all_weights(arms: Mapping[str, Arm] = ARMS) -> list[Weight]:
+def all_weights(arms: Mapping[str, Arm] = ARMS, *, beside: bool = True) -> list[Weight]:
     """
     Every arm, λ = 0 first, then λ's axis around every arm that learns by descent, the controls, and the arms whose λ
     follows a regression, at its start and settled.
 
     Args:
         arms (`Mapping[str, Arm]`): by name, `BASE` among them.
+        beside (`bool`): with the controls and the reversed weights.
 
     Returns:
         `list[Weight]`: of distinct names; some have the same direction.
@@ -180,8 +181,9 @@ def all_weights(arms: Mapping[str, Arm] = ARMS) -> list[Weight]:
         for lam in sorted({*_sides(weight), *(GRID[weight.options["aggregation"]] if plain else ())}):
             options = {**weight.options, "lambda_init": lam, "lambda_learnable": False}
             weights.setdefault(_beside(weight, lam), Weight(_beside(weight, lam), options))
-    weights |= {name: make_weight(name, arm) for name, arm in CONTROLS.items()}
-    weights |= {name: Weight(name, weights[of].options, reversed=True) for name, of in REVERSED.items()}
+    if beside:
+        weights |= {name: make_weight(name, arm) for name, arm in CONTROLS.items()}
+        weights |= {name: Weight(name, weights[of].options, reversed=True) for name, of in REVERSED.items()}
     # Last, so that what they coincide with at λ = 0 has its own name.
     following = [weight for weight in weights.values() if weight.follows]
     settled = [Weight(f"{weight.name}_settled", weight.options, settled=True) for weight in following]
