@@ -83,16 +83,21 @@ fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
 	$(BIN)/python tests/tools/mutations.py --write
 
-arena: $(STAMP) ## the comparison of all aggregations, hours on two cores; goes on where it stopped
+arena: $(STAMP) ## the studies of what learns better, hours on two cores; goes on where it stopped
 	$(BIN)/python -m recipes.arena.comparison.study tune choose main one_step
+	$(BIN)/python -m recipes.arena.comparison.planned
 	$(BIN)/python -m recipes.arena.analysis.report
+	$(BIN)/python -m recipes.arena.analysis.planned
 
 arena-smoke: $(STAMP) ## the same in small, minutes, in runs/arena_smoke
 	$(BIN)/python -m recipes.arena.comparison.study tune choose main one_step --smoke
+	$(BIN)/python -m recipes.arena.comparison.planned --smoke
 	$(BIN)/python -m recipes.arena.analysis.report --results runs/arena_smoke
+	$(BIN)/python -m recipes.arena.analysis.planned --results runs/planned_smoke
 
 alignment: $(STAMP) ## which weights point where learning goes: minutes per task; goes on where it stopped
 	$(BIN)/python -m recipes.arena.alignment.study
+	$(BIN)/python -m recipes.arena.alignment.study --planned
 
 bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the tables
 	$(BIN)/python -m recipes.bench.overhead

@@ -14,7 +14,7 @@ from launch import HANG
 from trl import GRPOConfig
 
 from recipes.arena import large
-from recipes.arena.comparison.arms import ARMS, BASELINES, CONSTANT_WEIGHT
+from recipes.arena.comparison.arms import ARMS, BASELINES, CONSTANT_WEIGHT, FIRST_ROUND
 from recipes.arena.comparison.ledger import Ledger
 from recipes.arena.comparison.run import RunSpec, run, training_figures, training_problems
 from recipes.arena.comparison.study import KEY, LEARNING_RATES, TASK_ARMS, TASKS, Plan, choose_rates
@@ -138,15 +138,15 @@ def test_ledger_drops_a_torn_line_and_refuses_other_columns(tmp_path):
 def test_plan_pairs_all_arms_and_gives_each_the_same_tuning_budget():
     plan = Plan()
     tuning = plan.tune()
-    for arm in ARMS:
+    for arm in FIRST_ROUND:
         cells = [(s.task, s.seed, s.learning_rate) for s in tuning if s.arm == arm]
         assert sorted(cells) == sorted({(s.task, s.seed, s.learning_rate) for s in tuning})
-    rates = dict.fromkeys(ARMS, 3e-4)
+    rates = dict.fromkeys(FIRST_ROUND, 3e-4)
     runs = plan.main(rates)
     assert len({tuple(vars(spec).values()) for spec in runs}) == len(runs)
     for task in TASKS:
         for seed in range(12):
-            assert {s.arm for s in runs if (s.task, s.seed) == (task, seed)} == set(TASK_ARMS.get(task, ARMS))
+            assert {s.arm for s in runs if (s.task, s.seed) == (task, seed)} == set(TASK_ARMS.get(task, FIRST_ROUND))
     assert {s.seed for s in tuning}.isdisjoint(s.seed for s in runs)
     assert {s.split for s in tuning} == {"validation"} and {s.split for s in runs} == {"test"}
     assert {s.steps_per_generation for s in plan.one_step(rates)} == {1}
@@ -156,11 +156,11 @@ def test_rates_are_chosen_by_mean_reward_and_only_from_a_full_grid():
     rewards = {LEARNING_RATES[0]: (0.2, 0.9), LEARNING_RATES[1]: (0.5, 0.7), LEARNING_RATES[2]: (0.3, 0.6)}
     rows = [
         {"arm": arm, "learning_rate": str(rate), "task": task, "seed": "101", "auc": str(reward)}
-        for arm in ARMS
+        for arm in FIRST_ROUND
         for rate, pair in rewards.items()
         for task, reward in zip(("x", "y"), pair, strict=True)
     ]
-    assert choose_rates(rows, Plan()) == dict.fromkeys(ARMS, LEARNING_RATES[1])
+    assert choose_rates(rows, Plan()) == dict.fromkeys(FIRST_ROUND, LEARNING_RATES[1])
     with pytest.raises(ValueError, match="has 1 of 2 runs"):
         choose_rates(rows[1:], Plan())
 

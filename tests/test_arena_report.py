@@ -442,5 +442,5 @@ def test_smoothing_by_hand():
 
 def test_the_committed_page_shows_the_committed_runs():
     """No table by hand: the arena's page is what the report makes of its `runs.csv`."""
-    page = (report.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    page = report.PAGE.read_text(encoding="utf-8")
     assert page == replace_tables(page, make_tables(Arena.read(report.RESULTS / "runs.csv")))

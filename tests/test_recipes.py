@@ -390,7 +390,7 @@ def test_what_the_page_says_of_the_arena_stands_in_the_arenas_tables():
     said = " ".join(
         (ROOT / "docs" / "arena.md").read_text().partition("## Does it help?")[2].partition("\n## ")[0].split()
     )
-    arena = (ROOT / "recipes" / "arena" / "README.md").read_text()
+    arena = (ROOT / "recipes" / "arena" / "first_round.md").read_text()
     found = arena.partition("## What was found")[2].partition("\n## ")[0]
     found = " ".join(found.split())
 

@@ -1,12 +1,11 @@
 """
-Tables and figures of the arena, from `results/runs.csv`. Any part of the runs will do.
+Tables and figures of the arena's first round, from `results/runs.csv`. Any part of the runs will do.
 
     python -m recipes.arena.analysis.report
 
 It writes into the folder of results `summary.csv` (mean and standard deviation of each arm), `paired.csv` (the
 comparisons of two arms over the seeds that both have) and the figures, and replaces the tables of the arena's
-`README.md` or, with `--results`, of one in that folder. It needs
-`pip install "trl-lambda[arena]"`.
+`first_round.md` or, with `--results`, of a `README.md` in that folder. It needs `pip install "trl-lambda[arena]"`.
 """
 
 import argparse
@@ -21,6 +20,7 @@ from recipes.arena.analysis.forest import draw_forest, draw_lengths
 from recipes.arena.analysis.tables import make_tables, replace_tables
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+PAGE = RESULTS.parent / "first_round.md"
 _FIGURES = {
     "accuracy_curves": draw_curves,
     "lambda_paths": draw_lambda_paths,
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         # Another folder of results brings its own page, if any: that of the arena shows the arena's results.
-        page = (RESULTS.parent if options.results.resolve() == RESULTS else options.results) / "README.md"
+        page = PAGE if options.results.resolve() == RESULTS else options.results / "README.md"
         written = write_report(options.results, page)
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(error, file=sys.stderr)

@@ -69,7 +69,7 @@ def _per_task(arena: Arena, table: Callable[[str, str], str]) -> str:
     return "\n\n".join(f"**{task_label(*key)}**\n\n{table(*key)}" for key in arena.groups)
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -132,7 +132,7 @@ def _arm_table(arena: Arena, study: str, task: str, metrics: tuple[str, ...]) ->
             row.append(mean_and_error(values_of(group[arm], metric), factor, decimals))
             row.append("" if arm == REFERENCE else cell)
         rows.append(row)
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _count(arena: Arena) -> str:
@@ -155,7 +155,7 @@ def _paired_table(arena: Arena, study: str, task: str) -> str:
         counts = [len(tested), sum(c.p is not None and c.p < ALPHA for c in tested), len(found)]
         sides = [_pairs([c for c in found if sign * c.difference > 0]) for sign in (1, -1)]
         rows.append([SHOWN[metric][0], *map(str, counts), *sides])
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _pairs(found: list[Comparison]) -> str:
@@ -181,7 +181,9 @@ def _sign_table(arena: Arena) -> str:
                 positive = f"{int((values > 0).sum())} of {len(values)}" if len(values) else "–"
                 row += [mean_and_error(values, 1, 3), positive]
             rows.append(row)
-    return _markdown(["task", "arm", *(f"{t} step {step}" for step in _STEPS for t in ("λ at", "λ > 0 at"))], rows)
+    return markdown_table(
+        ["task", "arm", *(f"{t} step {step}" for step in _STEPS for t in ("λ at", "λ > 0 at"))], rows
+    )
 
 
 def _resolution_table(arena: Arena) -> str:
@@ -196,4 +198,4 @@ def _resolution_table(arena: Arena) -> str:
             name, unit, factor, decimals = SHOWN[metric]
             numbers = [f"{factor * value:.{decimals}f}" for value in found[1:]]
             rows.append([task_label(study, task), name, unit, str(found[0]), n, *numbers])
-    return _markdown([*header, "found at Holm's first step"], rows)
+    return markdown_table([*header, "found at Holm's first step"], rows)

@@ -20,7 +20,7 @@ import transformers
 
 from recipes.arena.comparison.arms import ARMS, Arm
 from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import RunSpec, run
+from recipes.arena.comparison.run import LAMBDA_EVERY, RunSpec, run
 from trl_lambda.preference import making, rules
 from trl_lambda.weights import length_weight
 
@@ -112,11 +112,13 @@ def tune(tasks: tuple[str, ...], variants: tuple[str, ...], seeds: range, max_st
 
 
 def show(results: Path) -> list[str]:
-    """Points of mean training reward against `dapo`, paired; λ's spread over seeds at the end, by task and variant."""
+    """Lines of a table, by task and variant: points against `dapo`, paired, ± standard error; λ of length."""
     rows = Ledger(results, KEY).rows()
     by = {(r["task"], r["arm"], r["seed"]): r for r in rows}
-    lines = ["| task | variant | seeds | points of mean reward | of sampled accuracy | λ of length at 100: mean, sd |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = [
+        "| task | variant | seeds | points of mean reward | of sampled accuracy | λ at 100 | its spread | half way |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for task in dict.fromkeys(r["task"] for r in rows):
         for arm in dict.fromkeys(r["arm"] for r in rows if r["task"] == task):
             seeds = [r["seed"] for r in rows if r["task"] == task and r["arm"] == arm]
@@ -126,10 +128,25 @@ def show(results: Path) -> list[str]:
                 gaps = [100 * (float(a[column]) - float(b[column])) for a, b in pairs]
                 error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
                 cells.append(f"{statistics.fmean(gaps):+.1f} ± {error:.1f}" if gaps else "-")
-            last = [float(by[task, arm, s]["lambda_100"]) for s in seeds if by[task, arm, s]["lambda_100"]]
-            spread = f"{statistics.fmean(last):+.2f}, {statistics.stdev(last):.2f}" if len(last) > 1 else "-"
-            lines.append(f"| {task} | {arm} | {len(seeds)} | {cells[0]} | {cells[1]} | {spread} |")
+            paths = [by[task, arm, s]["lambda_curve"].split() for s in seeds if by[task, arm, s]["lambda_curve"]]
+            cells += _path_cells([[float(value) for value in path] for path in paths])
+            lines.append(f"| {task} | {arm} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
+
+
+def _path_cells(paths: list[list[float]]) -> list[str]:
+    """
+    λ of length at the end, its standard deviation over seeds in the second half (mean over its points), and the
+    optimizer step at which its mean has gone half of its way to its farthest point.
+    """
+    if len(paths) < 2:
+        return ["-", "-", "-"]
+    points = list(zip(*paths, strict=True))
+    mean = [statistics.fmean(values) for values in points]
+    spread = statistics.fmean(statistics.stdev(values) for values in points[len(points) // 2 :])
+    farthest = max(map(abs, mean))
+    half = next(i for i, value in enumerate(mean) if abs(value) >= farthest / 2) * LAMBDA_EVERY
+    return [f"{mean[-1]:+.2f}", f"{spread:.2f}", str(half)]
 
 
 def main() -> None:

@@ -1,0 +1,225 @@
+"""The arena's second round: its plan, its controls, and how its questions are decided."""
+
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from recipes.arena.analysis import planned as page_of
+from recipes.arena.analysis.questions import CLAIMS, FAMILY, IDLE, MATTERS, answer, budget, verdict
+from recipes.arena.analysis.runs import METRICS, Run, read_runs
+from recipes.arena.analysis.tables import replace_tables
+from recipes.arena.comparison import planned, preference_tuning
+from recipes.arena.comparison.arms import ARMS, CONTROLS, find_arm
+from recipes.arena.comparison.held_power import HeldPower, held_positive3
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.study import KEY
+from trl_lambda.weights import weigh_responses
+from trl_lambda.weights.length_weight import Power
+
+SEEDS = range(400, 412)
+
+
+def test_test_seeds_are_new_and_no_tuning_seed_is_among_them():
+    tuning = {spec.seed for spec in planned.rate_specs()}
+    test = {spec.seed for part in planned.PARTS.values() for spec in part.specs()}
+    assert min(test) >= 400 and tuning.isdisjoint(test)
+    assert {spec.split for part in planned.PARTS.values() for spec in part.specs()} == {"test"}
+    assert {spec.split for spec in planned.rate_specs()} == {"validation"}
+
+
+def test_no_run_is_planned_twice_and_every_claim_has_its_runs():
+    specs = [spec for part in planned.PARTS.values() for spec in part.specs()]
+    assert len(specs) == len({tuple(vars(spec).values()) for spec in specs})
+    cells = {(spec.study, spec.task, spec.arm) for spec in specs}
+    for claim in CLAIMS:
+        assert {(claim.study, claim.task, arm) for arm in (claim.arm, claim.baseline)} <= cells
+    # The plain balance is a control of every study and task.
+    assert {(study, task, "positive_weight_3") for study, task, _ in cells} <= cells
+
+
+def test_family_sizes_are_those_of_the_plan():
+    sizes = {family: 0 for family in FAMILY.values()}
+    for claim in CLAIMS:
+        if claim.in_family:
+            sizes[FAMILY[claim.question]] += 1
+    assert sizes == {"H1": 4, "beside H1": 16, "H3b": 8, "H4": 8}
+
+
+def test_controls_have_names_and_options_of_their_own():
+    assert not set(ARMS) & set(CONTROLS)
+    keys = [str(find_arm(name).key) for name in (*ARMS, *CONTROLS)]
+    assert len(set(keys)) == len(keys)
+    with pytest.raises(KeyError):
+        find_arm("no such arm")
+
+
+def test_the_held_control_keeps_the_balance_and_the_order():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (6, 8), generator=generator)
+    lengths[0, 0] = 0
+    advantages = torch.randn(6, 8, generator=generator)
+    advantages[5] = 0  # a group without a signal
+    features = {name: -torch.rand(6, 8, generator=generator) for name in ("mean_logp", "min_logp")}
+    lam = torch.tensor([0.7, -0.5, 1.1])
+    held, power = (
+        weigh_responses(member, lengths, lam, advantages=advantages, features=features)
+        for member in (held_positive3, Power("positive", held_positive3.features))
+    )
+    right = (advantages > 0) & (lengths > 0)
+    for group in range(5):
+        assert held[group][right[group]].mean().item() == pytest.approx(1, abs=1e-6)
+        ratio = held[group][right[group]] / power[group][right[group]]
+        assert (ratio / ratio[0] - 1).abs().max() < 1e-5 and held[group][right[group]].std() > 0.01
+    assert (held[~right & (lengths > 0)] == 1).all()
+    assert HeldPower.name not in ARMS
+
+
+def run_of(task, arm, seed, values, study="planned"):
+    curve = " ".join(f"{v:.4f}" for v in values)
+    row = {"study": study, "task": task, "arm": arm, "seed": seed, "learning_rate": 3e-4, "max_steps": 100}
+    row |= {"steps_per_generation": 4, **dict.fromkeys(METRICS, 0.5), "grad_norm_mean": 0.5, "lambda_curve": ""}
+    return row | {"auc": float(np.mean(values)), "reward_curve": curve, "length_curve": " ".join(["10"] * len(values))}
+
+
+def rows_of(gains, *, seeds=SEEDS, study="planned"):
+    """gains: (task, arm) -> points above a baseline that every arm of the seed shares, plus noise of its own."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for (task, arm), gain in gains.items():
+        for seed in seeds:
+            shared = np.random.default_rng(seed).normal(0, 0.05)
+            level = np.linspace(0.3, 0.5, 25) + shared + gain + rng.normal(0, 0.004)
+            rows.append(run_of(task, arm, seed, level, study))
+    return rows
+
+
+def write(rows, folder):
+    with open(folder / "planned.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return read_runs(folder / "planned.csv")
+
+
+def test_questions_are_decided_as_planned(tmp_path):
+    gains = {(task, arm): 0.0 for task in MATTERS for arm in ("dapo", "positive_weight_3")}
+    gains |= {(task, "positive3"): 0.04 for task in MATTERS}
+    gains |= {(task, arm): gain for task in IDLE for arm, gain in (("dapo", 0.0), ("positive3", -0.001))}
+    gains["checked_sum", "positive3"] = -0.05
+    gains["slippery_chain", "positive_weight_3"] = 0.04
+    answers = answer(write(rows_of(gains), tmp_path))
+    by = {(a.claim.question, a.claim.task): a for a in answers if a.claim.question in ("H1a", "H1b", "H2")}
+    assert verdict(answers, "H1a") is True and verdict(answers, "H1b") is False
+    assert by["H1b", "running_sum"].holds is True and by["H1b", "slippery_chain"].holds is False
+    assert by["H2", "idle_filler"].holds is True and by["H2", "checked_sum"].holds is False
+    assert verdict(answers, "H2") is False and verdict(answers, "H3") is None and verdict(answers, "H4") is None
+    p = sorted(a.comparison.p for a in answers if FAMILY.get(a.claim.question) == "H1")
+    smallest = min(a.comparison.p_holm for a in answers if FAMILY.get(a.claim.question) == "H1")
+    assert len(p) == 4 and smallest == pytest.approx(min(1, 4 * p[0]))
+
+
+def test_a_gain_that_is_significant_but_negative_does_not_hold(tmp_path):
+    gains = {(task, arm): 0.0 for task in MATTERS for arm in ("dapo", "positive_weight_3")}
+    answers = answer(write(rows_of(gains | {(task, "positive3"): -0.04 for task in MATTERS}), tmp_path))
+    assert verdict(answers, "H1a") is False and min(a.comparison.p_holm for a in answers if a.comparison) < 0.001
+
+
+def runs(curves, lengths=10.0):
+    steps = {seed: {"reward_curve": c, "length_curve": np.full(len(c), lengths)} for seed, c in curves.items()}
+    return {seed: Run("planned", "t", "a", seed, (), {}, curve) for seed, curve in steps.items()}
+
+
+def test_the_budget_of_a_line_that_rises_twice_as_fast_is_half():
+    batches = np.arange(40.0)
+    slow = runs({seed: 0.01 * batches for seed in range(4)})
+    fast = runs({seed: 0.02 * batches for seed in range(4)}, lengths=20.0)
+    found = budget(fast, slow)
+    # The trailing mean over 5 batches ends at 0.37: reached after 40 batches by one, at 18.5 + 2 + 1 by the other.
+    assert found.steps == pytest.approx((21.5 / 40,) * 3) and found.reached and found.seeds == 4
+    assert found.tokens[0] == pytest.approx(2 * 21.5 / 40)
+    never = budget(runs({seed: 0.001 * batches for seed in range(4)}), slow)
+    assert never.steps[0] == 1 and not never.reached
+    assert budget(slow, slow).steps[0] == 1 and budget(fast, {}) is None
+
+
+def test_the_page_gets_the_tables_and_keeps_them(tmp_path):
+    gains = {(t, a): g for t in MATTERS for a, g in (("dapo", 0.0), ("positive_weight_3", 0.02), ("positive3", 0.04))}
+    write(rows_of(gains), tmp_path)
+    names = ("answers", "claims", "planned_arms", "budget", "rates", "planned_alignment")
+    page = tmp_path / "README.md"
+    page.write_text("".join(f"<!-- table: {name} -->\nstale table\n<!-- end -->\n" for name in names), encoding="utf-8")
+    assert page_of.main(["--results", str(tmp_path)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "stale table" not in text and (tmp_path / "planned.png").stat().st_size > 10_000
+    assert text == replace_tables(text, page_of.tables_of(tmp_path))
+    line = next(line for line in text.splitlines() if line.startswith("| H1a |"))
+    assert "**yes**" in line and "running_sum +4." in line
+    assert "**not run**" in next(line for line in text.splitlines() if line.startswith("| H3 |"))
+
+
+def test_without_rows_the_command_says_why(tmp_path, capsys):
+    assert page_of.main(["--results", str(tmp_path)]) == 1
+    assert "planned.csv" in capsys.readouterr().err
+
+
+def test_the_committed_page_shows_the_committed_rows():
+    page = (page_of.RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert page == replace_tables(page, page_of.tables_of(page_of.RESULTS))
+
+
+def test_a_row_that_is_not_reproduced_is_named(tmp_path, monkeypatch):
+    specs = planned.PARTS["start"].specs()[:2]
+    real, ledger = {}, Ledger(tmp_path / "planned.csv", KEY)
+    for spec in specs:
+        row = {**vars(spec), "options": json.dumps(find_arm(spec.arm).key)}
+        row |= dict.fromkeys(planned.COMPUTED, "0.5")
+        real[spec.arm] = row
+        ledger.append({**row, "auc": "0.6"} if spec.arm == "dapo" else row)
+
+    def execute(todo, into, workers):
+        for spec in todo:
+            into.append(real[spec.arm])
+
+    monkeypatch.setattr(planned, "execute", execute)
+    lines = sorted(planned.reproduce(5, tmp_path, 1))
+    assert len(lines) == 2 and lines[0].endswith("dapo 400: differs in auc")
+    assert lines[1].endswith("positive_weight_3 400: the same, bit for bit")
+    changed = tmp_path / "planned.csv"
+    changed.write_text(
+        changed.read_text(encoding="utf-8").replace('""positive_weight"": 3.0', '""positive_weight"": 4.0')
+    )
+    with pytest.raises(ValueError, match="other options now"):
+        planned.reproduce(5, tmp_path, 1)
+
+
+def test_the_committed_tuning_page_shows_its_rows():
+    page = (preference_tuning.RESULTS.parent.parent / "preference_tuning.md").read_text(encoding="utf-8")
+    table = "\n".join(preference_tuning.show(preference_tuning.RESULTS))
+    assert page == replace_tables(page, {"tuning": table}) and table in page
+
+
+@pytest.mark.parametrize(
+    ("variant", "module", "name"),
+    [("positive3, clamp 1", "length_weight", "PREFERENCE_BOUND"), ("positive3, decay 0.8", "rules", "_DECAY"),
+     ("positive3, κ fading", "making", "Regression")],
+)  # fmt: skip
+def test_a_variant_changes_the_package_while_it_runs_and_no_longer(variant, module, name):
+    where = getattr(preference_tuning, module)
+    before = getattr(where, name)
+    with preference_tuning.constants(preference_tuning.VARIANTS[variant][1]):
+        assert getattr(where, name) is not before
+    assert getattr(where, name) is before
+
+
+def test_a_fading_gain_ends_at_zero():
+    rule = preference_tuning.Fading(("length",), 2.0)
+    batch = type("Batch", (), {"advantages": None})()
+    gains = []
+    for _ in itertools.repeat(None, 30):
+        rule.observe(batch, 0.0)
+        gains.append(rule._gain)
+    assert gains[0] == pytest.approx(1.92) and gains[12] == pytest.approx(0.96) and gains[24:] == [0.0] * 6
