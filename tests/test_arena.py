@@ -215,6 +215,22 @@ def test_large_arena_runs_the_same_way_on_longer_answers(tmp_path, monkeypatch):
     assert 90 < max(lengths) < large.MAX_COMPLETION_LENGTH
 
 
+def test_the_small_size_of_the_large_arena_is_one_that_two_cores_can_do(monkeypatch, capsys):
+    spec = large.base_model("long_sum", large.SMALL)
+    tokenizer = make_tokenizer(spec.characters, spec.max_length)
+    assert 0.5e6 < make_model(tokenizer, spec.hidden_size, spec.num_layers).num_parameters() < 1.1e6
+    runs = large.make_plan(large.SMALL.tasks, seeds=2, size=large.SMALL, device="cpu").main(
+        dict.fromkeys(large.SMALL.arms, 3e-4)
+    )
+    assert [(r.arm, r.seed, r.use_cpu) for r in runs] == [
+        (arm, seed, True) for seed in (400, 401) for arm in ("dapo", "positive_weight_3", "positive3")
+    ]
+    monkeypatch.setattr(sys, "argv", ["large", "tune", "--size", "0.8M"])
+    with pytest.raises(SystemExit):
+        large.main()
+    assert "one learning rate for all arms" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
 def test_large_arena_without_a_gpu_says_so(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["large", "tune"])

@@ -151,7 +151,9 @@ def test_the_page_gets_the_tables_and_keeps_them(tmp_path):
     write(rows_of(gains), tmp_path)
     names = ("answers", "claims", "planned_arms", "budget", "rates", "planned_alignment")
     page = tmp_path / "README.md"
-    page.write_text("".join(f"<!-- table: {name} -->\nstale table\n<!-- end -->\n" for name in names), encoding="utf-8")
+    page.write_text(
+        "".join(f"<!-- table: {name} -->\nstale table\n<!-- end -->\n" for name in names), encoding="utf-8"
+    )
     assert page_of.main(["--results", str(tmp_path)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "stale table" not in text and (tmp_path / "planned.png").stat().st_size > 10_000

@@ -1,10 +1,15 @@
 """
-The arena with a model of 19 million parameters and answers of up to 100 tokens and more, for a GPU:
-`python -m recipes.arena.large base tune choose main`. `base` makes the base models, the other parts are those of
-`recipes.arena.comparison.study`; rows go to `results_large/`.
+The arena with answers of up to 100 tokens and more: 19 million parameters for a GPU, 0.8 million for two cores.
+
+    python -m recipes.arena.large base tune choose main                       # a GPU
+    python -m recipes.arena.large base main --size 0.8M --seeds 6             # two cores, about an hour
+
+`base` makes the base models, the other parts are those of `recipes.arena.comparison.study`; rows go to
+`results_large/` and `results_0.8M/`. The small size has no `tune`: all its arms have one learning rate.
 """
 
 import argparse
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,15 +17,17 @@ from typing import Any
 
 import torch
 
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.planned import FIRST_SEED
 from recipes.arena.comparison.run import RunSpec
-from recipes.arena.comparison.study import TEST_SEEDS, Plan, do_parts
+from recipes.arena.comparison.study import KEY, TEST_SEEDS, Plan, do_parts, execute
 from recipes.playground.make_base_model import SEED, BaseModel, make
 from recipes.playground.tasks import LONG_TASKS
 
 RESULTS = Path(__file__).parent / "results_large"
 MODELS = Path("runs") / "arena_large"
 LEARNING_RATES = (1e-5, 3e-5, 1e-4)
-ARMS = ("grpo", "dapo", "dr_grpo", "softmax", "power", "power_+1", "delta_l", "tr", "ar", "softmax_tr")
+ARMS = ("dapo", "positive_weight_3", "positive3", "grpo", "softmax", "tr")
 MAX_COMPLETION_LENGTH = 160
 
 
@@ -34,6 +41,9 @@ class Size:
         hidden_size, num_layers (`int`): of the model.
         arms (`tuple[str, ...]`): names in `ARMS`.
         pretraining (`dict`): what the base model's schedule changes.
+        tasks (`tuple[str, ...]`): names in `LONG_TASKS`.
+        learning_rate (`float`, *optional*): of all arms; None where each is tuned.
+        device (`str`): `"cuda"` or `"cpu"`.
     """
 
     name: str
@@ -41,9 +51,22 @@ class Size:
     num_layers: int
     arms: tuple[str, ...] = ARMS
     pretraining: dict[str, Any] = field(default_factory=dict, hash=False)
+    tasks: tuple[str, ...] = tuple(LONG_TASKS)
+    learning_rate: float | None = None
+    device: str = "cuda"
 
 
 FULL = Size("19M", 384, 8, pretraining={"measure_every": 100})
+SMALL = Size(
+    "0.8M",
+    128,
+    4,
+    ("dapo", "positive_weight_3", "positive3"),
+    {"learning_rate": 2e-3, "problems": 256},
+    tasks=("long_sum",),
+    learning_rate=3e-4,
+    device="cpu",
+)
 # Learns nothing: it only shows that every line runs.
 TINY = Size(
     "tiny",
@@ -59,7 +82,7 @@ TINY = Size(
         "problems": 16,
     },
 )
-SIZES = {size.name: size for size in (FULL, TINY)}
+SIZES = {size.name: size for size in (FULL, SMALL, TINY)}
 
 
 def base_model(task: str, size: Size = FULL) -> BaseModel:
@@ -71,8 +94,7 @@ def base_model(task: str, size: Size = FULL) -> BaseModel:
         num_layers=size.num_layers,
         max_length=256,
         max_new_tokens=MAX_COMPLETION_LENGTH,
-        learning_rate=1e-3,
-        **size.pretraining,
+        **{"learning_rate": 1e-3, **size.pretraining},
     )
 
 
@@ -113,35 +135,46 @@ def make_plan(tasks: tuple[str, ...], *, seeds: int, size: Size, device: str, st
 
     Args:
         tasks (`tuple[str, ...]`): names in `LONG_TASKS`.
-        seeds (`int`): test seeds.
+        seeds (`int`): test seeds, from `FIRST_SEED` on.
         size (`Size`): of the models; a tiny study also takes two steps only.
         device (`str`): `"cuda"` or `"cpu"`.
         steps (`int`): optimizer steps of a run.
     """
     spec = partial(LargeSpec, device=device, size=size.name)
     steps = 2 if size is TINY else steps
-    return Plan(size.arms, tasks, tuple(range(seeds)), steps, tasks, LEARNING_RATES, spec)
+    return Plan(size.arms, tasks, tuple(range(FIRST_SEED, FIRST_SEED + seeds)), steps, tasks, LEARNING_RATES, spec, {})
 
 
 def main() -> None:
     """Parse the command line and do its parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=("base", "tune", "choose", "main"), metavar="PART")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--size", choices=SIZES, default=FULL.name, help="of the models (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the size's")
     parser.add_argument("--seeds", type=int, default=len(TEST_SEEDS), help="test seeds (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes that share the device (default: 4, on a CPU its cores)")
     parser.add_argument(
-        "--workers", type=int, default=4, help="processes that share the device (default: %(default)s)"
+        "--results", type=Path, help="folder of the CSV files (default: results_large or results_SIZE)"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)")
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is there; --device cpu would take days")
-    tasks = tuple(LONG_TASKS)
-    plan = make_plan(tasks, seeds=args.seeds, size=FULL, device=args.device, steps=args.steps)
-    for task in tasks if "base" in args.parts else ():
-        make_base(base_model(task), args.device)
-    do_parts([part for part in args.parts if part != "base"], plan, args.results, args.workers)
+    size = SIZES[args.size]
+    device = args.device or size.device
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is there; --device cpu would take days, --size 0.8M about an hour")
+    if size.learning_rate is not None and {"tune", "choose"} & set(args.parts):
+        parser.error(f"--size {size.name} has one learning rate for all arms: leave tune and choose out")
+    results = args.results or (RESULTS if size is FULL else RESULTS.with_name(f"results_{size.name}"))
+    workers = args.workers or (4 if device == "cuda" else os.cpu_count() or 1)
+    plan = make_plan(size.tasks, seeds=args.seeds, size=size, device=device, steps=args.steps)
+    for task in size.tasks if "base" in args.parts else ():
+        make_base(base_model(task, size), device)
+    parts = [part for part in args.parts if part != "base"]
+    if size.learning_rate is None:
+        do_parts(parts, plan, results, workers)
+    elif parts:
+        specs = plan.main(dict.fromkeys(size.arms, size.learning_rate))
+        execute(specs, Ledger(results / "runs.csv", KEY), workers)
 
 
 if __name__ == "__main__":

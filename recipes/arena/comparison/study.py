@@ -20,9 +20,9 @@ import os
 import statistics
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Plan:
         tuning_tasks (`tuple[str, ...]`): tasks that learning rates are chosen on, one rate per arm for all tasks.
         learning_rates (`tuple[float, ...]`): the grid.
         spec (`Callable[..., RunSpec]`): makes the specs.
+        task_arms (`dict`): the arms of a task that has not all of them.
     """
 
     arms: tuple[str, ...] = FIRST_ROUND
@@ -73,6 +74,7 @@ class Plan:
     tuning_tasks: tuple[str, ...] = TUNING_TASKS
     learning_rates: tuple[float, ...] = LEARNING_RATES
     spec: Callable[..., RunSpec] = RunSpec
+    task_arms: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: TASK_ARMS)
 
     def tune(self) -> list[RunSpec]:
         """The tuning runs: the same grid and seeds for every arm."""
@@ -87,7 +89,7 @@ class Plan:
         return [
             self.spec("main", task, arm, seed, rates[arm], self.max_steps)
             for task, seed, arm in itertools.product(self.tasks, self.seeds, self.arms)
-            if arm in TASK_ARMS.get(task, FIRST_ROUND)
+            if arm in self.task_arms.get(task, self.arms)
         ]
 
     def one_step(self, rates: dict[str, float]) -> list[RunSpec]:
