@@ -48,6 +48,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
     "positive3, clamp 4": (_POSITIVE3, {"PREFERENCE_BOUND": 4.0}),
     "positive3, κ fading": (_POSITIVE3, {"fading": 1.0}),
     "positive3, mean held": ({}, {}),
+    "positive3, λ's rate 1": ({**_POSITIVE3, "lambda_learning_rate": 1.0}, {}),
+    "positive3, clip 4": ({**_POSITIVE3, "lambda_max_grad_norm": 4.0}, {}),
+    "positive3, λ = κw at once": (_POSITIVE3, {"at_once": 1.0}),
     "positive3 × TR": ({**_POSITIVE3, **_TR}, {}),
     "positive3 × AR": ({**_POSITIVE3, **_AR}, {}),
     "positive3 × positive_weight_3": ({**_POSITIVE3, "positive_weight": 3.0}, {}),
@@ -73,13 +76,25 @@ class Fading(rules.Regression):
         super().observe(batch, mean_reward)
 
 
+class AtOnce(rules.Regression):
+    """λ is where it is drawn to from the next optimizer step on, past its optimizer."""
+
+    def gradient(self, lam: Any) -> Any:
+        with torch.no_grad():
+            lam -= super().gradient(lam)
+        return torch.zeros_like(lam)
+
+
+_RULES: dict[str, type[rules.Regression]] = {"fading": Fading, "at_once": AtOnce}
+
+
 @contextmanager
 def constants(values: dict[str, float]) -> Iterator[None]:
-    """The package with other constants, or with `Fading` as its rule."""
+    """The package with other constants, or with another rule."""
     changes: list[tuple[Any, str, Any]] = []
     for name, value in values.items():
-        if name == "fading":
-            changes.append((making, "Regression", Fading))
+        if name in _RULES:
+            changes.append((making, "Regression", _RULES[name]))
         else:
             changes.append((rules if hasattr(rules, name) else length_weight, name, value))
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
@@ -154,16 +169,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
     parser.add_argument("--variants", nargs="+", default=tuple(VARIANTS), choices=tuple(VARIANTS))
     parser.add_argument("--seeds", type=int, default=4, help="seeds 0 to N - 1, at most 12")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--max-steps", type=int, default=100)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true", help="only print the table of what is there")
     args = parser.parse_args()
-    if not 1 <= args.seeds <= 12:
+    seeds = range(args.first_seed, args.seeds)
+    if not seeds or seeds[-1] > 11 or seeds[0] < 0:
         parser.error("--seeds must be 1 to 12: the study has others")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if not args.show:
-        tune(tuple(args.tasks), tuple(args.variants), range(args.seeds), args.max_steps, args.results)
+        tune(tuple(args.tasks), tuple(args.variants), seeds, args.max_steps, args.results)
     print("\n".join(show(args.results)))
 
 
