@@ -48,8 +48,9 @@ from .weights import (
     weigh_responses,
     weigh_tokens,
 )
+from .weights.custom import features_of
 from .weights.features import FEATURES
-from .weights.length_weight import DAPO, GRPO, features_of
+from .weights.length_weight import DAPO, GRPO
 
 _TABLE_COLUMN = "length_weight"  # of TRL's table of completions
 

@@ -142,14 +142,14 @@ MUTANTS = (
     ),
     Mutant(
         "a user's function sees rows without tokens as 0",
-        "weights/length_weight.py",
+        "weights/weighing.py",
         'given["lengths"] = _fill_empty_rows(rows, has_tokens)',
         "pass",
         ("test_custom_weights.py::test_rows_without_tokens_are_shown_as_the_mean_and_dropped",),
     ),
     Mutant(
         "a user's function is called once for all prompts",
-        "weights/length_weight.py",
+        "weights/weighing.py",
         'if scope == "prompt" and member.has_scope and "dim" not in names:',
         "if False:",
         ("test_custom_weights.py::test_a_users_power_is_the_packages_for_ten_steps",),
@@ -170,7 +170,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient flows through v",
-        "weights/token_weight.py",
+        "weights/weighing.py",
         "logps = logps.detach().to(",
         "logps = logps.to(",
         ("test_weights.py",),

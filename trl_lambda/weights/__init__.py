@@ -28,23 +28,14 @@ The two papers are read as this project understands them. A function or an objec
 factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 """
 
-from typing import Any
-
 import torch
 
-from .length_weight import (
-    LENGTH_WEIGHTS,
-    SCOPES,
-    SIDES,
-    LengthWeight,
-    Power,
-    as_length_weight,
-    make_length_weight,
-    sequence_mean_weights,
-    weigh_responses,
-)
+from .custom import as_length_weight, as_token_weight
+from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power, make_length_weight
+from .sides import SIDES
 from .tensors import kind, listing
-from .token_weight import TOKEN_WEIGHTS, TokenWeight, as_token_weight, make_token_weight, weigh_tokens
+from .token_weight import TOKEN_WEIGHTS, TokenWeight, make_token_weight
+from .weighing import sequence_mean_weights, weigh_responses, weigh_tokens
 
 LENGTH_AGGREGATIONS = tuple(LENGTH_WEIGHTS)
 LEARNABLE_AGGREGATIONS = tuple(name for name, member in LENGTH_WEIGHTS.items() if member.has_lambda)
@@ -127,8 +118,6 @@ def length_weights(
         `ValueError`: unknown member or scope, wrong shape or dtype, a negative or non-finite length or λ (looked at on
         the CPU only: on other devices the look would force a synchronisation), r out of range, a missing argument.
     """
-    options: dict[str, Any] = {"length_scale": length_scale, "max_completion_length": max_completion_length}
-    options["side"] = side
     named: dict[str, torch.Tensor] = {}
     if features is not None:
         if aggregation != "power" or side == "both":
@@ -136,10 +125,11 @@ def length_weights(
         if not torch.is_tensor(features) or features.shape[:2] != lengths.shape or features.dim() != 3:
             raise ValueError(f"features must be a tensor of shape (P, G, K) beside lengths, got {kind(features)}.")
         named = {f"feature {k}": features[..., k] for k in range(features.size(2))}
-    if not positive_weight > 0 or positive_weight == float("inf"):
+    if not 0 < positive_weight < float("inf"):
         raise ValueError(f"positive_weight={positive_weight} must be finite and > 0.")
     if side not in SIDES:
         raise ValueError(f"side={side!r} is unknown; accepted: {listing(SIDES)}.")
+    options = {"length_scale": length_scale, "max_completion_length": max_completion_length, "side": side}
     member = make_length_weight(aggregation, options)
     if named:
         size = lam.numel() if isinstance(lam, torch.Tensor) else 1

@@ -10,6 +10,11 @@ def one_where_zero(x: torch.Tensor) -> torch.Tensor:
     return x.masked_fill(x == 0, 1)
 
 
+def group_mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Mean of each group's values under a mask, both (P, G, ...), as (P, 1, ...); 0 where the mask is empty."""
+    return (values * where).sum(dim=1, keepdim=True) / one_where_zero(where.sum(dim=1, keepdim=True))
+
+
 def strictly_positive(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Cast, held inside the range in which an advantage times the weight neither vanishes nor overflows."""
     info = torch.finfo(dtype)
@@ -20,9 +25,9 @@ def kind(value: object) -> str:
     """What a wrong argument is, for an error message."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return f"{type(value).__name__}"
+    return type(value).__name__
 
 
 def listing(names: Iterable[str]) -> str:
     """Accepted names, for an error message."""
-    return ", ".join(repr(name) for name in names)
+    return ", ".join(map(repr, names))
