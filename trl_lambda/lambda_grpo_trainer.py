@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from trl import GRPOTrainer
 
-from .lambda_grpo_config import CLIPPED_LOSS_TYPES, LambdaGRPOConfig, TRGRPOConfig
+from .config_checks import CLIPPED_LOSS_TYPES
+from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
 from .metrics.loss_metrics import LossMetrics, Surrogate, Tokens, length_quartiles
 from .model_card import LAMBDA_PAPER, TR_PAPER, complete_card, weight_tags
 from .preference.checkpoint import LambdaCheckpoint
