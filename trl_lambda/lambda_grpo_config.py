@@ -237,11 +237,13 @@ class LambdaGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         read_texts(self)
-        self.validate()
-        warn_about_score_function(self, self.make_length_weight())
+        f, _ = self.validate()
+        warn_about_score_function(self, f)
         super().__post_init__()
 
-    def validate(self, length_weight: LengthWeight | None = None, token_weight: TokenWeight | None = None) -> None:
+    def validate(
+        self, length_weight: LengthWeight | None = None, token_weight: TokenWeight | None = None
+    ) -> tuple[LengthWeight | None, TokenWeight | None]:
         """
         Check every added field, and the fields of `GRPOConfig` that it goes with. The trainer does so again, for
         fields that were assigned later and for weights that were passed to it.
@@ -250,6 +252,9 @@ class LambdaGRPOConfig(GRPOConfig):
             length_weight ([`LengthWeight`], *optional*): takes the place of `aggregation`'s member.
             token_weight ([`TokenWeight`], *optional*): takes the place of `token_regulation`'s member.
 
+        Returns:
+            `tuple`: f and v as they will be used.
+
         Raises:
             `ValueError`: as for the class.
         """
@@ -257,6 +262,7 @@ class LambdaGRPOConfig(GRPOConfig):
         f = self.make_length_weight() if length_weight is None else length_weight
         v = self.make_token_weight() if token_weight is None else token_weight
         check_together(self, f, v)
+        return f, v
 
 
 _FIELDS = LambdaGRPOConfig.__dataclass_fields__

@@ -13,14 +13,10 @@ from .diagnostics import (
     mass_by_bin,
     probability_bins,
     quartile_shares,
+    ratio,
 )
 
 Finish = Callable[[list[float]], dict[str, float]]
-
-
-def ratio(part: float, whole: float) -> float:
-    """`part` of `whole`; NaN for a ratio over nothing."""
-    return part / whole if whole else math.nan
 
 
 class LossTally:
@@ -64,9 +60,8 @@ class LossTally:
     def add_length_weights(self, weights: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
         """Take in f of a whole generation batch, (P, G), the same on every process; apart by sign of A if given."""
         weights = weights.detach().float()
-        for name, of_sign in (
-            () if advantages is None else (("positive", advantages > 0), ("negative", advantages < 0))
-        ):
+        by_sign = {} if advantages is None else {"positive": advantages > 0, "negative": advantages < 0}
+        for name, of_sign in by_sign.items():
             rows = of_sign & (weights > 0)
             self.add_ratio(f"length_weight/{name}/mean", (weights * rows).sum(), rows.sum())
             self.add_range(f"length_weight/{name}", weights, rows)
@@ -99,13 +94,8 @@ class LossTally:
         self, mass: torch.Tensor, length_bins: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor
     ) -> None:
         """
-        Take in |w·A| of a micro-batch.
-
-        Args:
-            mass (`torch.Tensor`): |w·A|, shape (B, T).
-            length_bins (`torch.Tensor`): quartile of each response's length in its generation batch, (B,).
-            logps (`torch.Tensor`): log-probabilities, (B, T); their quartiles are those of the interval.
-            mask (`torch.Tensor`): own tokens, (B, T).
+        Take in |w·A| of a micro-batch, (B, T), with the quartile of each response's length in its generation batch,
+        (B,), log-probabilities, (B, T), whose quartiles are those of the interval, and the mask of own tokens, (B, T).
         """
         own = mask.float()
         mass = mass.detach().float() * own
@@ -117,10 +107,8 @@ class LossTally:
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Reduce over the processes, empty the tally and return the metrics. Every process must call it.
-
-        Returns:
-            `dict[str, float]`: metric name -> value; NaN for a ratio, least or largest value over nothing.
+        Reduce over the processes, empty the tally and return the metrics by name, NaN for a ratio, least or largest
+        value over nothing. Every process must call it.
         """
         if not self._sums:
             return {}

@@ -26,29 +26,30 @@ class LambdaParameter:
     `reduce_gradient` after the last backward pass, `prepare_step`, the optimizer, `finish_step`.
 
     Args:
-        init (`float` or `Sequence[float]`): λ at step 0, one number per feature.
+        init (`float`): λ at step 0, of the first feature; 0 for the others.
         learnable (`bool`): `False` keeps λ at `init`: no gradient, no parameter group.
         bounds (`tuple[float, float]`, *optional*): λ is projected into them after each step.
         max_grad_norm (`float`): bound of |dL/dλ|, apart from the model's clip; 0 turns it off.
         device (`torch.device`): where the losses are computed.
+        features (`Sequence[str]`): what λ weighs, one λ each.
         rule ([`Rule`], *optional*): what λ's gradient comes from, if not from the loss.
     """
 
     def __init__(
         self,
-        init: float | Sequence[float],
+        init: float,
         *,
         learnable: bool,
         bounds: tuple[float, float] | None,
         max_grad_norm: float,
         device: torch.device,
+        features: Sequence[str] = ("length",),
         rule: Rule | None = None,
     ) -> None:
         # One element rather than 0-d, float32 whatever the model's dtype.
-        values = [init] if isinstance(init, int | float) else list(init)
-        self.tensor = torch.nn.Parameter(
-            torch.tensor(values, dtype=torch.float32, device=device), requires_grad=learnable
-        )
+        values = torch.tensor([init, *[0.0] * (len(features) - 1)], dtype=torch.float32, device=device)
+        self.tensor = torch.nn.Parameter(values, requires_grad=learnable)
+        self.features = tuple(features)
         self.rule = rule
         self.bounds = bounds
         self.max_grad_norm = max_grad_norm
@@ -74,6 +75,11 @@ class LambdaParameter:
     def values(self) -> list[float]:
         """λ of every feature."""
         return self.tensor.tolist()
+
+    def metrics(self) -> dict[str, float]:
+        """λ of every feature, and what its rule has to tell. For a log only: it waits for the model's optimizer."""
+        names = ("lambda/value" if name == "length" else f"lambda/{name}" for name in self.features)
+        return dict(zip(names, self.values, strict=True)) | ({} if self.rule is None else self.rule.metrics())
 
     @property
     def for_loss(self) -> torch.Tensor:

@@ -43,8 +43,6 @@ ATTRIBUTES = (
     "num_generations",
     "num_generations_eval",
     "loss_type",
-    "epsilon_low",
-    "epsilon_high",
 )
 LOGPS_METHOD = "_get_per_token_logps_and_entropies"
 # Entries of `inputs` that `_compute_loss` must read after it has called LOGPS_METHOD.
