@@ -29,8 +29,7 @@ from .trl_seam.generation_batch import ROW_KEY, Scoring, own_tokens
 from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
 from .trl_seam.response_weights import ResponseWeights
 from .trl_seam.weighted_inputs import WeightedInputs, left_in_loss
-from .weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight, weigh_tokens
-from .weights.custom import features_of
+from .weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight, features_of, weigh_tokens
 
 
 class LambdaGRPOTrainer(GRPOTrainer):
@@ -64,8 +63,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
     _name = "LambdaGRPO"
     _paper = LAMBDA_PAPER
     _config_class: type[LambdaGRPOConfig] = LambdaGRPOConfig
-    # What a subclass with a `_compute_loss` of its own declares its reduction to be: see `refuse_other_losses`.
-    loss_reduction: str | None = None
+    loss_reduction: str | None = None  # of a subclass with a `_compute_loss` of its own
     # As they are here; transformers declares what any trainer may have.
     args: LambdaGRPOConfig
     model: torch.nn.Module
@@ -92,7 +90,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._is_weighted = bool(f or v or args.positive_weight != 1)
         if self._is_weighted:
             refuse_other_losses(type(self), f, v)
-        if own_f or own_v:  # logs and trackers show the names of what is used
+        is_custom = bool(own_f or own_v)
+        if is_custom:  # logs and trackers show the names of what is used
             args = copy.copy(args)
             args.aggregation, args.token_regulation = f and f.name, v and v.name
 
@@ -107,11 +106,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._scoring = Scoring(self.accelerator, group_sizes, features_of(f), with_turns=with_turns)
         self._lambda = make_lambda(args, f, device=self.accelerator.device, num_iterations=self.num_iterations)
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        in_train = self._metrics["train"]
-        self._lambda_step = LambdaStep(self._lambda, args, self.accelerator, in_train, is_sharded=is_sharded)
+        self._lambda_step = LambdaStep(self._lambda, args, self.accelerator, self._metrics, is_sharded=is_sharded)
         self.add_callback(self._lambda_step)
-        identity = identity_of(args, f, own_v)
-        self._lambda_checkpoint = LambdaCheckpoint(self._lambda, identity, is_custom=bool(own_f or own_v))
+        self._lambda_files = LambdaCheckpoint(self._lambda, identity_of(args, f, own_v), is_custom=is_custom)
         self._response_weights = ResponseWeights(f, self._lambda, args, self.loss_reduction)
         self._loss_metrics = LossMetrics(Surrogate.of(args), v and v.bounds, with_turns=with_turns)
 
@@ -241,8 +238,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         if metrics and mode == "train" and self._lambda is not None:
-            for name, value in self._lambda.metrics().items():
-                self._metrics[mode][name] = [value]
+            self._metrics[mode] |= {name: [value] for name, value in self._lambda.metrics().items()}
 
     def _log_completion_extra(self, column: str, values: list[Any]) -> None:
         self._weight_column.note_column(column)
@@ -253,14 +249,13 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = str(self.args.output_dir) if output_dir is None else output_dir
-            self._lambda_checkpoint.write(folder, self.state.global_step)
+            self._lambda_files.write(output_dir or str(self.args.output_dir), self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:  # with sharded FSDP checkpoints `_save` is not called
-            self._lambda_checkpoint.write(output_dir, self.state.global_step)
-            self._lambda_checkpoint.write_optimizer(output_dir)
+            self._lambda_files.write(output_dir, self.state.global_step)
+            self._lambda_files.write_optimizer(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         check_whole(resume_from_checkpoint)
@@ -271,16 +266,16 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return load()
         self._lambda_step.settle(self.optimizer, self.model)  # what has been built by now is what is loaded into
-        is_owned = self._lambda_step.is_owned
-        self._lambda_checkpoint.load(checkpoint, self.optimizer, self.lr_scheduler, load, owned=is_owned)
+        owned = self._lambda_step.is_owned
+        self._lambda_files.load(checkpoint, self.optimizer, self.lr_scheduler, load, owned=owned)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._lambda_checkpoint.load_value(str(self.state.best_model_checkpoint))
+        self._lambda_files.load_value(str(self.state.best_model_checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: Any) -> None:
         if self.args.should_save:
-            self._lambda_checkpoint.copy_for_push(checkpoint_folder, str(self.args.output_dir))
+            self._lambda_files.copy_for_push(checkpoint_folder, str(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -297,10 +292,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
 
 class TRGRPOTrainer(LambdaGRPOTrainer):
-    """
-    [`LambdaGRPOTrainer`] for the token weight of TR-GRPO (arXiv 2511.00066) alone: its configuration is
-    [`TRGRPOConfig`], which leaves TRL's reduction as it is.
-    """
+    """[`LambdaGRPOTrainer`] with [`TRGRPOConfig`]: TR-GRPO's token weight (arXiv 2511.00066) on TRL's own reduction."""
 
     _name = "TRGRPO"
     _paper = TR_PAPER

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class LambdaStep(TrainerCallback):
         parameter ([`LambdaParameter`], *optional*): λ, if f has one.
         args ([`LambdaGRPOConfig`]): The run's configuration.
         accelerator (`Accelerator`): reduces over processes, unscales fp16 gradients and knows of skipped steps.
-        metrics (`MutableMapping[str, list[float]]`): TRL's of training; `lambda/grad` and `lambda/skipped`.
+        metrics (`Mapping[str, MutableMapping[str, list[float]]]`): TRL's; `lambda/grad` and `lambda/skipped`.
         is_sharded (`bool`): whether an engine shards or builds the trainer's optimizer.
     """
 
@@ -54,14 +54,14 @@ class LambdaStep(TrainerCallback):
         parameter: LambdaParameter | None,
         args: LambdaGRPOConfig,
         accelerator: Accelerator,
-        metrics: MutableMapping[str, list[float]],
+        metrics: Mapping[str, MutableMapping[str, list[float]]],
         *,
         is_sharded: bool,
     ) -> None:
         self._parameter = parameter if parameter is not None and parameter.learnable else None
         self._args = args
         self._accelerator = accelerator
-        self._metrics = metrics
+        self._metrics = metrics["train"]
         optim = OptimizerNames(args.optim).value
         self._steps_elsewhere = any(name in optim for name in _OWNING_OPTIMIZERS)
         # Whether the trainer's optimizer has no place for another group.

@@ -30,7 +30,7 @@ factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 
 import torch
 
-from .custom import as_length_weight, as_token_weight
+from .custom import as_length_weight, as_token_weight, features_of
 from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power, make_length_weight
 from .sides import SIDES
 from .tensors import kind, listing
@@ -51,6 +51,7 @@ __all__ = [
     "TokenWeight",
     "as_length_weight",
     "as_token_weight",
+    "features_of",
     "length_weights",
     "make_length_weight",
     "make_token_weight",
