@@ -292,7 +292,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
 
 class TRGRPOTrainer(LambdaGRPOTrainer):
-    """[`LambdaGRPOTrainer`] with [`TRGRPOConfig`]: TR-GRPO's token weight (arXiv 2511.00066) on TRL's own reduction."""
+    """[`LambdaGRPOTrainer`] with [`TRGRPOConfig`]: TR-GRPO's token weight (arXiv 2511.00066) on TRL's reduction."""
 
     _name = "TRGRPO"
     _paper = TR_PAPER

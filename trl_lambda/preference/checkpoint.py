@@ -88,13 +88,10 @@ class LambdaCheckpoint:
         self, checkpoint: Folder, optimizer: Any, scheduler: Any, load: Callable[[], None], *, owned: bool
     ) -> None:
         """
-        Load a checkpoint's optimizer and scheduler, with λ's part moved where λ lives now.
+        Load a checkpoint's optimizer and scheduler, maybe wrapped, with λ's part moved where λ lives now.
 
-        Args:
-            checkpoint (`str` or `os.PathLike`): The folder that is resumed from.
-            optimizer, scheduler: The trainer's, maybe wrapped.
-            load (`Callable`): what loads them: the trainer's own method.
-            owned (`bool`): whether an engine owns the optimizer, and with it the way it is loaded.
+        `load` is the trainer's own method for them; `owned` says whether an engine owns the optimizer, and with it the
+        way it is loaded.
 
         Raises:
             `ValueError`: the checkpoint's weights and this trainer's are not the same quantity, its files are damaged,

@@ -91,7 +91,7 @@ def length_weights(
         lam (`torch.Tensor` or `float`, *optional*):
             λ, one element, any finite real number. Required by `"lambda"` and `"power"`, without effect elsewhere.
         aggregation (`str`):
-            One of `"lambda"`, `"power"`, `"grpo"`, `"dapo"`, `"dr_grpo"`; the formulas are in this module's docstring.
+            One of `LENGTH_AGGREGATIONS`; the formulas are in this module's docstring.
         scope (`str`, defaults to `"batch"`):
             Where μ and S are taken. `"batch"`: over all rows, TRL's token mean. `"prompt"`: over each group, the
             token mean of each prompt and then the mean over all P prompts; returned times ``(S_batch / P) / S_p``, so
