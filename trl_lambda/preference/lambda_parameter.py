@@ -262,8 +262,8 @@ def schedule_factor(scheduler: Any, base: float) -> float:
     What a learning rate scheduler, maybe wrapped, multiplies the model's learning rate by at this step.
 
     Exact for a `LambdaLR`, which most of transformers' schedules are. Else the first group's learning rate over the
-    schedule's peak, at most 1: `max_lr` where the schedule has one (OneCycleLR, CyclicLR), else `base`, the rate before
-    any schedule. 1 where the peak is 0.
+    schedule's peak, at most 1: `max_lr` where the schedule has one (OneCycleLR, CyclicLR), else `base`, the first
+    group's rate before any schedule. 1 where the peak is 0.
     """
     scheduler = unwrap_scheduler(scheduler)
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
