@@ -159,8 +159,7 @@ class LambdaGRPOConfig(GRPOConfig):
         default=True, metadata={"help": "Whether λ is trained. False keeps it at `lambda_init`."}
     )
     lambda_learning_rate: float = field(
-        default=0.1,
-        metadata={"help": "Base learning rate of λ's parameter group. The schedule is the model's."},
+        default=0.1, metadata={"help": "Base learning rate of λ's parameter group. The schedule is the model's."}
     )
     lambda_adam_eps: float = field(
         default=1.0,
@@ -176,8 +175,7 @@ class LambdaGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "[low, high]: λ is projected into them after each step."}
     )
     length_scale: float = field(
-        default=1 / 9,
-        metadata={"help": "r of h = 1 + r·z. Must be below 1/sqrt(G-1) for G generations per prompt."},
+        default=1 / 9, metadata={"help": "r of h = 1 + r·z. Must be below 1/sqrt(G-1) for G generations per prompt."}
     )
     token_regulation: str | None = field(
         default=None,

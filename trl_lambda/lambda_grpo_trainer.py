@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from trl import GRPOTrainer
 
 from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
@@ -75,8 +76,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: LambdaGRPOConfig | None = None,
         *trl_args: Any,
-        length_weight: Callable[..., torch.Tensor] | LengthWeight | None = None,
-        token_weight: Callable[..., torch.Tensor] | TokenWeight | None = None,
+        length_weight: Callable[..., Tensor] | LengthWeight | None = None,
+        token_weight: Callable[..., Tensor] | TokenWeight | None = None,
         **trl_kwargs: Any,
     ) -> None:
         check_contract(GRPOTrainer)
@@ -159,7 +160,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    ) -> Tensor:
         if not self._is_weighted:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # A copy: the buffered micro-batch is used again when num_iterations > 1.
@@ -178,7 +179,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._weigh(self._loss_inputs, outputs[0])
         return outputs
 
-    def _weigh(self, inputs: WeightedInputs, logps: torch.Tensor) -> None:
+    def _weigh(self, inputs: WeightedInputs, logps: Tensor) -> None:
         """A ← f·v·A, with v from the current log-probabilities, (B, T), and f from λ as it is now."""
         advantages, old_logps = inputs.peek("advantages"), inputs.peek("old_per_token_logps")
         rows, batch = inputs.peek(ROW_KEY), self._scoring.batches[self._mode]
@@ -211,7 +212,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._lambda_step.join(optimizer, is_new=is_new)
         return optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         self._lambda_step.before_loss(self.optimizer, self.lr_scheduler, self.model)
         loss = super().training_step(*args, **kwargs)
         self._lambda_step.after_backward()

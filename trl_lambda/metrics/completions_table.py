@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _COLUMN = "length_weight"
 
@@ -26,7 +27,7 @@ class WeightColumn:
                 stacklevel=3,
             )
 
-    def fill(self, table: Mapping[str, Any], weights: torch.Tensor) -> None:
+    def fill(self, table: Mapping[str, Any], weights: Tensor) -> None:
         """Add f of a generation batch, (P, G); NaN for a row without tokens."""
         if not self._is_taken:
             table[_COLUMN].extend(weights.detach().masked_fill(weights == 0, torch.nan).flatten().tolist())

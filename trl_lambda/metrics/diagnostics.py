@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 
 import torch
+from torch import Tensor
 
 QUARTILES = 4
 # Bins of -log π, evenly spaced in log(-log π): 0.85 % each. Below the least and above the most one bin takes all.
@@ -22,7 +23,7 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
+def effective_sample_size(weights: Tensor) -> Tensor:
     """
     Effective sample size of each group's f, (P, G), as a part of its rows with tokens: ``(Σf)² / (n · Σf²)``.
 
@@ -32,7 +33,7 @@ def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
     return weights.sum(dim=1).square() / (count * weights.square().sum(dim=1))
 
 
-def quartile_index(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def quartile_index(values: Tensor, mask: Tensor) -> Tensor:
     """
     Quartile of each value among the values under `mask`, any shape: 0 for the lowest quarter, 3 for the highest.
 
@@ -47,13 +48,13 @@ def quartile_index(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(values.contiguous(), edges)
 
 
-def mass_by_bin(mass: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
+def mass_by_bin(mass: Tensor, bins: Tensor) -> Tensor:
     """Sum of `mass`, any shape and 0 where nothing counts, in each quartile, float32, (4,); `bins` are its like."""
     total = torch.zeros(QUARTILES, dtype=torch.float32, device=mass.device)
     return total.index_add(0, bins.flatten(), mass.flatten().float())
 
 
-def probability_bins(logps: torch.Tensor) -> torch.Tensor:
+def probability_bins(logps: Tensor) -> Tensor:
     """Bin of each token's log π, any shape, long: 0 for the most probable, 2047 for the least."""
     width = math.log(_MOST_SURPRISE / _LEAST_SURPRISE) / SURPRISE_BINS
     places = (logps.float().neg().clamp(min=_LEAST_SURPRISE) / _LEAST_SURPRISE).log() / width
@@ -76,7 +77,7 @@ def quartile_shares(counts: list[float], masses: list[float]) -> list[float]:
     return [(high - low) / mass_below[-1] for low, high in itertools.pairwise([*cuts, mass_below[-1]])]
 
 
-def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def advantage_length_sums(lengths: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """
     What the correlation of advantage and length within groups, and the mean length by sign of A, are ratios of.
 
@@ -100,12 +101,8 @@ def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> tu
 
 
 def clipped_tokens(
-    ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None = None,
-) -> torch.Tensor:
+    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None = None
+) -> Tensor:
     """
     Which tokens have no gradient in min(ρA, clip(ρ, 1 - ε_low, 1 + ε_high)A), the first ρ at most δ if given.
 
@@ -118,16 +115,16 @@ def clipped_tokens(
 
 
 def clipped_by_weight(
-    log_ratio: torch.Tensor,
-    weights: torch.Tensor,
-    advantages: torch.Tensor,
+    log_ratio: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
     epsilon_low: float,
     epsilon_high: float,
     delta: float | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Which tokens lose their gradient only because v, (B, T), stands inside the clip: vρ is clipped and ρ is not."""
 
-    def clipped(ratio: torch.Tensor) -> torch.Tensor:
+    def clipped(ratio: Tensor) -> Tensor:
         return clipped_tokens(ratio, advantages, epsilon_low, epsilon_high, delta)
 
     ratio = log_ratio.exp()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..config_checks import CLIPPED_LOSS_TYPES
 from ..lambda_grpo_config import LambdaGRPOConfig
@@ -43,14 +44,14 @@ class Tokens:
     """One micro-batch at its loss, all detached and per token, (B, T), unless it says otherwise."""
 
     batch: GenerationBatch  # that it is of
-    rows: torch.Tensor  # places in it, (B,)
-    length_weights: torch.Tensor  # of all of it, (P, G)
-    mask: torch.Tensor
-    left: torch.Tensor  # the own tokens that TRL's corrections leave in the loss
-    logps: torch.Tensor
-    old_logps: torch.Tensor | None  # `None`: this very pass, ρ = 1
-    advantages: torch.Tensor  # unweighted, (B, 1 or T)
-    token_weight: torch.Tensor | None
+    rows: Tensor  # places in it, (B,)
+    length_weights: Tensor  # of all of it, (P, G)
+    mask: Tensor
+    left: Tensor  # the own tokens that TRL's corrections leave in the loss
+    logps: Tensor
+    old_logps: Tensor | None  # `None`: this very pass, ρ = 1
+    advantages: Tensor  # unweighted, (B, 1 or T)
+    token_weight: Tensor | None
 
 
 class LossMetrics:
@@ -74,7 +75,7 @@ class LossMetrics:
         self._token_bounds = token_bounds
         self._tallies = {"train": LossTally(), "eval": LossTally()}
         self._batches: dict[str, list[GenerationBatch]] = {"train": [], "eval": []}
-        self._weights: dict[str, list[tuple[torch.Tensor, torch.Tensor | None]]] = {"train": [], "eval": []}
+        self._weights: dict[str, list[tuple[Tensor, Tensor | None]]] = {"train": [], "eval": []}
         self._tokens: dict[str, list[Tokens]] = {"train": [], "eval": []}
         self._waiting = 0
 
@@ -82,7 +83,7 @@ class LossMetrics:
         """Take in a new generation batch; `mode` is `"train"` or `"eval"`."""
         self._batches[mode].append(batch)
 
-    def note_length_weights(self, mode: str, weights: torch.Tensor, advantages: torch.Tensor | None) -> None:
+    def note_length_weights(self, mode: str, weights: Tensor, advantages: Tensor | None) -> None:
         """Take in f of the generation batch at one loss, (P, G); with A where f looks at its sign."""
         self._weights[mode].append((weights.detach(), advantages))
 
@@ -129,7 +130,7 @@ class LossMetrics:
             masses = turn_masses((mass * tokens.left).sum(dim=1), count_turns(mask))
             tally.add("share/turns", masses, finish_turn_masses)
 
-    def _count_clipped(self, tally: LossTally, log_ratio: torch.Tensor, tokens: Tokens) -> None:
+    def _count_clipped(self, tally: LossTally, log_ratio: Tensor, tokens: Tokens) -> None:
         assert self._clip is not None
         mask, weights, advantages, clip = tokens.mask, tokens.token_weight, tokens.advantages, self._clip
         bounds = (clip.epsilon_low, clip.epsilon_high, clip.delta)

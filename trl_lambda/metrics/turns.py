@@ -6,24 +6,25 @@ stands between two of them. Sums are added up over a logging interval and finish
 """
 
 import torch
+from torch import Tensor
 
 from .diagnostics import ratio
 
 TURN_BINS = ("turns_1", "turns_2", "turns_3plus")
 
 
-def turn_bins(turns: torch.Tensor) -> torch.Tensor:
+def turn_bins(turns: Tensor) -> Tensor:
     """Place in `TURN_BINS` of each number of turns, long, any shape; meaningless where there is no turn."""
     return turns.long().clamp(1, len(TURN_BINS)) - 1
 
 
-def turn_masses(masses: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def turn_masses(masses: Tensor, turns: Tensor) -> Tensor:
     """Σ_t |w·A| of each response, (B,), summed by its number of turns, (B,), in the order of `TURN_BINS`, (3,)."""
     masses = masses.detach().float() * (turns > 0)
     return masses.new_zeros(len(TURN_BINS)).index_add(0, turn_bins(turns), masses)
 
 
-def turn_advantages(advantages: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def turn_advantages(advantages: Tensor, turns: Tensor) -> Tensor:
     """Sum of unweighted advantages and number of responses by number of turns, both any shape, as (3, 2)."""
     present = (turns > 0).flatten().float()
     values = torch.stack([advantages.detach().flatten().float() * present, present], dim=1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from .rules import Rule
 
@@ -59,7 +60,7 @@ class LambdaParameter:
         self.last_grad = 0.0
         self.skipped = 0
         self._is_reduced = False
-        self._scale_probe: torch.Tensor | None = None
+        self._scale_probe: Tensor | None = None
         self._micro_batches = 0
 
     @property
@@ -82,7 +83,7 @@ class LambdaParameter:
         return dict(zip(names, self.values, strict=True)) | ({} if self.rule is None else self.rule.metrics())
 
     @property
-    def for_loss(self) -> torch.Tensor:
+    def for_loss(self) -> Tensor:
         """λ as the loss takes it: a constant where its gradient comes from a rule."""
         return self.tensor if self.rule is None else self.tensor.detach()
 
@@ -148,7 +149,7 @@ class LambdaParameter:
         if group is not None:
             group["lr"] = self.learning_rate * schedule_factor(scheduler, self.model_learning_rate)
 
-    def probe_scale(self, loss: torch.Tensor) -> torch.Tensor:
+    def probe_scale(self, loss: Tensor) -> Tensor:
         """
         Let backward measure the factor that fp16 loss scaling puts on a loss: nobody unscales the companion's λ.
 

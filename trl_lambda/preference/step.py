@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
@@ -116,7 +117,7 @@ class LambdaStep(TrainerCallback):
         if self._parameter is not None:
             self._parameter.follow_schedule(scheduler, unwrap_optimizer(optimizer))
 
-    def after_loss(self, loss: torch.Tensor) -> torch.Tensor:
+    def after_loss(self, loss: Tensor) -> Tensor:
         """The loss, with a probe of fp16's loss scale where nobody takes that out of λ's gradient."""
         parameter = self._parameter
         if parameter is None or parameter.companion is None or self._accelerator.mixed_precision != "fp16":

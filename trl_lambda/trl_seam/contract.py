@@ -36,14 +36,7 @@ METHODS = {
     "_push_from_checkpoint": ("checkpoint_folder",),
 }
 # Attributes that the trainer reads: TRL sets them in `__init__`.
-ATTRIBUTES = (
-    "_metrics",
-    "_logs",
-    "_buffered_inputs",
-    "num_generations",
-    "num_generations_eval",
-    "loss_type",
-)
+ATTRIBUTES = ("_metrics", "_logs", "_buffered_inputs", "num_generations", "num_generations_eval", "loss_type")
 LOGPS_METHOD = "_get_per_token_logps_and_entropies"
 # Entries of `inputs` that `_compute_loss` must read after it has called LOGPS_METHOD.
 READ_AFTER_LOGPS = ("advantages", "old_per_token_logps")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..metrics.diagnostics import quartile_index
 from ..weights.features import FEATURES
@@ -38,24 +39,24 @@ FEATURES_KEY = "generation_batch_features"  # (B, K), where λ weighs more than 
 class GenerationBatch:
     """Lengths |o| in own tokens and advantages A, both (P, G), the same on every process."""
 
-    lengths: torch.Tensor
-    advantages: torch.Tensor | None  # `None` where a subclass has one per token
-    features: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what else λ weighs, name -> (P, G)
-    turns: torch.Tensor | None = None  # number of turns of each conversation, (P, G), where there are tools
+    lengths: Tensor
+    advantages: Tensor | None  # `None` where a subclass has one per token
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # what else λ weighs, name -> (P, G)
+    turns: Tensor | None = None  # number of turns of each conversation, (P, G), where there are tools
 
     @cached_property
-    def quartiles(self) -> torch.Tensor:
+    def quartiles(self) -> Tensor:
         """Quartile of each row's length among the rows with tokens, flat, (P·G,)."""
         return quartile_index(self.lengths, self.lengths > 0).flatten()
 
 
-def own_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
+def own_tokens(inputs: Mapping[str, Any]) -> Tensor:
     """Mask of the tokens that the policy itself wrote and that count in the loss, (B, T)."""
     mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")
     return mask if tool_mask is None else mask * tool_mask
 
 
-def count_turns(own: torch.Tensor) -> torch.Tensor:
+def count_turns(own: Tensor) -> Tensor:
     """
     Number of turns of each conversation, long, (B,): maximal runs of own tokens in their mask, (B, T), 0 on padding.
 
@@ -79,12 +80,7 @@ class Scoring:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        group_sizes: Mapping[str, int],
-        features: Sequence[str],
-        *,
-        with_turns: bool,
+        self, accelerator: Accelerator, group_sizes: Mapping[str, int], features: Sequence[str], *, with_turns: bool
     ) -> None:
         self._accelerator = accelerator
         self._group_sizes = group_sizes

@@ -1,6 +1,6 @@
 """f of a generation batch's responses, and what it does to advantages in a loss that TRL reduces."""
 
-import torch
+from torch import Tensor
 
 from ..lambda_grpo_config import LambdaGRPOConfig
 from ..preference.lambda_parameter import LambdaParameter
@@ -32,14 +32,14 @@ class ResponseWeights:
         # TRL's `sapo` is a mean of sequence means, the other surrogates that f goes with are token means.
         own = "sequence_mean" if args.loss_type == "sapo" else "token_mean"
         self._is_token_mean = (reduction or own) == "token_mean"
-        self._fixed: tuple[GenerationBatch, torch.Tensor] | None = None  # f of the last batch where no λ moves
+        self._fixed: tuple[GenerationBatch, Tensor] | None = None  # f of the last batch where no λ moves
 
     @property
     def looks_at_sign(self) -> bool:
         """Whether responses with A > 0 and with A < 0 are weighed differently."""
         return getattr(self._member, "side", "both") != "both" or self._positive_weight != 1
 
-    def of(self, batch: GenerationBatch) -> torch.Tensor:
+    def of(self, batch: GenerationBatch) -> Tensor:
         """f, (P, G); with TRL's own reduction, the weight that it amounts to."""
         if self._fixed is not None and self._fixed[0] is batch:
             return self._fixed[1]
@@ -48,7 +48,7 @@ class ResponseWeights:
             self._fixed = (batch, weights)
         return weights
 
-    def factor(self, f: torch.Tensor, batch: GenerationBatch) -> torch.Tensor | None:
+    def factor(self, f: Tensor, batch: GenerationBatch) -> Tensor | None:
         """What f is on top of the loss's own reduction, flat, (P·G,); `None` where it is that reduction."""
         if self._replaces_reduction:
             return (f if self._is_token_mean else sequence_mean_weights(f, batch.lengths)).flatten()
@@ -57,7 +57,7 @@ class ResponseWeights:
         plain = self._weigh(batch, 1.0)
         return (f / plain.masked_fill(plain == 0, 1)).flatten()
 
-    def _weigh(self, batch: GenerationBatch, positive_weight: float) -> torch.Tensor:
+    def _weigh(self, batch: GenerationBatch, positive_weight: float) -> Tensor:
         return weigh_responses(
             self._member,
             batch.lengths,

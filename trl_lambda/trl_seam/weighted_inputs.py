@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from trl import GRPOTrainer
 
 
@@ -23,7 +23,7 @@ class WeightedInputs(dict[str, Any]):
         """An entry, or `None`, without counting as a reader: for the weights themselves."""
         return super().get(key)
 
-    def scale_advantages(self, weights: torch.Tensor) -> None:
+    def scale_advantages(self, weights: Tensor) -> None:
         """Multiply advantages of shape (B,) or (B, T) by weights of shape (B,) or (B, T)."""
         advantages = super().__getitem__("advantages")
         if weights.dim() > advantages.dim():
@@ -32,7 +32,7 @@ class WeightedInputs(dict[str, Any]):
             weights = weights.unsqueeze(1)
         super().__setitem__("advantages", advantages * weights)
 
-    def scale_ratio(self, logps: torch.Tensor, weights: torch.Tensor) -> None:
+    def scale_ratio(self, logps: Tensor, weights: Tensor) -> None:
         """Put weights (B, T) into the importance ratio by way of the old log-probabilities."""
         old = super().get("old_per_token_logps")
         old = logps.detach() if old is None else old
@@ -87,8 +87,8 @@ class WeightedInputs(dict[str, Any]):
 
 
 def left_in_loss(
-    trainer: GRPOTrainer, inputs: WeightedInputs, advantages: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
+    trainer: GRPOTrainer, inputs: WeightedInputs, advantages: Tensor, logps: Tensor, mask: Tensor
+) -> Tensor:
     """
     The own tokens that TRL's correction for vLLM and its off-policy mask leave in the loss, (B, T).
 

@@ -29,6 +29,7 @@ factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 """
 
 import torch
+from torch import Tensor
 
 from .custom import as_length_weight, as_token_weight, features_of
 from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power, make_length_weight
@@ -63,18 +64,18 @@ __all__ = [
 
 
 def length_weights(
-    lengths: torch.Tensor,
-    lam: torch.Tensor | float | None = None,
+    lengths: Tensor,
+    lam: Tensor | float | None = None,
     *,
     aggregation: str,
     scope: str = "batch",
     length_scale: float = 1 / 9,
     max_completion_length: int | None = None,
-    advantages: torch.Tensor | None = None,
+    advantages: Tensor | None = None,
     side: str = "both",
-    features: torch.Tensor | None = None,
+    features: Tensor | None = None,
     positive_weight: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     r"""
     Length weight f of every response, for the loss ``Σ_i f_i Σ_t ℓ_it / Σ_i |o_i|`` summed over a generation batch.
 
@@ -119,7 +120,7 @@ def length_weights(
         `ValueError`: unknown member or scope, wrong shape or dtype, a negative or non-finite length or λ (looked at on
         the CPU only: on other devices the look would force a synchronisation), r out of range, a missing argument.
     """
-    named: dict[str, torch.Tensor] = {}
+    named: dict[str, Tensor] = {}
     if features is not None:
         if aggregation != "power" or side == "both":
             raise ValueError(f"features have no effect with aggregation={aggregation!r} and side={side!r}.")
@@ -133,7 +134,7 @@ def length_weights(
     options = {"length_scale": length_scale, "max_completion_length": max_completion_length, "side": side}
     member = make_length_weight(aggregation, options)
     if named:
-        size = lam.numel() if isinstance(lam, torch.Tensor) else 1
+        size = lam.numel() if isinstance(lam, Tensor) else 1
         member = _AnyFeatures(side, (*(("length",) if size == len(named) + 1 else ()), *named))
     for given in (advantages, *named.values()):
         if given is not None and given.shape != lengths.shape:
@@ -151,7 +152,7 @@ class _AnyFeatures(Power):
 
 
 def probability_weights(
-    logps: torch.Tensor,
+    logps: Tensor,
     *,
     regulation: str,
     alpha: float | None = None,
@@ -159,7 +160,7 @@ def probability_weights(
     center: float = 0.25,
     min: float = 1.0,
     max: float = 1.4,
-) -> torch.Tensor:
+) -> Tensor:
     r"""
     Probability weight v of every token, increasing in the policy's own probability π of it, a constant to autograd.
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .features import FEATURES
 from .length_weight import LENGTH_WEIGHTS, LengthWeight
@@ -25,13 +26,13 @@ class FunctionLengthWeight(LengthWeight):
 
     source = USERS
 
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self.name = self.formula = function_name(function)
         self.takes = named_arguments(function, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)
         self.has_lambda = "lam" in self.takes
 
-    def __call__(self, **known: Any) -> torch.Tensor:
+    def __call__(self, **known: Any) -> Tensor:
         return self.function(**known)
 
 
@@ -40,13 +41,13 @@ class FunctionTokenWeight(TokenWeight):
 
     source = USERS
 
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         if "probs" not in named_arguments(function, ("probs",), to_kwargs=("probs",)):
             raise ValueError(f"{function_name(function)} must take probs, the probabilities that it weighs by.")
         self.function = function
         self.name = self.formula = function_name(function)
 
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, probs: Tensor) -> Tensor:
         return self.function(probs=probs)
 
 
@@ -117,11 +118,7 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 def named_arguments(
-    function: Callable[..., Any],
-    accepted: tuple[str, ...],
-    to_kwargs: tuple[str, ...] = (),
-    *,
-    required: bool = False,
+    function: Callable[..., Any], accepted: tuple[str, ...], to_kwargs: tuple[str, ...] = (), *, required: bool = False
 ) -> tuple[str, ...]:
     """
     The arguments that a function is to be called with: those of `accepted` that it names, and of them `to_kwargs` if
@@ -159,7 +156,7 @@ def named_arguments(
     return tuple(names)
 
 
-def check_result(name: str, weights: object, shape: torch.Size, where: torch.Tensor) -> torch.Tensor:
+def check_result(name: str, weights: object, shape: torch.Size, where: Tensor) -> Tensor:
     """
     What a function of the user's returned, if it is weights of `shape`; `where`, of that shape, is true at the entries
     that count.
@@ -168,7 +165,7 @@ def check_result(name: str, weights: object, shape: torch.Size, where: torch.Ten
         `ValueError`: it is no tensor of that shape, or an entry that counts is not finite and > 0. Values are looked
             at on the CPU; on other devices the look would force a synchronisation, and the weight is clamped instead.
     """
-    if not isinstance(weights, torch.Tensor) or weights.shape != shape or not weights.is_floating_point():
+    if not isinstance(weights, Tensor) or weights.shape != shape or not weights.is_floating_point():
         raise ValueError(f"{name} must return floating weights of shape {tuple(shape)}, got {kind(weights)}.")
     if weights.device.type == "cpu":
         values = weights.detach()[where]
@@ -178,7 +175,7 @@ def check_result(name: str, weights: object, shape: torch.Size, where: torch.Ten
     return weights
 
 
-def check_follows_lambda(name: str, weights: torch.Tensor, lam: torch.Tensor | None) -> None:
+def check_follows_lambda(name: str, weights: Tensor, lam: Tensor | None) -> None:
     """
     Raises:
         `ValueError`: λ learns, and autograd cannot reach it from `weights`: it would stay where it is, in silence.

@@ -11,32 +11,27 @@ here and its entry in `FEATURES`.
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
 from .tensors import group_mean, one_where_zero
 
 
-def mean_logp(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def mean_logp(logps: Tensor, mask: Tensor) -> Tensor:
     """Mean log-probability of the own tokens; (B, T), (B, T) -> (B,), 0 for a row without tokens."""
     return (logps * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def min_logp(logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def min_logp(logps: Tensor, mask: Tensor) -> Tensor:
     """Least log-probability of an own token; (B, T), (B, T) -> (B,), 0 for a row without tokens."""
     return logps.masked_fill(mask == 0, 0).amin(dim=1)
 
 
-FEATURES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "mean_logp": mean_logp,
-    "min_logp": min_logp,
-}
+FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean_logp": mean_logp, "min_logp": min_logp}
 
 
 def centred_features(
-    names: tuple[str, ...],
-    lengths: torch.Tensor,
-    has_tokens: torch.Tensor,
-    features: Mapping[str, torch.Tensor | None],
-) -> torch.Tensor:
+    names: tuple[str, ...], lengths: Tensor, has_tokens: Tensor, features: Mapping[str, Tensor | None]
+) -> Tensor:
     """
     x: each feature of each response, (P, G, K), minus its mean over the group's rows with tokens; 0 for a row without.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .features import FEATURES, centred_features
 from .sides import check_side, sides
@@ -57,7 +58,7 @@ class LengthWeight(ABC):
         """Raise a `ValueError` if a parameter is out of its range for groups of `group_size` responses."""
 
     @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,8 @@ class LambdaGRPO(LengthWeight):
             )
 
     def __call__(
-        self,
-        lengths: torch.Tensor,
-        lam: torch.Tensor,
-        has_tokens: torch.Tensor,
-        dim: Any,
-        advantages: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, lengths: Tensor, lam: Tensor, has_tokens: Tensor, dim: Any, advantages: Tensor | None = None
+    ) -> Tensor:
         count = has_tokens.sum(dim=1, keepdim=True).clamp(min=1)
         mean = lengths.sum(dim=1, keepdim=True) / count
         deviation = (lengths - mean) * has_tokens
@@ -151,13 +147,13 @@ class Power(LengthWeight):
 
     def __call__(
         self,
-        lengths: torch.Tensor,
-        lam: torch.Tensor,
-        has_tokens: torch.Tensor,
+        lengths: Tensor,
+        lam: Tensor,
+        has_tokens: Tensor,
         dim: Any,
-        advantages: torch.Tensor | None = None,
-        features: Mapping[str, torch.Tensor | None] | None = None,
-    ) -> torch.Tensor:
+        advantages: Tensor | None = None,
+        features: Mapping[str, Tensor | None] | None = None,
+    ) -> Tensor:
         tokens = lengths.sum(dim=dim, keepdim=True)
         if self.side == "both":
             count = has_tokens.sum(dim=dim, keepdim=True).clamp(min=1)
@@ -186,9 +182,7 @@ class Balanced(LengthWeight):
     formula = "Balanced Aggregation: mean length of the group / mean length of the same sign of A"
     source = "arXiv 2605.04077"
 
-    def __call__(
-        self, lengths: torch.Tensor, has_tokens: torch.Tensor, dim: Any, advantages: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def __call__(self, lengths: Tensor, has_tokens: Tensor, dim: Any, advantages: Tensor | None = None) -> Tensor:
         sign = sides(advantages, has_tokens, "signed")
         mean, weights = group_mean(lengths, sign != 0), torch.ones_like(lengths)
         for rows in (sign > 0, sign < 0):
@@ -205,7 +199,7 @@ class GRPO(LengthWeight):
     source = "arXiv 2402.03300"
     has_scope = False
 
-    def __call__(self, lengths: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
+    def __call__(self, lengths: Tensor, has_tokens: Tensor) -> Tensor:
         return (lengths.sum() / lengths.numel()) / one_where_zero(lengths)
 
 
@@ -217,7 +211,7 @@ class DAPO(LengthWeight):
     formula = "DAPO: token mean"
     source = "arXiv 2503.14476"
 
-    def __call__(self, lengths: torch.Tensor, has_tokens: torch.Tensor, dim: Any) -> torch.Tensor:
+    def __call__(self, lengths: Tensor, has_tokens: Tensor, dim: Any) -> Tensor:
         return torch.ones_like(lengths)
 
 
@@ -238,7 +232,7 @@ class DrGRPO(LengthWeight):
                 f"max_completion_length={self.max_completion_length} must be > 0 for aggregation='dr_grpo'."
             )
 
-    def __call__(self, lengths: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
+    def __call__(self, lengths: Tensor, has_tokens: Tensor) -> Tensor:
         assert self.max_completion_length is not None  # `check` has seen to it
         return (lengths.sum() / lengths.numel() / self.max_completion_length).expand_as(lengths)
 

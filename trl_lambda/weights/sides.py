@@ -7,7 +7,7 @@ Whose lengths λ weighs: s_i, read off the sign of the advantage.
     "negative"   1 where A_i < 0, else 0
 """
 
-import torch
+from torch import Tensor
 
 from .tensors import group_mean, listing
 
@@ -16,7 +16,7 @@ SIDES = ("both", "signed", "positive", "negative")
 _ROUNDING, _FAINT = 1e-5, 1e-2
 
 
-def sides(advantages: torch.Tensor | None, has_tokens: torch.Tensor, side: str) -> torch.Tensor:
+def sides(advantages: Tensor | None, has_tokens: Tensor, side: str) -> Tensor:
     """
     s of every response, (P, G), in the dtype of A; A and the bool `has_tokens` are (P, G), and all sides but "both"
     require A, or raise a `ValueError`.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .tensors import listing, strictly_positive
 
@@ -35,7 +36,7 @@ class TokenWeight(ABC):
         """Raise a `ValueError` if a parameter is out of its range; `prefix` goes before its name."""
 
     @abstractmethod
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, probs: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Sigmoid(TokenWeight):
         if not (math.isfinite(self.max) and self.max >= self.min):
             raise ValueError(f"{prefix}max={self.max} must be finite and >= {prefix}min={self.min}.")
 
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, probs: Tensor) -> Tensor:
         return (self.alpha * torch.sigmoid(self.slope * (probs - self.center))).clamp(min=self.min, max=self.max)
 
 
@@ -88,7 +89,7 @@ class Linear(TokenWeight):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"{prefix}alpha={self.alpha} must be in [0, 1] for the linear weight.")
 
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, probs: Tensor) -> Tensor:
         return strictly_positive(self.alpha * probs + (1 - self.alpha), probs.dtype)
 
 

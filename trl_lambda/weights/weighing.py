@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .custom import LENGTH_ARGUMENTS, arguments_of, check_follows_lambda, check_result, named_arguments
 from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight
@@ -14,21 +15,21 @@ from .token_weight import TOKEN_WEIGHTS, TokenWeight
 
 def weigh_responses(
     member: LengthWeight,
-    lengths: torch.Tensor,
-    lam: torch.Tensor | float | None = None,
+    lengths: Tensor,
+    lam: Tensor | float | None = None,
     *,
     scope: str = "batch",
-    advantages: torch.Tensor | None = None,
-    features: Mapping[str, torch.Tensor] | None = None,
+    advantages: Tensor | None = None,
+    features: Mapping[str, Tensor] | None = None,
     positive_weight: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """
     f of every response by any member.
 
     Args:
         member ([`LengthWeight`]): f.
         lengths, lam, scope, advantages: as for `length_weights`.
-        features (`Mapping[str, torch.Tensor]`, *optional*): name -> (P, G), further arguments that a member may name.
+        features (`Mapping[str, Tensor]`, *optional*): name -> (P, G), further arguments that a member may name.
         positive_weight (`float`, defaults to 1.0): c: a response with A > 0 counts c times, token mass preserved.
 
     Returns:
@@ -72,7 +73,7 @@ def weigh_responses(
     return strictly_positive(weights, _result_dtype(lengths, lam)).masked_fill(~has_tokens, 0)
 
 
-def sequence_mean_weights(weights: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def sequence_mean_weights(weights: Tensor, lengths: Tensor) -> Tensor:
     """
     Restate weights of a token mean for a loss that is reduced as a mean of per-sequence means (TRL's `"sapo"`).
 
@@ -88,7 +89,7 @@ def sequence_mean_weights(weights: torch.Tensor, lengths: torch.Tensor) -> torch
     return weights * (lengths / one_where_zero(lengths.sum()) * lengths.numel()).to(weights.dtype)
 
 
-def weigh_tokens(member: TokenWeight, logps: torch.Tensor) -> torch.Tensor:
+def weigh_tokens(member: TokenWeight, logps: Tensor) -> Tensor:
     """
     v of every token by any member, from log-probabilities as `probability_weights` takes them and in its form.
 
@@ -110,33 +111,29 @@ def weigh_tokens(member: TokenWeight, logps: torch.Tensor) -> torch.Tensor:
     return strictly_positive(weights.detach(), probs.dtype)
 
 
-def _one_prompt_at_a_time(member: LengthWeight, given: Mapping[str, Any], has_tokens: torch.Tensor) -> torch.Tensor:
+def _one_prompt_at_a_time(member: LengthWeight, given: Mapping[str, Any], has_tokens: Tensor) -> Tensor:
     """Call a member that knows no scope with one group after the other, (1, G) each."""
     groups = []
     for p in range(has_tokens.size(0)):
-        one = {n: x[p : p + 1] if isinstance(x, torch.Tensor) and x.dim() == 2 else x for n, x in given.items()}
+        one = {n: x[p : p + 1] if isinstance(x, Tensor) and x.dim() == 2 else x for n, x in given.items()}
         groups.append(check_result(member.name, member(**one), has_tokens[:1].shape, has_tokens[p : p + 1]))
     return torch.cat(groups)
 
 
-def _fill_empty_rows(rows: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
+def _fill_empty_rows(rows: Tensor, has_tokens: Tensor) -> Tensor:
     """Show a row without tokens as its group's mean length: neutral to a mean, and no division by zero."""
     mean = group_mean(rows, has_tokens)
     everyones = one_where_zero(rows.sum() / one_where_zero(has_tokens.sum()))  # for a group without any tokens
     return torch.where(has_tokens, rows, torch.where(mean > 0, mean, everyones))
 
 
-def _with_mass_of(
-    weights: torch.Tensor, favoured: torch.Tensor, lengths: torch.Tensor, dim: tuple[int, ...]
-) -> torch.Tensor:
+def _with_mass_of(weights: Tensor, favoured: Tensor, lengths: Tensor, dim: tuple[int, ...]) -> Tensor:
     """`favoured` with the token mass Σ|o|f of `weights` over the scope; all (P, G)."""
     mass, before = ((lengths * w).sum(dim=dim, keepdim=True) for w in (favoured, weights))
     return favoured * before / one_where_zero(mass)
 
 
-def _check_arguments(
-    member: LengthWeight, lengths: torch.Tensor, lam: torch.Tensor | float | None, scope: str
-) -> None:
+def _check_arguments(member: LengthWeight, lengths: Tensor, lam: Tensor | float | None, scope: str) -> None:
     """Raise a `ValueError` that names the argument; values of tensors are looked at on the CPU only."""
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; accepted: {listing(SCOPES)}.")
@@ -150,16 +147,16 @@ def _check_arguments(
         if lam is None:
             raise ValueError(f"lam is required by aggregation={member.name!r}.")
         size = len(member.lambda_features)
-        if isinstance(lam, torch.Tensor) and (lam.numel() != size or lam.is_complex() or lam.dtype == torch.bool):
+        if isinstance(lam, Tensor) and (lam.numel() != size or lam.is_complex() or lam.dtype == torch.bool):
             what = "one real number" if size == 1 else f"{size} real numbers"
             raise ValueError(f"lam must be {what}, got {kind(lam)}.")
-        on_host = not isinstance(lam, torch.Tensor) or lam.device.type == "cpu"
+        on_host = not isinstance(lam, Tensor) or lam.device.type == "cpu"
         if on_host and not torch.as_tensor(lam).isfinite().all():
             raise ValueError(f"lam={torch.as_tensor(lam).tolist()} must be finite.")
     member.check(lengths.size(1))
 
 
-def _result_dtype(lengths: torch.Tensor, lam: torch.Tensor | float | None) -> torch.dtype:
+def _result_dtype(lengths: Tensor, lam: Tensor | float | None) -> torch.dtype:
     """float64 where an argument asks for it, else float32: weights are never kept in half precision."""
-    floating = (x.dtype for x in (lengths, lam) if isinstance(x, torch.Tensor) and x.is_floating_point())
+    floating = (x.dtype for x in (lengths, lam) if isinstance(x, Tensor) and x.is_floating_point())
     return torch.float64 if torch.float64 in floating else torch.float32
