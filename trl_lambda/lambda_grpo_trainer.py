@@ -30,7 +30,8 @@ from .trl_seam.generation_batch import ROW_KEY, Scoring, own_tokens
 from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
 from .trl_seam.response_weights import ResponseWeights
 from .trl_seam.weighted_inputs import WeightedInputs, left_in_loss
-from .weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight, features_of, weigh_tokens
+from .weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight, weigh_tokens
+from .weights.custom import features_of
 
 
 class LambdaGRPOTrainer(GRPOTrainer):

@@ -31,7 +31,7 @@ factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 import torch
 from torch import Tensor
 
-from .custom import as_length_weight, as_token_weight, features_of
+from .custom import as_length_weight, as_token_weight
 from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power, make_length_weight
 from .sides import SIDES
 from .tensors import kind, listing
@@ -52,7 +52,6 @@ __all__ = [
     "TokenWeight",
     "as_length_weight",
     "as_token_weight",
-    "features_of",
     "length_weights",
     "make_length_weight",
     "make_token_weight",
