@@ -268,8 +268,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if checkpoint is None:
             return load()
         self._lambda_step.settle(self.optimizer, self.model)  # what has been built by now is what is loaded into
-        owned = self._lambda_step.is_owned
-        self._lambda_files.load(checkpoint, self.optimizer, self.lr_scheduler, load, owned=owned)
+        self._lambda_files.load(checkpoint, self.optimizer, self.lr_scheduler, load, owned=self._lambda_step.is_owned)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
