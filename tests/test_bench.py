@@ -15,7 +15,7 @@ from recipes.bench.measure.stepping import PHASES, REST, WHOLE, Stepper, time_pa
 from recipes.bench.measure.traffic import count_parts
 from recipes.bench.measure.trainers import BASELINE, build_trainer
 from recipes.bench.measure.workload import MODELS, Workload
-from trl_lambda.metrics.loss_metrics import LossMetrics
+from trl_lambda.metrics.loss_metrics import LossMetrics, Surrogate
 from trl_lambda.preference.lambda_parameter import LambdaParameter
 from trl_lambda.trl_seam.generation_batch import GenerationBatch
 from trl_lambda.trl_seam.weighted_inputs import WeightedInputs
@@ -132,13 +132,13 @@ def test_off_the_cpu_the_weights_read_nothing(trainers, arm, monkeypatch):
     trainer = trainers[arm]
     device = torch.device("meta")
     inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in trainer._buffered_inputs[0].items()}
-    known = trainer._known["train"]
-    batch = GenerationBatch(known.batch.lengths.to(device), known.batch.advantages.to(device))
-    monkeypatch.setitem(trainer._known, "train", type(known)(batch, known.quartiles.to(device)))
-    monkeypatch.setattr(trainer, "_loss_metrics", LossMetrics(trainer._clip(), None))
+    known = trainer._scoring.batches["train"]
+    batch = GenerationBatch(known.lengths.to(device), known.advantages.to(device))
+    monkeypatch.setitem(trainer._scoring.batches, "train", batch)
+    monkeypatch.setattr(trainer, "_loss_metrics", LossMetrics(Surrogate.of(trainer.args), None))
     if trainer._lambda is not None:
         parameter = LambdaParameter(0.5, learnable=True, bounds=None, max_grad_norm=1.0, device=device)
-        monkeypatch.setattr(trainer, "_lambda", parameter)
+        monkeypatch.setattr(trainer._response_weights, "_parameter", parameter)
     weighted = WeightedInputs(inputs)
     trainer._weigh(weighted, torch.empty(inputs["completion_ids"].shape, device=device))
     trainer._loss_metrics._count("train")  # what a log does before its one transfer

@@ -271,7 +271,7 @@ def test_lengths_are_held_once():
     for repeats in (1, 4):
         batch = Batch(lengths=[[3, 1, 12, 6]] * (3 * repeats))
         trainer = go(LambdaGRPOTrainer, batch=batch, options={"max_steps": 1}).trainer
-        known = trainer._known["train"].batch
+        known = trainer._scoring.batches["train"]
         carried = sum(x.nbytes for b in trainer._buffered_inputs for k, x in b.items() if k.startswith("generation_"))
         held[repeats] = carried + known.lengths.nbytes + known.advantages.nbytes
     assert held == {1: 12 * 16, 4: 48 * 16}

@@ -311,7 +311,7 @@ def test_features_are_those_of_the_sampling_policys_own_tokens(old):
     options = {"aggregation": "power", "lambda_side": "positive", "lambda_features": THREE} | (shared if old else {})
     trainer = build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, **options), batch)
     inputs = scored(trainer, noise=0.0)
-    known = trainer._known["train"].batch
+    known = trainer._scoring.batches["train"]
     logps = inputs["old_per_token_logps"]
     for row, mask in enumerate(own):
         values = [logps[row, t].item() for t, m in enumerate(mask) if m]

@@ -12,13 +12,13 @@ from test_agents_exact import CONVERSATIONS
 
 from trl_lambda.metrics.turns import (
     TURN_BINS,
-    count_turns,
     finish_turn_advantages,
     finish_turn_masses,
     turn_advantages,
     turn_bins,
     turn_masses,
 )
+from trl_lambda.trl_seam.generation_batch import count_turns
 
 
 def plain_turns(mask: list[int]) -> int:

@@ -14,25 +14,18 @@ PICTURES = ("report.png", "run.png")
 
 def loading_section(trainer: "LambdaGRPOTrainer") -> str:
     """
-    Say in Markdown how to use what lies beside the card.
-
-    Args:
-        trainer ([`LambdaGRPOTrainer`]): The trainer, at any time of its run.
-
-    Returns:
-        `str`: the run's picture, if there is one by now, and code for model or adapter and, if there is one, λ.
+    Say in Markdown how to use what lies beside the card: the run's picture, if there is one by now, and code for model
+    or adapter and, if there is one, λ.
     """
     folder = Path(str(trainer.args.output_dir)).resolve()
     on_hub = trainer.hub_model_id
     name = on_hub or folder.name
-    parts = [f"### The run\n\n![What was logged]({picture})" for picture in PICTURES if (folder / picture).is_file()][
-        :1
-    ]
-    is_adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
-    package, model_class = (
-        ("peft", "AutoPeftModelForCausalLM") if is_adapter else ("transformers", "AutoModelForCausalLM")
-    )
-    what = "The adapter, on its base model" if is_adapter else "The model"
+    picture = next((name for name in PICTURES if (folder / name).is_file()), None)
+    parts = [] if picture is None else [f"### The run\n\n![What was logged]({picture})"]
+    if hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config"):
+        what, package, model_class = "The adapter, on its base model", "peft", "AutoPeftModelForCausalLM"
+    else:
+        what, package, model_class = "The model", "transformers", "AutoModelForCausalLM"
     code = [
         f"from {package} import {model_class}",
         "from transformers import AutoTokenizer",

@@ -4,13 +4,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .card_loading import loading_section
 from .weights import LengthWeight, TokenWeight
 from .weights.custom import USERS
 
 if TYPE_CHECKING:
     from .lambda_grpo_trainer import LambdaGRPOTrainer
-
-from .card_loading import loading_section
 
 LAMBDA_CITATION = """\
 @article{wang2025lambdagrpo,
@@ -64,12 +63,7 @@ def with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
     """
     Say what is known where TRL's card says None: it has a name only for a model of the hub and a run that is pushed.
 
-    Args:
-        trainer ([`LambdaGRPOTrainer`]): The trainer.
-        card (`str`): The card as TRL wrote it.
-
-    Returns:
-        `str`: the card with the folder that the model came from, if it came from one, and the run's own.
+    The folder that the model came from, if it came from one, and the run's own take their place.
     """
     base: Any = getattr(trainer.model.config, "_name_or_path", None)
     came_from = (
@@ -84,15 +78,7 @@ def with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
 
 
 def settings_section(trainer: "LambdaGRPOTrainer") -> str:
-    """
-    Say in Markdown how the tokens of a run were weighted.
-
-    Args:
-        trainer ([`LambdaGRPOTrainer`]): The trainer, at any time of its run.
-
-    Returns:
-        `str`: a heading and a table; only what had an effect is in it.
-    """
+    """Say in Markdown how the tokens of a run were weighted: a heading and a table of what had an effect."""
     args, step = trainer.args, trainer.state.global_step
     f, v = trainer.length_weight, trainer.token_weight
     own = f"TRL's own, of `loss_type={args.loss_type}`"
@@ -101,10 +87,8 @@ def settings_section(trainer: "LambdaGRPOTrainer") -> str:
         rows.append(("scope of the token mean (`aggregation_scope`)", args.aggregation_scope))
     if trainer.lambda_value is not None:
         course = f"from {args.lambda_init:g}, learned" if args.lambda_learnable else "fixed"
-        values = trainer.lambda_values
-        shown = ", ".join(
-            f"{name} {value:.4f}" if len(values) > 1 else f"{value:.4f}" for name, value in values.items()
-        )
+        values = trainer.lambda_values.items()
+        shown = ", ".join(f"{name} {value:.4f}" if len(values) > 1 else f"{value:.4f}" for name, value in values)
         rows.append(("λ", f"{shown} at step {step} ({course})"))
         if args.lambda_learnable:
             rows.append(("learning rate of λ (`lambda_learning_rate`)", f"{args.lambda_learning_rate:g}"))

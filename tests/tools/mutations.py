@@ -38,14 +38,14 @@ MUTANTS = (
     Mutant(
         "lengths are not gathered over ranks",
         "trl_seam/generation_batch.py",
-        "accelerator.gather(local)",
+        "self._accelerator.gather(local)",
         "local",
         ("test_matrix.py::test_every_cut_gives_the_same_step",),
     ),
     Mutant(
         "every rank takes the first rank's rows",
         "trl_seam/generation_batch.py",
-        "start = accelerator.process_index * rows",
+        "start = self._accelerator.process_index * rows",
         "start = 0",
         ("test_matrix.py::test_every_cut_gives_the_same_step",),
     ),
@@ -142,14 +142,14 @@ MUTANTS = (
     ),
     Mutant(
         "a user's function sees rows without tokens as 0",
-        "weights/length_weight.py",
+        "weights/weighing.py",
         'given["lengths"] = _fill_empty_rows(rows, has_tokens)',
         "pass",
         ("test_custom_weights.py::test_rows_without_tokens_are_shown_as_the_mean_and_dropped",),
     ),
     Mutant(
         "a user's function is called once for all prompts",
-        "weights/length_weight.py",
+        "weights/weighing.py",
         'if scope == "prompt" and member.has_scope and "dim" not in names:',
         "if False:",
         ("test_custom_weights.py::test_a_users_power_is_the_packages_for_ten_steps",),
@@ -170,7 +170,7 @@ MUTANTS = (
     ),
     Mutant(
         "gradient flows through v",
-        "weights/token_weight.py",
+        "weights/weighing.py",
         "logps = logps.detach().to(",
         "logps = logps.to(",
         ("test_weights.py",),
@@ -191,8 +191,8 @@ MUTANTS = (
     ),
     Mutant(
         "sapo is left with a mean of sequence means",
-        "lambda_grpo_trainer.py",
-        "sequence_mean_weights(f, known.batch.lengths)",
+        "trl_seam/response_weights.py",
+        "sequence_mean_weights(f, batch.lengths)",
         "f",
         ("test_loss.py::test_every_surrogate_with_f_and_v",),
     ),
@@ -256,8 +256,8 @@ MUTANTS = (
     Mutant(
         "fields assigned after the configuration was built are not checked",
         "lambda_grpo_trainer.py",
-        "        args.validate(own_f, own_v)\n",
-        "",
+        "args.validate(own_f, own_v)\n",
+        "own_f or args.make_length_weight(), own_v or args.make_token_weight()\n",
         ("test_refusals.py::test_a_field_assigned_after_the_config_was_built",),
     ),
     Mutant(
@@ -283,7 +283,7 @@ MUTANTS = (
     ),
     Mutant(
         "A1: no companion beside an optimizer of the user's",
-        "lambda_grpo_trainer.py",
+        "preference/step.py",
         "if not parameter.in_optimizer(optimizer) and parameter.companion is None:",
         "if False:",
         ("test_other_trainers.py::test_lambda_is_trained_beside_an_optimizer_of_the_users",),
@@ -305,7 +305,7 @@ MUTANTS = (
     Mutant(
         "A4: lengths do not follow a subclass's mask",
         "lambda_grpo_trainer.py",
-        "self._take_generation_batch(self._buffered_inputs if self.model.training else [inputs])",
+        "self._scoring.take(self._mode, self._buffered_inputs if self.model.training else [inputs])",
         "pass",
         ("test_other_trainers.py::test_lengths_follow_a_mask_that_a_subclass_changes",),
     ),

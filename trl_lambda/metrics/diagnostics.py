@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 
 import torch
+from torch import Tensor
 
 QUARTILES = 4
 # Bins of -log π, evenly spaced in log(-log π): 0.85 % each. Below the least and above the most one bin takes all.
@@ -17,33 +18,27 @@ SURPRISE_BINS, _LEAST_SURPRISE, _MOST_SURPRISE = 2048, 1e-6, 32.0
 _ROUNDING = 1e-5
 
 
-def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
+def ratio(part: float, whole: float) -> float:
+    """`part` of `whole`; NaN for a ratio over nothing."""
+    return part / whole if whole else math.nan
+
+
+def effective_sample_size(weights: Tensor) -> Tensor:
     """
-    Effective sample size of each group's weights, as a part of its rows with tokens: ``(Σf)² / (n · Σf²)``.
+    Effective sample size of each group's f, (P, G), as a part of its rows with tokens: ``(Σf)² / (n · Σf²)``.
 
-    Args:
-        weights (`torch.Tensor`): f, shape (P, G), 0 where a row has no tokens.
-
-    Returns:
-        `torch.Tensor`: shape (P,), in (0, 1]; 1 where f is uniform, NaN for a group without tokens.
+    In (0, 1], (P,); 1 where f is uniform, NaN for a group without tokens.
     """
     count = (weights > 0).sum(dim=1)
     return weights.sum(dim=1).square() / (count * weights.square().sum(dim=1))
 
 
-def quartile_index(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def quartile_index(values: Tensor, mask: Tensor) -> Tensor:
     """
-    Quartile of each value among the values under `mask`: 0 for the lowest quarter, 3 for the highest.
+    Quartile of each value among the values under `mask`, any shape: 0 for the lowest quarter, 3 for the highest.
 
     The edges are the values at ranks ⌈n/4⌉, ⌈n/2⌉ and ⌈3n/4⌉; a value equal to an edge belongs below it, so that
-    equal values share a quartile.
-
-    Args:
-        values (`torch.Tensor`): any shape.
-        mask (`torch.Tensor`): same shape, true where a value counts.
-
-    Returns:
-        `torch.Tensor`: long, the shape of `values`; meaningless outside `mask`.
+    equal values share a quartile. Meaningless outside `mask`.
     """
     values = values.float()
     ordered = values.masked_fill(~mask.bool(), torch.inf).flatten().sort().values
@@ -53,31 +48,14 @@ def quartile_index(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(values.contiguous(), edges)
 
 
-def mass_by_bin(mass: torch.Tensor, bins: torch.Tensor) -> torch.Tensor:
-    """
-    Sum of `mass` in each quartile.
-
-    Args:
-        mass (`torch.Tensor`): any shape, 0 where nothing counts.
-        bins (`torch.Tensor`): long, same shape, values 0..3.
-
-    Returns:
-        `torch.Tensor`: shape (4,), float32.
-    """
+def mass_by_bin(mass: Tensor, bins: Tensor) -> Tensor:
+    """Sum of `mass`, any shape and 0 where nothing counts, in each quartile, float32, (4,); `bins` are its like."""
     total = torch.zeros(QUARTILES, dtype=torch.float32, device=mass.device)
     return total.index_add(0, bins.flatten(), mass.flatten().float())
 
 
-def probability_bins(logps: torch.Tensor) -> torch.Tensor:
-    """
-    Bin of each token's probability, 0 for the most probable: a bin spans 0.85 % of -log π.
-
-    Args:
-        logps (`torch.Tensor`): natural-log probabilities, any shape.
-
-    Returns:
-        `torch.Tensor`: long, same shape, values 0..2047.
-    """
+def probability_bins(logps: Tensor) -> Tensor:
+    """Bin of each token's log π, any shape, long: 0 for the most probable, 2047 for the least."""
     width = math.log(_MOST_SURPRISE / _LEAST_SURPRISE) / SURPRISE_BINS
     places = (logps.float().neg().clamp(min=_LEAST_SURPRISE) / _LEAST_SURPRISE).log() / width
     return places.long().clamp(0, SURPRISE_BINS - 1)  # after the cast: a NaN is then a bin like any other
@@ -85,18 +63,12 @@ def probability_bins(logps: torch.Tensor) -> torch.Tensor:
 
 def quartile_shares(counts: list[float], masses: list[float]) -> list[float]:
     """
-    Part of all mass in each quarter of the values, from a histogram; a bin on an edge is split in proportion.
-
-    Args:
-        counts (`list[float]`): how many values each bin holds, lowest bin first.
-        masses (`list[float]`): their mass.
-
-    Returns:
-        `list[float]`: four parts, lowest quarter first; NaN without values or without mass.
+    Part of all mass in each quarter of the values, lowest first, from the number of values in each bin, lowest first,
+    and their mass; a bin on an edge is split in proportion. NaN without values or without mass.
     """
     below, mass_below = list(itertools.accumulate(counts)), list(itertools.accumulate(masses))
     if not below[-1] or not mass_below[-1]:
-        return [float("nan")] * QUARTILES
+        return [math.nan] * QUARTILES
     cuts = [0.0]
     for quarter in range(1, QUARTILES):
         edge = below[-1] * quarter / QUARTILES
@@ -105,16 +77,12 @@ def quartile_shares(counts: list[float], masses: list[float]) -> list[float]:
     return [(high - low) / mass_below[-1] for low, high in itertools.pairwise([*cuts, mass_below[-1]])]
 
 
-def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def advantage_length_sums(lengths: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """
     What the correlation of advantage and length within groups, and the mean length by sign of A, are ratios of.
 
-    Only rows with tokens count, and only groups in which their advantages differ by more than rounding: elsewhere A is
-    0 and says nothing about length.
-
-    Args:
-        lengths (`torch.Tensor`): own tokens |o|, (P, G), 0 for a row without any.
-        advantages (`torch.Tensor`): A, (P, G), unweighted.
+    From |o| in own tokens and unweighted A, both (P, G). Only rows with tokens count, and only groups in which their
+    advantages differ by more than rounding: elsewhere A is 0 and says nothing about length.
 
     Returns:
         `torch.Tensor`: (3,): Σ a·l, Σ a², Σ l² with a and l centred on their group's mean.
@@ -133,23 +101,12 @@ def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> tu
 
 
 def clipped_tokens(
-    ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None = None,
-) -> torch.Tensor:
+    ratio: Tensor, advantages: Tensor, epsilon_low: float, epsilon_high: float, delta: float | None = None
+) -> Tensor:
     """
     Which tokens have no gradient in min(ρA, clip(ρ, 1 - ε_low, 1 + ε_high)A), the first ρ at most δ if given.
 
-    Args:
-        ratio (`torch.Tensor`): ρ, shape (B, T) or (B, 1).
-        advantages (`torch.Tensor`): A, shape (B, 1) or (B, T).
-        epsilon_low, epsilon_high (`float`): the clip is [1 - epsilon_low, 1 + epsilon_high].
-        delta (`float`, *optional*): bound of the two-sided clip.
-
-    Returns:
-        `torch.Tensor`: bool, broadcast of both shapes.
+    ρ and A are (B, T) or (B, 1); the result, bool, is the broadcast of both.
     """
     high = 1 + epsilon_high
     delta = math.inf if delta is None else delta
@@ -158,28 +115,16 @@ def clipped_tokens(
 
 
 def clipped_by_weight(
-    log_ratio: torch.Tensor,
-    weights: torch.Tensor,
-    advantages: torch.Tensor,
+    log_ratio: Tensor,
+    weights: Tensor,
+    advantages: Tensor,
     epsilon_low: float,
     epsilon_high: float,
     delta: float | None = None,
-) -> torch.Tensor:
-    """
-    Which tokens lose their gradient only because v stands inside the clip: vρ is clipped and ρ is not.
+) -> Tensor:
+    """Which tokens lose their gradient only because v, (B, T), stands inside the clip: vρ is clipped and ρ is not."""
 
-    Args:
-        log_ratio (`torch.Tensor`): log ρ, shape (B, T).
-        weights (`torch.Tensor`): v, shape (B, T).
-        advantages (`torch.Tensor`): A, shape (B, 1) or (B, T).
-        epsilon_low, epsilon_high (`float`): the clip is [1 - epsilon_low, 1 + epsilon_high].
-        delta (`float`, *optional*): upper bound of the ratio for A < 0, of two-sided clipping.
-
-    Returns:
-        `torch.Tensor`: bool, shape (B, T).
-    """
-
-    def clipped(ratio: torch.Tensor) -> torch.Tensor:
+    def clipped(ratio: Tensor) -> Tensor:
         return clipped_tokens(ratio, advantages, epsilon_low, epsilon_high, delta)
 
     ratio = log_ratio.exp()

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from ..trl_seam.generation_batch import GenerationBatch
-from .diagnostics import clipped_by_weight, clipped_tokens, quartile_index
+from ..config_checks import CLIPPED_LOSS_TYPES
+from ..lambda_grpo_config import LambdaGRPOConfig
+from ..trl_seam.generation_batch import GenerationBatch, count_turns
+from .diagnostics import clipped_by_weight, clipped_tokens
 from .loss_tally import LossTally
-from .turns import count_turns, finish_turn_advantages, finish_turn_masses, turn_advantages, turn_masses
+from .turns import finish_turn_advantages, finish_turn_masses, turn_advantages, turn_masses
 
 # Own tokens and padding that wait for a log at most, per process; above, they are counted at once.
 _WAITING_TOKENS = 2**20
@@ -26,19 +29,29 @@ class Surrogate:
     per_sequence: bool
     regulation_inside: bool
 
+    @classmethod
+    def of(cls, args: LambdaGRPOConfig) -> "Surrogate | None":
+        """That of a configuration; `None` for a surrogate without a clip."""
+        if args.loss_type not in (*CLIPPED_LOSS_TYPES, "luspo"):
+            return None
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        per_sequence = args.importance_sampling_level == "sequence"
+        return cls(args.epsilon, high, args.delta, per_sequence, args.regulation_inside_clip)
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """One micro-batch at its loss, all detached: per row (B,) or (B, 1 or T), per token (B, T)."""
+    """One micro-batch at its loss, all detached and per token, (B, T), unless it says otherwise."""
 
-    mask: torch.Tensor
-    left: torch.Tensor  # the own tokens that TRL's corrections leave in the loss
-    logps: torch.Tensor
-    old_logps: torch.Tensor | None  # `None`: this very pass, ρ = 1
-    advantages: torch.Tensor  # unweighted, (B, 1 or T)
-    length_weight: torch.Tensor  # (B,)
-    length_quartile: torch.Tensor  # (B,)
-    token_weight: torch.Tensor | None
+    batch: GenerationBatch  # that it is of
+    rows: Tensor  # places in it, (B,)
+    length_weights: Tensor  # of all of it, (P, G)
+    mask: Tensor
+    left: Tensor  # the own tokens that TRL's corrections leave in the loss
+    logps: Tensor
+    old_logps: Tensor | None  # `None`: this very pass, ρ = 1
+    advantages: Tensor  # unweighted, (B, 1 or T)
+    token_weight: Tensor | None
 
 
 class LossMetrics:
@@ -62,7 +75,7 @@ class LossMetrics:
         self._token_bounds = token_bounds
         self._tallies = {"train": LossTally(), "eval": LossTally()}
         self._batches: dict[str, list[GenerationBatch]] = {"train": [], "eval": []}
-        self._weights: dict[str, list[tuple[torch.Tensor, torch.Tensor | None]]] = {"train": [], "eval": []}
+        self._weights: dict[str, list[tuple[Tensor, Tensor | None]]] = {"train": [], "eval": []}
         self._tokens: dict[str, list[Tokens]] = {"train": [], "eval": []}
         self._waiting = 0
 
@@ -70,7 +83,7 @@ class LossMetrics:
         """Take in a new generation batch; `mode` is `"train"` or `"eval"`."""
         self._batches[mode].append(batch)
 
-    def note_length_weights(self, mode: str, weights: torch.Tensor, advantages: torch.Tensor | None) -> None:
+    def note_length_weights(self, mode: str, weights: Tensor, advantages: Tensor | None) -> None:
         """Take in f of the generation batch at one loss, (P, G); with A where f looks at its sign."""
         self._weights[mode].append((weights.detach(), advantages))
 
@@ -104,19 +117,20 @@ class LossMetrics:
 
     def _count_tokens(self, tally: LossTally, tokens: Tokens) -> None:
         mask, weights, advantages = tokens.mask, tokens.token_weight, tokens.advantages
-        mass = (advantages.abs() * tokens.length_weight.unsqueeze(1)).expand_as(tokens.logps)
+        of_rows = tokens.length_weights.flatten()[tokens.rows]
+        mass = (advantages.abs() * of_rows.unsqueeze(1)).expand_as(tokens.logps)
         if weights is not None:
             tally.add_token_weights(weights, mask, self._token_bounds)
             mass = mass * weights
         if self._clip is not None:
             old = tokens.logps if tokens.old_logps is None else tokens.old_logps
             self._count_clipped(tally, tokens.logps - old, tokens)
-        tally.add_shares(mass, tokens.length_quartile, tokens.logps, tokens.left)
+        tally.add_shares(mass, tokens.batch.quartiles[tokens.rows], tokens.logps, tokens.left)
         if self._with_turns:
-            of_rows = (mass * tokens.left).sum(dim=1)
-            tally.add("share/turns", turn_masses(of_rows, count_turns(mask)), finish_turn_masses)
+            masses = turn_masses((mass * tokens.left).sum(dim=1), count_turns(mask))
+            tally.add("share/turns", masses, finish_turn_masses)
 
-    def _count_clipped(self, tally: LossTally, log_ratio: torch.Tensor, tokens: Tokens) -> None:
+    def _count_clipped(self, tally: LossTally, log_ratio: Tensor, tokens: Tokens) -> None:
         assert self._clip is not None
         mask, weights, advantages, clip = tokens.mask, tokens.token_weight, tokens.advantages, self._clip
         bounds = (clip.epsilon_low, clip.epsilon_high, clip.delta)
@@ -127,11 +141,6 @@ class LossMetrics:
         if clip.per_sequence:
             log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
         tally.add_clipped(clipped_tokens(log_ratio.exp(), advantages, *bounds), advantages, mask)
-
-
-def length_quartiles(lengths: torch.Tensor) -> torch.Tensor:
-    """Quartile of each row's length among the rows with tokens of a generation batch, flat, (P·G,)."""
-    return quartile_index(lengths, lengths > 0).flatten()
 
 
 def _known_turns(sums: list[float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from .diagnostics import (
     SURPRISE_BINS,
@@ -13,14 +14,10 @@ from .diagnostics import (
     mass_by_bin,
     probability_bins,
     quartile_shares,
+    ratio,
 )
 
 Finish = Callable[[list[float]], dict[str, float]]
-
-
-def ratio(part: float, whole: float) -> float:
-    """`part` of `whole`; NaN for a ratio over nothing."""
-    return part / whole if whole else math.nan
 
 
 class LossTally:
@@ -32,41 +29,40 @@ class LossTally:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
         self._finish: dict[str, Finish] = {}
-        self._least: dict[str, torch.Tensor] = {}
-        self._largest: dict[str, torch.Tensor] = {}
+        self._least: dict[str, Tensor] = {}
+        self._most: dict[str, Tensor] = {}
 
-    def add(self, name: str, sums: torch.Tensor, finish: Finish) -> None:
+    def add(self, name: str, sums: Tensor, finish: Finish) -> None:
         """Add to the sums under `name`, 1-d; `finish` turns their totals into metrics, name -> value."""
         sums = sums.float()
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
         self._finish[name] = finish
 
-    def add_ratio(self, name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
+    def add_ratio(self, name: str, part: Tensor, whole: Tensor) -> None:
         """Add to a metric that is one sum over another, both 0-d."""
         self.add(name, torch.stack([part.float(), whole.float()]), lambda sums: {name: ratio(*sums)})
 
-    def add_range(self, name: str, values: torch.Tensor, where: torch.Tensor) -> None:
+    def add_range(self, name: str, values: Tensor, where: Tensor) -> None:
         """Take `values` under the mask `where` into `name`/min and `name`/max."""
         least = values.masked_fill(~where, torch.inf).min().float()
-        largest = values.masked_fill(~where, -torch.inf).max().float()
-        self._least[name] = torch.minimum(self._least[name], least) if name in self._least else least
-        self._largest[name] = torch.maximum(self._largest[name], largest) if name in self._largest else largest
+        most = values.masked_fill(~where, -torch.inf).max().float()
+        self._least[name] = torch.minimum(self._least.get(name, least), least)
+        self._most[name] = torch.maximum(self._most.get(name, most), most)
 
-    def add_responses(self, lengths: torch.Tensor, advantages: torch.Tensor) -> None:
+    def add_responses(self, lengths: Tensor, advantages: Tensor) -> None:
         """Take in lengths and advantages of a whole generation batch, both (P, G), the same on every process."""
         sums, by_sign = advantage_length_sums(lengths, advantages)
         self.add("advantage/length_correlation", sums, _correlation)
         for name, (length, rows) in zip(("positive", "negative"), by_sign, strict=True):
             self.add_ratio(f"advantage/{name}_mean_length", length, rows)
 
-    def add_length_weights(self, weights: torch.Tensor, advantages: torch.Tensor | None = None) -> None:
+    def add_length_weights(self, weights: Tensor, advantages: Tensor | None = None) -> None:
         """Take in f of a whole generation batch, (P, G), the same on every process; apart by sign of A if given."""
         weights = weights.detach().float()
-        for name, of_sign in (
-            () if advantages is None else (("positive", advantages > 0), ("negative", advantages < 0))
-        ):
+        by_sign = {} if advantages is None else {"positive": advantages > 0, "negative": advantages < 0}
+        for name, of_sign in by_sign.items():
             rows = of_sign & (weights > 0)
             self.add_ratio(f"length_weight/{name}/mean", (weights * rows).sum(), rows.sum())
             self.add_range(f"length_weight/{name}", weights, rows)
@@ -74,9 +70,7 @@ class LossTally:
         self.add_ratio("length_weight/ess", ess.nan_to_num().sum(), (~ess.isnan()).sum())
         self.add_range("length_weight", weights, weights > 0)
 
-    def add_token_weights(
-        self, weights: torch.Tensor, mask: torch.Tensor, bounds: tuple[float, float] | None = None
-    ) -> None:
+    def add_token_weights(self, weights: Tensor, mask: Tensor, bounds: tuple[float, float] | None = None) -> None:
         """Take in v of a micro-batch and its mask of own tokens, both (B, T), and the bounds of a v that has them."""
         own = mask.bool()
         count = own.sum()
@@ -86,26 +80,19 @@ class LossTally:
             self.add_ratio("token_weight/at_min", ((weights <= bounds[0]) & own).sum(), count)
             self.add_ratio("token_weight/at_max", ((weights >= bounds[1]) & own).sum(), count)
 
-    def add_clipped(self, clipped: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> None:
+    def add_clipped(self, clipped: Tensor, advantages: Tensor, mask: Tensor) -> None:
         """Take in which tokens have no gradient, (B, T) or (B, 1), A, (B, 1), and the mask of own tokens, (B, T)."""
         for name, of_sign in (("positive", mask * (advantages > 0)), ("negative", mask * (advantages < 0))):
             self.add_ratio(f"clipped/advantage_{name}", (clipped * of_sign).sum(), of_sign.sum())
 
-    def add_clipped_by_regulation(self, clipped: torch.Tensor, mask: torch.Tensor) -> None:
+    def add_clipped_by_regulation(self, clipped: Tensor, mask: Tensor) -> None:
         """Take in which tokens are clipped only because v stands inside the clip, and own tokens, both (B, T)."""
         self.add_ratio("token_weight/clipped_by_regulation", (clipped * mask).sum(), mask.sum())
 
-    def add_shares(
-        self, mass: torch.Tensor, length_bins: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor
-    ) -> None:
+    def add_shares(self, mass: Tensor, length_bins: Tensor, logps: Tensor, mask: Tensor) -> None:
         """
-        Take in |w·A| of a micro-batch.
-
-        Args:
-            mass (`torch.Tensor`): |w·A|, shape (B, T).
-            length_bins (`torch.Tensor`): quartile of each response's length in its generation batch, (B,).
-            logps (`torch.Tensor`): log-probabilities, (B, T); their quartiles are those of the interval.
-            mask (`torch.Tensor`): own tokens, (B, T).
+        Take in |w·A| of a micro-batch, (B, T), with the quartile of each response's length in its generation batch,
+        (B,), log-probabilities, (B, T), whose quartiles are those of the interval, and the mask of own tokens, (B, T).
         """
         own = mask.float()
         mass = mass.detach().float() * own
@@ -117,14 +104,12 @@ class LossTally:
 
     def flush(self, accelerator: Accelerator) -> dict[str, float]:
         """
-        Reduce over the processes, empty the tally and return the metrics. Every process must call it.
-
-        Returns:
-            `dict[str, float]`: metric name -> value; NaN for a ratio, least or largest value over nothing.
+        Reduce over the processes, empty the tally and return the metrics by name, NaN for a ratio, least or largest
+        value over nothing. Every process must call it.
         """
         if not self._sums:
             return {}
-        ranges = [*self._least.values(), *(-value for value in self._largest.values())]
+        ranges = [*self._least.values(), *(-value for value in self._most.values())]
         local = torch.cat([*self._sums.values(), *(value.unsqueeze(0) for value in ranges)])
         everywhere = accelerator.gather(local.unsqueeze(0))  # (processes, all of it): one collective, one transfer
         count = local.numel() - len(ranges)
@@ -135,9 +120,9 @@ class LossTally:
             values = values[sums.numel() :]
         for name, least in zip(self._least, values, strict=False):
             metrics[f"{name}/min"] = least if math.isfinite(least) else math.nan
-        for name, negated in zip(self._largest, values[len(self._least) :], strict=True):
+        for name, negated in zip(self._most, values[len(self._least) :], strict=True):
             metrics[f"{name}/max"] = -negated if math.isfinite(negated) else math.nan
-        self._sums, self._finish, self._least, self._largest = {}, {}, {}, {}
+        self._sums, self._finish, self._least, self._most = {}, {}, {}, {}
         return metrics
 
 

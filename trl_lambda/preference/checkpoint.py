@@ -8,19 +8,30 @@ from typing import Any
 
 import torch
 
-from .files import (
-    COMPANION_FILE,
-    LAMBDA_FILE,
-    companion_state_to_json,
-    read_lambda_file,
-    write_json,
-)
+from ..lambda_grpo_config import LambdaGRPOConfig
+from ..weights import LengthWeight, TokenWeight
+from .files import COMPANION_FILE, LAMBDA_FILE, companion_state_to_json, read_lambda_file, write_json
 from .lambda_parameter import LambdaParameter, unwrap_optimizer
 from .optimizer_state import LambdaState, fit_scheduler, widen_scheduler
 
-# Options that say what λ is, with what a file that does not name them means.
+# What says what λ is, with what a file that does not name it means.
 _PREFERENCE = {"lambda_side": "both", "lambda_features": ["length"], "lambda_rule": "descent"}
 Folder = str | os.PathLike[str]
+
+
+def identity_of(args: LambdaGRPOConfig, f: LengthWeight | None, v: TokenWeight | None) -> dict[str, Any]:
+    """What `lambda.json` says of f and of `v`, a token weight of the user's: weights that differ in it are others."""
+    identity = {
+        "aggregation": f and f.name,
+        "aggregation_scope": args.aggregation_scope,
+        "length_scale": getattr(f, "length_scale", None),
+        "token_weight": v and v.name,
+    }
+    if f is not None and f.has_lambda:
+        identity["lambda_side"] = getattr(f, "side", "both")
+        identity["lambda_features"] = list(f.lambda_features)
+        identity["lambda_rule"] = args.rule_of(f) if args.lambda_learnable else None
+    return identity
 
 
 class LambdaCheckpoint:
@@ -32,8 +43,7 @@ class LambdaCheckpoint:
 
     Args:
         parameter ([`LambdaParameter`], *optional*): λ, if f has one.
-        identity (`Mapping[str, Any]`): what the weights are: `"aggregation"` (the name of f), and what else belongs to
-            it; `"token_weight"`, the name of a v that is the user's, else `None`.
+        identity (`Mapping[str, Any]`): what the weights are, from `identity_of`.
         is_custom (`bool`): whether f or v is the user's, so that the file is written without a λ too.
     """
 
@@ -78,13 +88,10 @@ class LambdaCheckpoint:
         self, checkpoint: Folder, optimizer: Any, scheduler: Any, load: Callable[[], None], *, owned: bool
     ) -> None:
         """
-        Load a checkpoint's optimizer and scheduler, with λ's part moved where λ lives now.
+        Load a checkpoint's optimizer and scheduler, maybe wrapped, with λ's part moved where λ lives now.
 
-        Args:
-            checkpoint (`str` or `os.PathLike`): The folder that is resumed from.
-            optimizer, scheduler: The trainer's, maybe wrapped.
-            load (`Callable`): what loads them: the trainer's own method.
-            owned (`bool`): whether an engine owns the optimizer, and with it the way it is loaded.
+        `load` is the trainer's own method for them; `owned` says whether an engine owns the optimizer, and with it the
+        way it is loaded.
 
         Raises:
             `ValueError`: the checkpoint's weights and this trainer's are not the same quantity, its files are damaged,

@@ -15,17 +15,7 @@ LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 def write_json(folder: str | os.PathLike[str], name: str, content: dict[str, Any]) -> Path:
-    """
-    Write a JSON file into `folder`, whole or not at all.
-
-    Args:
-        folder (`str` or `os.PathLike`): An existing folder.
-        name (`str`): The file's name.
-        content (`dict`): JSON-serialisable; floats survive exactly.
-
-    Returns:
-        `Path`: the file written.
-    """
+    """Write a JSON file into an existing folder, whole or not at all; floats survive exactly."""
     path = Path(folder) / name
     temporary = path.with_suffix(".json.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -39,10 +29,7 @@ def write_json(folder: str | os.PathLike[str], name: str, content: dict[str, Any
 
 def read_lambda_file(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
-    Read `lambda.json` from a checkpoint.
-
-    Args:
-        folder (`str` or `os.PathLike`): A checkpoint or model folder.
+    Read `lambda.json` from the folder of a checkpoint or a model.
 
     Returns:
         `dict`: as written. `"lambda"` is a finite float that float32 holds, `None` for an f without λ; `"skipped"` a
@@ -88,14 +75,8 @@ def companion_state_to_json(state: dict[str, Any]) -> dict[str, Any]:
 
 def read_companion_state(folder: str | os.PathLike[str], size: int = 1) -> dict[str, Any]:
     """
-    Read the state of λ's companion optimizer from a checkpoint.
-
-    Args:
-        folder (`str` or `os.PathLike`): A checkpoint folder, with the file.
-        size (`int`, defaults to 1): how many λ there are.
-
-    Returns:
-        `dict`: for `optimizer.load_state_dict`; one group of one parameter, and its slot if it was ever stepped.
+    Read the state of λ's companion optimizer, of `size` λ, from a checkpoint that has one: for
+    `optimizer.load_state_dict`, one group of one parameter, and its slot if it was ever stepped.
 
     Raises:
         `ValueError`: the file is damaged.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from .rules import Rule
 
@@ -26,29 +27,30 @@ class LambdaParameter:
     `reduce_gradient` after the last backward pass, `prepare_step`, the optimizer, `finish_step`.
 
     Args:
-        init (`float` or `Sequence[float]`): λ at step 0, one number per feature.
+        init (`float`): λ at step 0, of the first feature; 0 for the others.
         learnable (`bool`): `False` keeps λ at `init`: no gradient, no parameter group.
         bounds (`tuple[float, float]`, *optional*): λ is projected into them after each step.
         max_grad_norm (`float`): bound of |dL/dλ|, apart from the model's clip; 0 turns it off.
         device (`torch.device`): where the losses are computed.
+        features (`Sequence[str]`): what λ weighs, one λ each.
         rule ([`Rule`], *optional*): what λ's gradient comes from, if not from the loss.
     """
 
     def __init__(
         self,
-        init: float | Sequence[float],
+        init: float,
         *,
         learnable: bool,
         bounds: tuple[float, float] | None,
         max_grad_norm: float,
         device: torch.device,
+        features: Sequence[str] = ("length",),
         rule: Rule | None = None,
     ) -> None:
         # One element rather than 0-d, float32 whatever the model's dtype.
-        values = [init] if isinstance(init, int | float) else list(init)
-        self.tensor = torch.nn.Parameter(
-            torch.tensor(values, dtype=torch.float32, device=device), requires_grad=learnable
-        )
+        values = torch.tensor([init, *[0.0] * (len(features) - 1)], dtype=torch.float32, device=device)
+        self.tensor = torch.nn.Parameter(values, requires_grad=learnable)
+        self.features = tuple(features)
         self.rule = rule
         self.bounds = bounds
         self.max_grad_norm = max_grad_norm
@@ -58,7 +60,7 @@ class LambdaParameter:
         self.last_grad = 0.0
         self.skipped = 0
         self._is_reduced = False
-        self._scale_probe: torch.Tensor | None = None
+        self._scale_probe: Tensor | None = None
         self._micro_batches = 0
 
     @property
@@ -75,15 +77,23 @@ class LambdaParameter:
         """λ of every feature."""
         return self.tensor.tolist()
 
+    def metrics(self) -> dict[str, float]:
+        """λ of every feature, and what its rule has to tell. For a log only: it waits for the model's optimizer."""
+        names = ("lambda/value" if name == "length" else f"lambda/{name}" for name in self.features)
+        return dict(zip(names, self.values, strict=True)) | ({} if self.rule is None else self.rule.metrics())
+
     @property
-    def for_loss(self) -> torch.Tensor:
+    def for_loss(self) -> Tensor:
         """λ as the loss takes it: a constant where its gradient comes from a rule."""
         return self.tensor if self.rule is None else self.tensor.detach()
 
+    def _group_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        groups = getattr(optimizer, "param_groups", ())  # an engine's placeholder has none
+        return next((group for group in groups if any(p is self.tensor for p in group["params"])), None)
+
     def in_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether λ is in a parameter group of `optimizer`, by identity."""
-        groups = getattr(optimizer, "param_groups", ())  # an engine's placeholder has none
-        return any(p is self.tensor for group in groups for p in group["params"])
+        return self._group_of(optimizer) is not None
 
     def add_group(self, optimizer: torch.optim.Optimizer, *, learning_rate: float, adam_eps: float | None) -> None:
         """
@@ -126,8 +136,7 @@ class LambdaParameter:
 
     def group_in(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """λ's parameter group: the companion's, else the one in `optimizer`, else `None`."""
-        groups = getattr(optimizer if self.companion is None else self.companion, "param_groups", ())
-        return next((group for group in groups if any(p is self.tensor for p in group["params"])), None)
+        return self._group_of(optimizer if self.companion is None else self.companion)
 
     def follow_schedule(self, scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
         """
@@ -140,13 +149,11 @@ class LambdaParameter:
         if group is not None:
             group["lr"] = self.learning_rate * schedule_factor(scheduler, self.model_learning_rate)
 
-    def probe_scale(self, loss: torch.Tensor) -> torch.Tensor:
+    def probe_scale(self, loss: Tensor) -> Tensor:
         """
         Let backward measure the factor that fp16 loss scaling puts on a loss: nobody unscales the companion's λ.
 
-        Returns:
-            `torch.Tensor`: `loss` plus an exact 0, whose gradient in the probe is the scale, summed over micro-batches
-            as dL/dλ is.
+        To the loss an exact 0 is added, whose gradient in the probe is the scale, summed over micro-batches as dL/dλ.
         """
         if self._scale_probe is None:
             self._scale_probe = torch.zeros((), device=loss.device, requires_grad=True)
@@ -228,6 +235,13 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+def unwrap_scheduler(scheduler: Any) -> Any:
+    """The torch scheduler inside the wrappers of accelerate or an engine."""
+    while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    return scheduler
+
+
 def has_scalar_eps(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `optimizer` is Adam-like: it divides by a root of squared gradients plus a scalar `eps`."""
     return isinstance(optimizer.defaults.get("eps"), float)
@@ -235,11 +249,8 @@ def has_scalar_eps(optimizer: torch.optim.Optimizer) -> bool:
 
 def base_learning_rate(optimizer: Any, default: float) -> float:
     """
-    The learning rate that schedules start from: the first group's initial one.
-
-    Args:
-        optimizer: The trainer's optimizer, or an engine's placeholder for one that it builds itself.
-        default (`float`): for such a placeholder.
+    The learning rate that schedules start from: the first group's initial one, or `default` for an engine's
+    placeholder of an optimizer that it builds itself.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         return default
@@ -249,19 +260,13 @@ def base_learning_rate(optimizer: Any, default: float) -> float:
 
 def schedule_factor(scheduler: Any, base: float) -> float:
     """
-    What a learning rate scheduler multiplies the model's learning rate by at this step.
+    What a learning rate scheduler, maybe wrapped, multiplies the model's learning rate by at this step.
 
-    Args:
-        scheduler: A torch scheduler, or a wrapper of accelerate or an engine around one.
-        base (`float`): the first group's learning rate before any schedule.
-
-    Returns:
-        `float`: exact for a `LambdaLR`, which most of transformers' schedules are. Else the first group's learning
-        rate over the schedule's peak, at most 1: the peak is `max_lr` where the schedule has one (OneCycleLR,
-        CyclicLR), else `base`. 1 where the peak is 0.
+    Exact for a `LambdaLR`, which most of transformers' schedules are. Else the first group's learning rate over the
+    schedule's peak, at most 1: `max_lr` where the schedule has one (OneCycleLR, CyclicLR), else `base`, the first
+    group's rate before any schedule. 1 where the peak is 0.
     """
-    while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "scheduler"):
-        scheduler = scheduler.scheduler
+    scheduler = unwrap_scheduler(scheduler)
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return float(scheduler.lr_lambdas[0](scheduler.last_epoch))
     group = scheduler.optimizer.param_groups[0]

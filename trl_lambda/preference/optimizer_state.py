@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .files import COMPANION_FILE, read_companion_state
-from .lambda_parameter import GROUP_NAME, LambdaParameter
+from .lambda_parameter import GROUP_NAME, LambdaParameter, unwrap_scheduler
 
 _PLACES = ("params", "name", "lr", "initial_lr")  # of a group: what says nothing about the kind of optimizer
 
@@ -38,10 +38,8 @@ class LambdaState:
 
     def fit_into(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle | None:
         """
-        Let the next `optimizer.load_state_dict` take a state with or without λ's group.
-
-        Returns:
-            A handle to remove the hook with; `None` for an optimizer that loads in a way of its own.
+        Let the next `optimizer.load_state_dict` take a state with or without λ's group; returns a handle to end that,
+        or `None` for an optimizer that loads in a way of its own.
         """
         if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
             return None
@@ -67,23 +65,22 @@ class LambdaState:
 
     def finish(self) -> None:
         """
-        Load λ's part into the companion, once the trainer's optimizer has been loaded.
-
-        Raises:
-            `ValueError`: the model's part was saved and λ's is gone.
+        Load λ's part into the companion, once the trainer's optimizer has been loaded; a `ValueError` where the
+        model's part was saved and λ's is gone.
         """
         companion = self._parameter.companion
-        if companion is not None and self._was_learned and self._state is None and self._model_is_saved():
+        if companion is None:
+            if self._parameter.learnable and not self._is_loaded:
+                self._usable({})
+            return
+        if self._was_learned and self._state is None and self._model_is_saved():
             raise ValueError(
                 f"{self._checkpoint / COMPANION_FILE} is missing: the checkpoint has the model's optimizer state and "
                 f"not λ's. To start both afresh, pass model={str(self._checkpoint)!r} and lambda_init to a new "
                 "trainer."
             )
-        if companion is not None:
-            if (found := self._usable(companion.param_groups[0])) is not None:
-                companion.load_state_dict(found)
-        elif self._parameter.learnable and not self._is_loaded:
-            self._usable({})
+        if (found := self._usable(companion.param_groups[0])) is not None:
+            companion.load_state_dict(found)
 
     def _model_is_saved(self) -> bool:
         """Whether an optimizer state, as torch or an engine names it, is there: none is with `save_only_model`."""
@@ -108,22 +105,16 @@ class LambdaState:
 
 def widen_scheduler(scheduler: Any) -> None:
     """Let a `LambdaLR` load the state of one that had λ's group too: it indexes its functions by the saved ones."""
-    scheduler = _unwrap_scheduler(scheduler)
+    scheduler = unwrap_scheduler(scheduler)
     if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         scheduler.lr_lambdas = [*scheduler.lr_lambdas, scheduler.lr_lambdas[-1]]
 
 
 def fit_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
     """Give a loaded scheduler an entry per parameter group: λ's, the last, may be new to it or gone."""
-    scheduler, groups = _unwrap_scheduler(scheduler), optimizer.param_groups
+    scheduler, groups = unwrap_scheduler(scheduler), optimizer.param_groups
     for name, of_group in (("base_lrs", "initial_lr"), ("_last_lr", "lr"), ("min_lrs", None), ("lr_lambdas", None)):
         values = getattr(scheduler, name, None)
         if isinstance(values, list) and len(values) != len(groups):
             more = [group[of_group] if of_group else values[-1] for group in groups[len(values) :]]
             setattr(scheduler, name, [*values[: len(groups)], *more])
-
-
-def _unwrap_scheduler(scheduler: Any) -> Any:
-    while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(scheduler, "scheduler"):
-        scheduler = scheduler.scheduler
-    return scheduler

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ..trl_seam.generation_batch import GenerationBatch
-from ..weights.length_weight import centred_features, sides
+from ..weights.features import centred_features
+from ..weights.sides import sides
 
 RULES = ("descent", "regression", "target")
 # Parts of the sums of "regression" that stay from one generation batch to the next.

@@ -14,11 +14,7 @@ def check_whole(folder: str | os.PathLike[str]) -> None:
     """
     Refuse a checkpoint that was cut short: `Trainer` names the folder first and writes `trainer_state.json` last.
 
-    Args:
-        folder (`str` or `os.PathLike`): A checkpoint folder.
-
-    Raises:
-        `ValueError`: `trainer_state.json` is missing or damaged; the message names the checkpoint to resume from.
+    Where that is missing or damaged, a `ValueError` names the checkpoint to resume from instead.
     """
     folder = Path(folder)
     if not folder.is_dir() or (fault := _fault(folder)) is None:  # what is no folder, transformers refuses itself

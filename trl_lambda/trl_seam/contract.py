@@ -36,16 +36,7 @@ METHODS = {
     "_push_from_checkpoint": ("checkpoint_folder",),
 }
 # Attributes that the trainer reads: TRL sets them in `__init__`.
-ATTRIBUTES = (
-    "_metrics",
-    "_logs",
-    "_buffered_inputs",
-    "num_generations",
-    "num_generations_eval",
-    "loss_type",
-    "epsilon_low",
-    "epsilon_high",
-)
+ATTRIBUTES = ("_metrics", "_logs", "_buffered_inputs", "num_generations", "num_generations_eval", "loss_type")
 LOGPS_METHOD = "_get_per_token_logps_and_entropies"
 # Entries of `inputs` that `_compute_loss` must read after it has called LOGPS_METHOD.
 READ_AFTER_LOGPS = ("advantages", "old_per_token_logps")
@@ -55,15 +46,7 @@ SCORED_KEYS = ("completion_mask", "advantages", "tool_mask", "num_items_in_batch
 
 @functools.cache
 def contract_violations(trainer_class: type = GRPOTrainer) -> tuple[str, ...]:
-    """
-    Compare the installed TRL with what this package relies on.
-
-    Args:
-        trainer_class (`type`, defaults to `trl.GRPOTrainer`): The class whose methods are looked at.
-
-    Returns:
-        `tuple[str, ...]`: one line for each method or parameter that is not there; empty when intact.
-    """
+    """What this package relies on and the installed TRL's trainer has not: a line for each method or parameter."""
     violations = []
     for name, parameters in METHODS.items():
         method = getattr(trainer_class, name, None)
@@ -78,14 +61,8 @@ def contract_violations(trainer_class: type = GRPOTrainer) -> tuple[str, ...]:
 
 def check_contract(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
     """
-    Raise when the installed TRL has moved what the weights go through; warn when it is newer than what was tested.
-
-    Args:
-        trainer_class (`type`, defaults to `trl.GRPOTrainer`): The class to check.
-        version (`str`, defaults to the installed one): TRL's version, for the messages.
-
-    Raises:
-        `RuntimeError`: a name or a signature is not as relied on.
+    Raise a `RuntimeError` when the installed TRL has moved what the weights go through; warn when it is newer than
+    what was tested.
     """
     tested = f"tested with TRL {OLDEST_TESTED} to {NEWEST_TESTED}"
     violations = contract_violations(trainer_class)

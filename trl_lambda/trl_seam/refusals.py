@@ -14,15 +14,8 @@ LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "sequence")
 
 def refuse_unsupported(trainer_class: type, args: Any, config_class: type) -> None:
     """
-    Refuse what would bypass the weights.
-
-    Args:
-        trainer_class (`type`): The trainer being built.
-        args (`object`): What was passed as its configuration.
-        config_class (`type`): The configuration class it needs.
-
-    Raises:
-        `ValueError`: naming the option, its value and what to use instead.
+    Refuse what would bypass the weights of the trainer being built: a `ValueError` names the option, its value and
+    what to use instead.
     """
     if not isinstance(args, config_class):
         name = config_class.__name__
@@ -48,15 +41,8 @@ def refuse_other_losses(trainer_class: type, f: LengthWeight | None, v: TokenWei
     `compute_loss` that leaves the weights out.
 
     f restates a reduction, and which one it restates has to be known: on a mean of sequence means the weights of a
-    token mean would be another loss, in silence. A `_compute_loss` that calls `super()._compute_loss` is TRL's.
-
-    Args:
-        trainer_class (`type`): The trainer being built.
-        f ([`LengthWeight`], *optional*): The length weight, if there is one.
-        v ([`TokenWeight`], *optional*): The token weight, if there is one; one of the two is on.
-
-    Raises:
-        `ValueError`: naming the class and what it can declare.
+    token mean would be another loss, in silence. A `_compute_loss` that calls `super()._compute_loss` is TRL's. The
+    `ValueError` names the class and what it can declare.
     """
     declared = trainer_class.loss_reduction
     if declared is not None and declared not in LOSS_REDUCTIONS:
@@ -85,7 +71,7 @@ def refuse_other_losses(trainer_class: type, f: LengthWeight | None, v: TokenWei
             )
         if declared == "sequence" and v is not None:
             raise ValueError(
-                f"token_regulation={v and v.name!r} weights tokens, and {cls.__name__} declares "
+                f"token_regulation={v.name!r} weights tokens, and {cls.__name__} declares "
                 "loss_reduction='sequence': its loss has one term per sequence. Use token_regulation=None."
             )
 

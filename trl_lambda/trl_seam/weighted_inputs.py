@@ -2,7 +2,8 @@
 
 from typing import Any
 
-import torch
+from torch import Tensor
+from trl import GRPOTrainer
 
 
 class WeightedInputs(dict[str, Any]):
@@ -22,7 +23,7 @@ class WeightedInputs(dict[str, Any]):
         """An entry, or `None`, without counting as a reader: for the weights themselves."""
         return super().get(key)
 
-    def scale_advantages(self, weights: torch.Tensor) -> None:
+    def scale_advantages(self, weights: Tensor) -> None:
         """Multiply advantages of shape (B,) or (B, T) by weights of shape (B,) or (B, T)."""
         advantages = super().__getitem__("advantages")
         if weights.dim() > advantages.dim():
@@ -31,7 +32,7 @@ class WeightedInputs(dict[str, Any]):
             weights = weights.unsqueeze(1)
         super().__setitem__("advantages", advantages * weights)
 
-    def scale_ratio(self, logps: torch.Tensor, weights: torch.Tensor) -> None:
+    def scale_ratio(self, logps: Tensor, weights: Tensor) -> None:
         """Put weights (B, T) into the importance ratio by way of the old log-probabilities."""
         old = super().get("old_per_token_logps")
         old = logps.detach() if old is None else old
@@ -39,12 +40,7 @@ class WeightedInputs(dict[str, Any]):
         self._pending.add("old_per_token_logps")
 
     def complete(self) -> None:
-        """
-        All weights are in.
-
-        Raises:
-            `RuntimeError`: they were in already: the loss has asked for log-probabilities twice.
-        """
+        """All weights are in; a `RuntimeError` if they were: the loss has asked for log-probabilities twice."""
         if self._complete:
             raise RuntimeError(
                 "The loss asked for the policy's log-probabilities twice, and would have weighted its tokens twice. "
@@ -54,9 +50,8 @@ class WeightedInputs(dict[str, Any]):
 
     def check_consumed(self, trainer_class: type) -> None:
         """
-        Raises:
-            `RuntimeError`: the loss was computed without reading the weighted entries after they were complete; the
-                message names a class that may have passed on a copy of the inputs.
+        Raise a `RuntimeError` if the loss was computed without reading the weighted entries after they were complete;
+        it names a class that may have passed on a copy of the inputs.
         """
         if not self._pending and self._complete:
             return
@@ -89,3 +84,24 @@ class WeightedInputs(dict[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         self._note(key)
         return super().get(key, default)
+
+
+def left_in_loss(
+    trainer: GRPOTrainer, inputs: WeightedInputs, advantages: Tensor, logps: Tensor, mask: Tensor
+) -> Tensor:
+    """
+    The own tokens that TRL's correction for vLLM and its off-policy mask leave in the loss, (B, T).
+
+    Unweighted advantages are (B, 1) or (B, T), log-probabilities and the mask of own tokens (B, T).
+    """
+    left = mask
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+        kept = inputs.peek("importance_sampling_ratio") != 0  # (B, T) or (B, 1); 0 is what both mask modes write
+        if trainer.loss_type == "vespo":  # takes the product over the row: one masked token takes the row out
+            kept = (kept | ~mask.bool()).all(dim=1, keepdim=True)
+        left = left * kept
+    if (threshold := trainer.off_policy_mask_threshold) is not None:
+        known = (inputs.peek(key) for key in ("sampling_per_token_logps", "old_per_token_logps"))
+        sampled = next((values for values in known if values is not None), logps)
+        left = left * trainer.get_off_policy_mask(advantages, logps, sampled, mask, threshold)
+    return left

@@ -28,23 +28,15 @@ The two papers are read as this project understands them. A function or an objec
 factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 """
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
-from .length_weight import (
-    LENGTH_WEIGHTS,
-    SCOPES,
-    SIDES,
-    LengthWeight,
-    Power,
-    as_length_weight,
-    make_length_weight,
-    sequence_mean_weights,
-    weigh_responses,
-)
+from .custom import as_length_weight, as_token_weight
+from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power, make_length_weight
+from .sides import SIDES
 from .tensors import kind, listing
-from .token_weight import TOKEN_WEIGHTS, TokenWeight, as_token_weight, make_token_weight, weigh_tokens
+from .token_weight import TOKEN_WEIGHTS, TokenWeight, make_token_weight
+from .weighing import sequence_mean_weights, weigh_responses, weigh_tokens
 
 LENGTH_AGGREGATIONS = tuple(LENGTH_WEIGHTS)
 LEARNABLE_AGGREGATIONS = tuple(name for name, member in LENGTH_WEIGHTS.items() if member.has_lambda)
@@ -71,18 +63,18 @@ __all__ = [
 
 
 def length_weights(
-    lengths: torch.Tensor,
-    lam: torch.Tensor | float | None = None,
+    lengths: Tensor,
+    lam: Tensor | float | None = None,
     *,
     aggregation: str,
     scope: str = "batch",
     length_scale: float = 1 / 9,
     max_completion_length: int | None = None,
-    advantages: torch.Tensor | None = None,
+    advantages: Tensor | None = None,
     side: str = "both",
-    features: torch.Tensor | None = None,
+    features: Tensor | None = None,
     positive_weight: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     r"""
     Length weight f of every response, for the loss ``Σ_i f_i Σ_t ℓ_it / Σ_i |o_i|`` summed over a generation batch.
 
@@ -99,7 +91,7 @@ def length_weights(
         lam (`torch.Tensor` or `float`, *optional*):
             λ, one element, any finite real number. Required by `"lambda"` and `"power"`, without effect elsewhere.
         aggregation (`str`):
-            One of `"lambda"`, `"power"`, `"grpo"`, `"dapo"`, `"dr_grpo"`; the formulas are in this module's docstring.
+            One of `LENGTH_AGGREGATIONS`; the formulas are in this module's docstring.
         scope (`str`, defaults to `"batch"`):
             Where μ and S are taken. `"batch"`: over all rows, TRL's token mean. `"prompt"`: over each group, the
             token mean of each prompt and then the mean over all P prompts; returned times ``(S_batch / P) / S_p``, so
@@ -127,22 +119,21 @@ def length_weights(
         `ValueError`: unknown member or scope, wrong shape or dtype, a negative or non-finite length or λ (looked at on
         the CPU only: on other devices the look would force a synchronisation), r out of range, a missing argument.
     """
-    options: dict[str, Any] = {"length_scale": length_scale, "max_completion_length": max_completion_length}
-    options["side"] = side
-    named: dict[str, torch.Tensor] = {}
+    named: dict[str, Tensor] = {}
     if features is not None:
         if aggregation != "power" or side == "both":
             raise ValueError(f"features have no effect with aggregation={aggregation!r} and side={side!r}.")
         if not torch.is_tensor(features) or features.shape[:2] != lengths.shape or features.dim() != 3:
             raise ValueError(f"features must be a tensor of shape (P, G, K) beside lengths, got {kind(features)}.")
         named = {f"feature {k}": features[..., k] for k in range(features.size(2))}
-    if not positive_weight > 0 or positive_weight == float("inf"):
+    if not 0 < positive_weight < float("inf"):
         raise ValueError(f"positive_weight={positive_weight} must be finite and > 0.")
     if side not in SIDES:
         raise ValueError(f"side={side!r} is unknown; accepted: {listing(SIDES)}.")
+    options = {"length_scale": length_scale, "max_completion_length": max_completion_length, "side": side}
     member = make_length_weight(aggregation, options)
     if named:
-        size = lam.numel() if isinstance(lam, torch.Tensor) else 1
+        size = lam.numel() if isinstance(lam, Tensor) else 1
         member = _AnyFeatures(side, (*(("length",) if size == len(named) + 1 else ()), *named))
     for given in (advantages, *named.values()):
         if given is not None and given.shape != lengths.shape:
@@ -160,7 +151,7 @@ class _AnyFeatures(Power):
 
 
 def probability_weights(
-    logps: torch.Tensor,
+    logps: Tensor,
     *,
     regulation: str,
     alpha: float | None = None,
@@ -168,7 +159,7 @@ def probability_weights(
     center: float = 0.25,
     min: float = 1.0,
     max: float = 1.4,
-) -> torch.Tensor:
+) -> Tensor:
     r"""
     Probability weight v of every token, increasing in the policy's own probability π of it, a constant to autograd.
 

@@ -3,14 +3,106 @@
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .features import FEATURES
+from .length_weight import LENGTH_WEIGHTS, LengthWeight
 from .tensors import kind
+from .token_weight import TOKEN_WEIGHTS, TokenWeight
 
 USERS = "the user's"  # the source of a weight that no paper or project has
+# What a length weight may name among its arguments; see `LengthWeight`.
+LENGTH_ARGUMENTS = ("lengths", "advantages", "lam", "has_tokens", "dim", "features", *FEATURES)
+# What `**kwargs` get unasked: who names another one is called in another way by it.
+_KWARGS = ("lengths", "advantages")
+
+
+class FunctionLengthWeight(LengthWeight):
+    """A function of the user's as a member: `name` is the function's, and it has a λ if it names `lam`."""
+
+    source = USERS
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.name = self.formula = function_name(function)
+        self.takes = named_arguments(function, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)
+        self.has_lambda = "lam" in self.takes
+
+    def __call__(self, **known: Any) -> Tensor:
+        return self.function(**known)
+
+
+class FunctionTokenWeight(TokenWeight):
+    """A function of the user's as a member, under its own name."""
+
+    source = USERS
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        if "probs" not in named_arguments(function, ("probs",), to_kwargs=("probs",)):
+            raise ValueError(f"{function_name(function)} must take probs, the probabilities that it weighs by.")
+        self.function = function
+        self.name = self.formula = function_name(function)
+
+    def __call__(self, probs: Tensor) -> Tensor:
+        return self.function(probs=probs)
+
+
+def as_length_weight(weight: object) -> LengthWeight:
+    """
+    A member from what the trainer's `length_weight=` takes.
+
+    Raises:
+        `ValueError`: it is neither a `LengthWeight` nor a function whose arguments there are, or it names `lam` and
+            says that it has no λ.
+    """
+    _refuse_class(weight, "length_weight")
+    if not isinstance(weight, LengthWeight):
+        return FunctionLengthWeight(weight)  # type: ignore[arg-type]  checked there
+    if ("lam" in arguments_of(weight)) != weight.has_lambda:
+        names = "names lam, and there is no λ" if not weight.has_lambda else "does not name lam, and there is a λ"
+        raise ValueError(f"{function_name(weight)} {names}: set its has_lambda = {not weight.has_lambda}.")
+    _check_name(weight, LENGTH_WEIGHTS)
+    return weight
+
+
+def as_token_weight(weight: object) -> TokenWeight:
+    """A member from what the trainer's `token_weight=` takes; a `ValueError` if it is neither object nor function."""
+    _refuse_class(weight, "token_weight")
+    if not isinstance(weight, TokenWeight):
+        return FunctionTokenWeight(weight)  # type: ignore[arg-type]  checked there
+    _check_name(weight, TOKEN_WEIGHTS)
+    return weight
+
+
+def _refuse_class(weight: object, option: str) -> None:
+    if isinstance(weight, type):
+        raise ValueError(f"{option}={weight.__name__} is a class: pass an object, {weight.__name__}().")
+
+
+def _check_name(weight: LengthWeight | TokenWeight, members: Mapping[str, type]) -> None:
+    if not weight.name:
+        raise ValueError(f"{function_name(weight)} has no name: set its class attribute name.")
+    if type(weight) is not members.get(weight.name, type(weight)):
+        raise ValueError(f"{function_name(weight)} has the name {weight.name!r} of another member: give it its own.")
+
+
+def arguments_of(member: LengthWeight) -> tuple[str, ...]:
+    """The arguments that a member is called with."""
+    if isinstance(member, FunctionLengthWeight):
+        return member.takes
+    return named_arguments(member, LENGTH_ARGUMENTS, to_kwargs=_KWARGS)
+
+
+def features_of(member: LengthWeight | None) -> tuple[str, ...]:
+    """The features, beside length, that a member is called with or that its λ weighs."""
+    if member is None:
+        return ()
+    wanted = {*member.lambda_features, *(member.takes if isinstance(member, FunctionLengthWeight) else ())}
+    return tuple(name for name in FEATURES if name in wanted)
 
 
 def function_name(function: Callable[..., Any]) -> str:
@@ -26,23 +118,11 @@ def function_name(function: Callable[..., Any]) -> str:
 
 
 def named_arguments(
-    function: Callable[..., Any],
-    accepted: tuple[str, ...],
-    to_kwargs: tuple[str, ...] = (),
-    *,
-    required: bool = False,
+    function: Callable[..., Any], accepted: tuple[str, ...], to_kwargs: tuple[str, ...] = (), *, required: bool = False
 ) -> tuple[str, ...]:
     """
-    The arguments that a function is to be called with.
-
-    Args:
-        function (`Callable`): A function or an object with `__call__`.
-        accepted (`tuple[str, ...]`): names of all that there is.
-        to_kwargs (`tuple[str, ...]`): those of them that one with `**kwargs` gets without naming them.
-        required (`bool`, defaults to `False`): leave out those that have a default.
-
-    Returns:
-        `tuple[str, ...]`: those that it names, and what its `**kwargs` get.
+    The arguments that a function is to be called with: those of `accepted` that it names, and of them `to_kwargs` if
+    it has `**kwargs`; with `required` only those that have no default.
 
     Raises:
         `ValueError`: it is not callable, is a class, hides its arguments, or requires one that there is not.
@@ -76,34 +156,26 @@ def named_arguments(
     return tuple(names)
 
 
-def check_result(name: str, weights: object, shape: torch.Size, where: torch.Tensor | None = None) -> torch.Tensor:
+def check_result(name: str, weights: object, shape: torch.Size, where: Tensor) -> Tensor:
     """
-    Check what a function of the user's returned.
-
-    Args:
-        name (`str`): The function's name.
-        weights: What it returned.
-        shape (`torch.Size`): What is needed.
-        where (`torch.Tensor`, *optional*): bool, `shape`: the entries that count.
-
-    Returns:
-        `torch.Tensor`: `weights`.
+    What a function of the user's returned, if it is weights of `shape`; `where`, of that shape, is true at the entries
+    that count.
 
     Raises:
         `ValueError`: it is no tensor of that shape, or an entry that counts is not finite and > 0. Values are looked
             at on the CPU; on other devices the look would force a synchronisation, and the weight is clamped instead.
     """
-    if not isinstance(weights, torch.Tensor) or weights.shape != shape or not weights.is_floating_point():
+    if not isinstance(weights, Tensor) or weights.shape != shape or not weights.is_floating_point():
         raise ValueError(f"{name} must return floating weights of shape {tuple(shape)}, got {kind(weights)}.")
     if weights.device.type == "cpu":
-        values = weights.detach() if where is None else weights.detach()[where]
+        values = weights.detach()[where]
         wrong = values[~(values.isfinite() & (values > 0))]
         if wrong.numel():
             raise ValueError(f"{name} must return finite weights > 0, got {wrong[0].item()}.")
     return weights
 
 
-def check_follows_lambda(name: str, weights: torch.Tensor, lam: torch.Tensor | None) -> None:
+def check_follows_lambda(name: str, weights: Tensor, lam: Tensor | None) -> None:
     """
     Raises:
         `ValueError`: λ learns, and autograd cannot reach it from `weights`: it would stay where it is, in silence.
@@ -117,11 +189,7 @@ def check_follows_lambda(name: str, weights: torch.Tensor, lam: torch.Tensor | N
 
 def import_function(path: str, option: str) -> Callable[..., Any]:
     """
-    Import a function by its dotted path, as the command line and YAML name it.
-
-    Args:
-        path (`str`): `package.module.function`.
-        option (`str`): The option it was given to, for messages.
+    Import a function by its dotted path, as the command line and YAML name it for `option`.
 
     Raises:
         `ValueError`: there is no such module or name, or it is not callable.

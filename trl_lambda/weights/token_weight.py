@@ -1,15 +1,15 @@
-"""v: how much a token counts. One small class per member, and the one way they are all computed."""
+"""v: how much a token counts. One small class per member, in one table."""
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .custom import USERS, check_result, function_name, named_arguments
-from .tensors import kind, listing, strictly_positive
+from .tensors import listing, strictly_positive
 
 
 class TokenWeight(ABC):
@@ -36,7 +36,7 @@ class TokenWeight(ABC):
         """Raise a `ValueError` if a parameter is out of its range; `prefix` goes before its name."""
 
     @abstractmethod
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, probs: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Sigmoid(TokenWeight):
         if not (math.isfinite(self.max) and self.max >= self.min):
             raise ValueError(f"{prefix}max={self.max} must be finite and >= {prefix}min={self.min}.")
 
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, probs: Tensor) -> Tensor:
         return (self.alpha * torch.sigmoid(self.slope * (probs - self.center))).clamp(min=self.min, max=self.max)
 
 
@@ -89,38 +89,12 @@ class Linear(TokenWeight):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"{prefix}alpha={self.alpha} must be in [0, 1] for the linear weight.")
 
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor:
+    def __call__(self, probs: Tensor) -> Tensor:
         return strictly_positive(self.alpha * probs + (1 - self.alpha), probs.dtype)
 
 
 # The one table: a member is added here.
 TOKEN_WEIGHTS: dict[str, type[TokenWeight]] = {member.name: member for member in (Sigmoid, Linear)}
-
-
-class FunctionTokenWeight(TokenWeight):
-    """A function of the user's as a member, under its own name."""
-
-    source = USERS
-
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        if "probs" not in named_arguments(function, ("probs",), to_kwargs=("probs",)):
-            raise ValueError(f"{function_name(function)} must take probs, the probabilities that it weighs by.")
-        self.function = function
-        self.name = self.formula = function_name(function)
-
-    def __call__(self, probs: torch.Tensor) -> torch.Tensor:
-        return self.function(probs=probs)
-
-
-def as_token_weight(weight: object) -> TokenWeight:
-    """A member from what the trainer's `token_weight=` takes; a `ValueError` if it is neither object nor function."""
-    if isinstance(weight, type):
-        raise ValueError(f"token_weight={weight.__name__} is a class: pass an object, {weight.__name__}().")
-    if isinstance(weight, TokenWeight) and not weight.name:
-        raise ValueError(f"{function_name(weight)} has no name: set its class attribute name.")
-    if isinstance(weight, TokenWeight) and type(weight) is not TOKEN_WEIGHTS.get(weight.name, type(weight)):
-        raise ValueError(f"{function_name(weight)} has the name {weight.name!r} of another member: give it its own.")
-    return weight if isinstance(weight, TokenWeight) else FunctionTokenWeight(weight)  # type: ignore[arg-type]
 
 
 def make_token_weight(name: str, options: Mapping[str, Any], prefix: str = "") -> TokenWeight:
@@ -138,32 +112,3 @@ def make_token_weight(name: str, options: Mapping[str, Any], prefix: str = "") -
     weight = member(**given)
     weight.check(prefix)
     return weight
-
-
-def weigh_tokens(member: TokenWeight, logps: torch.Tensor) -> torch.Tensor:
-    """
-    v of every token by any member.
-
-    Args:
-        member ([`TokenWeight`]): v.
-        logps (`torch.Tensor`): as for `probability_weights`.
-
-    Returns:
-        `torch.Tensor`: as `probability_weights`.
-
-    Raises:
-        `ValueError`: as `probability_weights`; or a function of the user's returned something else than positive
-            weights like its argument.
-    """
-    if not torch.is_tensor(logps) or not logps.is_floating_point():
-        raise ValueError(f"logps must be a floating tensor of log-probabilities, got {kind(logps)}.")
-    logps = logps.detach().to(torch.float64 if logps.dtype == torch.float64 else torch.float32)
-    # 0.01 is what a low-precision log-softmax may exceed 0 by; a tensor of probabilities is above it at once.
-    if logps.device.type == "cpu" and (logps > 0.01).any():
-        raise ValueError(f"logps must be natural-log probabilities (<= 0), got a value of {logps.max().item()}.")
-    probs = logps.exp().clamp(max=1)
-    if type(member) in TOKEN_WEIGHTS.values():
-        return member(probs)
-    # A policy that has diverged has probabilities of NaN: TRL's loss shows that, and the function is not to blame.
-    weights = check_result(member.name, member(probs), probs.shape, probs.isfinite())
-    return strictly_positive(weights.detach(), probs.dtype)

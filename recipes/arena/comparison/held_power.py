@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from trl_lambda.weights.length_weight import Power, sides
+from trl_lambda.weights.length_weight import Power
+from trl_lambda.weights.sides import sides
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,46 @@
+"""
+Whose lengths λ weighs: s_i, read off the sign of the advantage.
+
+    "both"       1
+    "signed"     sign(A_i)
+    "positive"   1 where A_i > 0, else 0
+    "negative"   1 where A_i < 0, else 0
+"""
+
+from torch import Tensor
+
+from .tensors import group_mean, listing
+
+SIDES = ("both", "signed", "positive", "negative")
+# A group whose advantages differ by less than this part of the largest has equal rewards and rounding.
+_ROUNDING, _FAINT = 1e-5, 1e-2
+
+
+def sides(advantages: Tensor | None, has_tokens: Tensor, side: str) -> Tensor:
+    """
+    s of every response, (P, G), in the dtype of A; A and the bool `has_tokens` are (P, G), and all sides but "both"
+    require A, or raise a `ValueError`.
+
+    A row without tokens has s = 0, and so have a group of equal rewards and a row whose reward is its group's mean:
+    their advantages are rounding around 0.
+    """
+    if side == "both":
+        return has_tokens.float()
+    if advantages is None:
+        raise ValueError(f"advantages are required by side={side!r} and aggregation='balanced': one per response.")
+    magnitude = advantages.abs() * has_tokens
+    largest = magnitude.amax(dim=1, keepdim=True)
+    spread = ((advantages - group_mean(advantages, has_tokens)).abs() * has_tokens).amax(dim=1, keepdim=True)
+    differ = spread > _ROUNDING * largest
+    # A reward that is its group's mean leaves rounding around 0: a sign by chance.
+    known = (magnitude > _ROUNDING * largest) & (differ | (magnitude > _FAINT * magnitude.amax()))
+    sign = advantages.sign() * (has_tokens & known)
+    if side == "signed":
+        return sign
+    return (sign > 0).to(sign.dtype) if side == "positive" else (sign < 0).to(sign.dtype)
+
+
+def check_side(side: str) -> None:
+    """Raise a `ValueError` for an unknown side."""
+    if side not in SIDES:
+        raise ValueError(f"lambda_side={side!r} is unknown; accepted: {listing(SIDES)}.")
