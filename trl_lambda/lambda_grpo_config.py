@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from .preference.files import LARGEST_FLOAT32
 from .preference.rules import RULES
+from .preference.target import TARGET_BOUNDS
 from .weights import SCOPES, LengthWeight, TokenWeight, make_length_weight, make_token_weight
 from .weights.length_weight import LENGTH_WEIGHTS
 from .weights.token_weight import TOKEN_WEIGHTS
@@ -335,7 +336,7 @@ class LambdaGRPOConfig(GRPOConfig):
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}={value} must be finite and > 0.")
         target, most = self.length_target, self.max_completion_length
-        if target is not None and not (target > 0 and (most is None or target <= most)):
+        if target is not None and not (0 < target < math.inf and (most is None or target <= most)):
             raise ValueError(f"length_target={target} must be > 0 and at most max_completion_length={most}.")
         if not self.lambda_max_grad_norm >= 0:
             raise ValueError(f"lambda_max_grad_norm={self.lambda_max_grad_norm} must be >= 0 (0 turns the clip off).")
@@ -411,6 +412,11 @@ class LambdaGRPOConfig(GRPOConfig):
             raise ValueError("lambda_rule='target' requires length_target: a number of tokens, or a part up to 1.")
         if rule == "target" and f.lambda_features != ("length",):
             raise ValueError(f"lambda_rule='target' weighs length alone, got lambda_features={self.lambda_features}.")
+        if rule == "target" and self.lambda_bounds is None and not abs(self.lambda_init) <= TARGET_BOUNDS[1]:
+            raise ValueError(
+                f"lambda_init={self.lambda_init} must lie in lambda_bounds={list(TARGET_BOUNDS)}, which "
+                "lambda_rule='target' has if they are not set."
+            )
         if rule != "target" and self.length_target is not None:
             raise ValueError(f"length_target={self.length_target} has no effect with lambda_rule={rule!r}.")
 

@@ -120,7 +120,7 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int, time_is_up: Call
         `int`: how many were run.
     """
     done = ledger.done()
-    keys = [ledger.key_of({**vars(spec), "options": json.dumps(ARMS[spec.arm].key)}) for spec in specs]
+    keys = [ledger.key_of({**vars(spec), "options": json.dumps(spec.definition.key)}) for spec in specs]
     todo = [spec for spec, key in zip(specs, keys, strict=True) if key not in done]
     # Read by torch when a worker starts.
     os.environ["OMP_NUM_THREADS"] = "1"
