@@ -53,7 +53,8 @@ def promise_table(rows: Rows, promised: dict[str, int]) -> str:
     """What `length_target` is to hold on two tasks: the length in every seed, the accuracy, the tokens saved."""
     lines = [
         "| task | target | seeds | settled length: least, mean, most | within 15 % | "
-        "sampled accuracy against dapo, points (one-sided 95 % lower end) | tokens against dapo, in training; held out |",
+        "sampled accuracy against dapo, points (one-sided 95 % lower end) | "
+        "tokens against dapo, in training; held out |",
         "|---|---|---|---|---|---|---|",
     ]
     found = cells(rows)
