@@ -215,7 +215,7 @@ def test_it_says_once_that_the_target_is_out_of_reach():
     ((when, text),) = said.items()
     assert 30 <= when <= 40 and "length_target=1000.0 tokens is not met" in text
     assert "bound -3 for 30 generation batches, in which the mean length, 1600.0, came no nearer" in text
-    on_its_way = [1600 * 0.99**i for i in range(60)]
+    on_its_way = [3000 * 0.985**i for i in range(60)]
     assert not rewards_of(Loop(), on_its_way, [0.5] * 60)
     assert not rewards_of(Loop(), [1100] * 100, [0.5] * 100)  # near enough
 
