@@ -15,7 +15,13 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-FIGURES = {"01_one_formula": 4, "02_swap_the_trainer": 1, "03_read_a_run": 4, "04_weights_and_tools": 3}
+FIGURES = {
+    "01_one_formula": 4,
+    "02_swap_the_trainer": 1,
+    "03_read_a_run": 4,
+    "04_weights_and_tools": 3,
+    "05_same_accuracy_fewer_tokens": 1,
+}
 
 
 def name(path: Path) -> str:

@@ -133,7 +133,7 @@ def test_a_recipe_parses_and_keeps_the_packages_defaults_of_lambda(path: Path):
     assert (get_peft_config(model_args) is not None) == ("lora" in path.stem)
 
 
-@pytest.mark.parametrize("path", [path for path in RECIPES if "trgrpo" not in path.stem], ids=name)
+@pytest.mark.parametrize("path", [p for p in RECIPES if not p.stem.endswith(("trgrpo", "budget"))], ids=name)
 def test_the_fixed_arms_are_one_override_of_the_same_file(path: Path):
     assert parse(path)[1].has_lambda
     for member in ("grpo", "dapo", "dr_grpo", "power"):
@@ -240,6 +240,9 @@ def test_a_recipe_runs_two_steps_on_stand_ins(
         lam = json.loads((tmp_path / "lambda.json").read_text())
         assert lam["global_step"] == 2 and 0 < abs(lam["lambda"]) < 0.5
         assert f"lambda 0.000 -> {lam['lambda']:.3f} (learned)" in re.sub(r" +", " ", capsys.readouterr().out)
+    elif args.length_target is not None:  # a part of the length of four generation batches: λ waits for it
+        lam = json.loads((tmp_path / "lambda.json").read_text())
+        assert lam["lambda"] == 0 and lam["rule_state"]["seen"] == 2 and lam["rule_state"]["target"] is None
     else:
         assert not (tmp_path / "lambda.json").exists()
         assert all(1.0 <= mean <= 1.4 for mean in logs(trainer, "token_weight/mean"))
@@ -277,6 +280,15 @@ def test_the_preference_recipe_runs_two_steps_as_it_stands(tmp_path, monkeypatch
     assert logs(trainer, "length_weight/negative/max")[-1] == second["negative/min"]
     for file in ("model.safetensors", "README.md", "run.png", "lambda.json"):
         assert (tmp_path / file).is_file(), file
+
+
+def test_the_budget_recipe_is_the_lora_recipe_with_another_f():
+    path = next(path for path in RECIPES if path.stem.endswith("budget"))
+    raw, plain = (yaml.safe_load(p.read_text()) for p in (path, path.with_stem("gsm8k_qwen2.5-1.5b_lora")))
+    assert {key: value for key, value in raw.items() if plain.get(key) != value} == {
+        "aggregation": "power", "length_target": 0.6, "output_dir": f"runs/{path.stem}",
+    }  # fmt: skip
+    assert raw.keys() >= plain.keys() and parse(path)[1].length_target == 0.6
 
 
 def test_the_maths_recipes_run_on_gsm8k_by_three_overrides(model, datasets, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from .preference.files import LARGEST_FLOAT32
 from .preference.rules import RULES
+from .preference.target import TARGET_BOUNDS
 from .weights import SCOPES, LengthWeight, TokenWeight
 from .weights.length_weight import LENGTH_WEIGHTS
 from .weights.token_weight import TOKEN_WEIGHTS
@@ -123,7 +124,7 @@ def _check_numbers(args: "LambdaGRPOConfig") -> None:
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"{name}={getattr(args, name)} must be finite and > 0.")
     target, most = args.length_target, args.max_completion_length
-    if target is not None and not (target > 0 and (most is None or target <= most)):
+    if target is not None and not (0 < target < math.inf and (most is None or target <= most)):
         raise ValueError(f"length_target={target} must be > 0 and at most max_completion_length={most}.")
     if not args.lambda_max_grad_norm >= 0:
         raise ValueError(f"lambda_max_grad_norm={args.lambda_max_grad_norm} must be >= 0 (0 turns the clip off).")
@@ -194,6 +195,11 @@ def _check_rule(args: "LambdaGRPOConfig", f: LengthWeight) -> None:
         raise ValueError("lambda_rule='target' requires length_target: a number of tokens, or a part up to 1.")
     elif f.lambda_features != ("length",):
         raise ValueError(f"lambda_rule='target' weighs length alone, got lambda_features={args.lambda_features}.")
+    elif args.lambda_bounds is None and not abs(args.lambda_init) <= TARGET_BOUNDS[1]:
+        raise ValueError(
+            f"lambda_init={args.lambda_init} must lie in lambda_bounds={list(TARGET_BOUNDS)}, which "
+            "lambda_rule='target' has if they are not set."
+        )
 
 
 def _check_inside_clip(args: "LambdaGRPOConfig") -> None:

@@ -63,7 +63,8 @@ class LambdaGRPOConfig(GRPOConfig):
         length_target (`float`, *optional*):
             What `"target"` steers the mean completion length to: above 1, a number of own tokens; up to 1, a part of
             the length at the start (the mean over the first four generation batches). With it `lambda_side="both"`
-            means `"positive"`, and λ is held in [-3, 3] where `lambda_bounds` is not set.
+            means `"positive"`, and λ is held in [-3, 3] where `lambda_bounds` is not set. λ's group then has no
+            momentum, and λ goes 1 - exp(-12·`lambda_learning_rate`) of its way within a generation batch.
         lambda_init (`float`, *optional*, defaults to `0.0`):
             λ at step 0; of the first feature, where there are several. 0 is DAPO's token mean.
         lambda_learnable (`bool`, *optional*, defaults to `True`):

@@ -1,5 +1,7 @@
 """Reward functions of the playground, in TRL's signature."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -45,3 +47,37 @@ def exact_answer(completions: list[Any], solution: list[str], **kwargs: Any) -> 
     return [
         float(answer != "" and answer == str(right).strip()) for answer, right in zip(answers, solution, strict=True)
     ]
+
+
+def short_right_answers(alpha: float, num_generations: int = 8) -> Callable[..., list[float]]:
+    """
+    Make the reward that, added to `exact_answer`, is the length reward of GRPO-LEAD (arXiv 2504.09696).
+
+    A right answer's reward is exp(-α·z), z its length standardised among the right answers of its group (0 where they
+    have one length); a wrong one's is 0. What is returned is the difference to `exact_answer`.
+
+    Args:
+        alpha (`float`): α.
+        num_generations (`int`): answers of a group, which TRL passes one after the other.
+
+    Returns:
+        `Callable`: a reward function, for completions, their `completion_ids` and `solution`.
+    """
+
+    def short_right_answers(
+        completions: list[Any], completion_ids: list[list[int]], solution: list[str], **kwargs: Any
+    ) -> list[float]:
+        right = [i for i, reward in enumerate(exact_answer(completions, solution)) if reward > 0]
+        groups: dict[int, list[int]] = {}
+        for i in right:
+            groups.setdefault(i // num_generations, []).append(len(completion_ids[i]))
+        rewards = [0.0] * len(completions)
+        for i in right:
+            lengths = groups[i // num_generations]
+            mean = math.fsum(lengths) / len(lengths)
+            sd = math.sqrt(math.fsum((n - mean) ** 2 for n in lengths) / len(lengths))
+            z = (len(completion_ids[i]) - mean) / sd if sd > 0 else 0.0
+            rewards[i] = math.exp(-alpha * z) - 1
+        return rewards
+
+    return short_right_answers

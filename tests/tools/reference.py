@@ -140,6 +140,38 @@ def regression(batches, features, gain, decay=0.9, ridge=0.1):
     return paths
 
 
+def target_path(lengths, target, steps, side, bounds, init, eps, rate=0.1):
+    """
+    λ after each optimizer step, from the mean length of each generation batch: λ goes to ∓(6·e + I), I at most 0.05
+    per optimizer step and a quarter of a logarithm, twice as fast where it goes back; λ's step is lr·g/(|g| + eps),
+    or lr·g without an eps, after the clip of g at 1.
+    """
+    low, high = bounds
+    sign = 1 if side == "negative" else -1
+    lam, integral, smooth, path, goal = init, sign * init, None, [], None
+    part = 1 - math.exp(-12 * rate / steps)
+    for seen, length in enumerate(lengths, start=1):
+        if target <= 1 and seen >= 4:
+            target = target * math.fsum(lengths[:4]) / 4
+        if target > 1:
+            smooth = length if smooth is None else (smooth + length) / 2
+            e = math.log(smooth / target)
+            move = 0.05 * min(steps, 4) * (math.copysign(0.25, e) if abs(e) > 0.25 else e)
+            if (move < 0 < integral) or (integral < 0 < move):
+                move *= 2
+            after = sign * (6 * e + integral + move)
+            goal = min(max(after, low), high)
+            if low <= after <= high or (after > high) != (sign * move > 0):
+                integral += move
+        for _ in range(steps):
+            if goal is not None:
+                g = min(max((lam - goal) / (high - low), -1), 1)
+                lam -= (high - low) * part * g / (1 if eps is None else abs(g) + eps)
+                lam = min(max(lam, low), high)
+            path.append(lam)
+    return path
+
+
 def growth(present, lam, r):
     """h and g = h^λ of the rows with tokens of one group."""
     mean = math.fsum(present) / len(present)

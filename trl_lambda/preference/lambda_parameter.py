@@ -104,9 +104,8 @@ class LambdaParameter:
             learning_rate (`float`): base learning rate of λ.
             adam_eps (`float`, *optional*): `eps` of the group; `None` leaves the optimizer's own.
         """
-        group = self._group(learning_rate)
+        group = self._group(learning_rate) | self._without_momentum(optimizer)
         optimizer.add_param_group(group if adam_eps is None else group | {"eps": adam_eps})
-        self.learning_rate = learning_rate
 
     def make_companion(
         self, optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any], *, learning_rate: float
@@ -123,7 +122,7 @@ class LambdaParameter:
             `torch.optim.Optimizer`: the companion.
         """
         self.companion = optimizer_class([self._group(learning_rate)], **options)
-        self.learning_rate = learning_rate
+        self.companion.param_groups[0].update(self._without_momentum(self.companion))
         return self.companion
 
     def set_eps(self, adam_eps: float | None) -> None:
@@ -132,7 +131,15 @@ class LambdaParameter:
             self.companion.param_groups[0]["eps"] = adam_eps
 
     def _group(self, learning_rate: float) -> dict[str, Any]:
-        return {"params": [self.tensor], "lr": learning_rate, "weight_decay": 0.0, "name": GROUP_NAME}
+        self.learning_rate = learning_rate if self.rule is None else self.rule.learning_rate(learning_rate)
+        return {"params": [self.tensor], "lr": self.learning_rate, "weight_decay": 0.0, "name": GROUP_NAME}
+
+    def _without_momentum(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Options of λ's group that leave out the momentum `optimizer` has, where the rule wants none."""
+        if self.rule is None or self.rule.momentum:
+            return {}
+        zeros = {"betas": lambda betas: (0.0,) * len(betas), "momentum": lambda _: 0.0, "nesterov": lambda _: False}
+        return {name: zero(optimizer.defaults[name]) for name, zero in zeros.items() if optimizer.defaults.get(name)}
 
     def group_in(self, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """λ's parameter group: the companion's, else the one in `optimizer`, else `None`."""

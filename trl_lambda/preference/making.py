@@ -2,10 +2,8 @@
 
 from ..lambda_grpo_config import LambdaGRPOConfig
 from ..weights import LengthWeight
-from .rules import Regression, Rule, Target
-
-# Of λ under "target" where `lambda_bounds` is not set: weights of right answers then differ by up to e² either way.
-TARGET_BOUNDS = (-3.0, 3.0)
+from .rules import Regression, Rule
+from .target import TARGET_BOUNDS, Target
 
 
 def bounds_of(args: LambdaGRPOConfig) -> tuple[float, float] | None:
@@ -31,5 +29,6 @@ def make_rule(args: LambdaGRPOConfig, f: LengthWeight, *, num_iterations: int) -
     if rule == "target":
         steps = (args.steps_per_generation or 1) * num_iterations / args.gradient_accumulation_steps
         assert args.length_target is not None  # the configuration has seen to it
-        return Target(args.length_target, steps, getattr(f, "side", "positive"), bounds_of(args) or TARGET_BOUNDS)
+        side, bounds = getattr(f, "side", "positive"), bounds_of(args) or TARGET_BOUNDS
+        return Target(args.length_target, steps, side, bounds, args.lambda_init)
     return None

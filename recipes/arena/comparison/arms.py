@@ -18,17 +18,21 @@ class Arm:
         options (`dict`): fields of `GRPOConfig` (if `trl`) or `LambdaGRPOConfig` that differ from the common ones.
         trl (`bool`): TRL's own trainer and reduction.
         length_weight (`str`, *optional*): dotted path of the trainer's `length_weight=`.
+        rewards (`dict`): what is added to the reward: dotted path of a function that makes a reward function, and its
+            arguments.
     """
 
     about: str
     options: dict[str, Any] = field(default_factory=dict)
     trl: bool = False
     length_weight: str | None = None
+    rewards: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def key(self) -> dict[str, Any]:
         """All that distinguishes the arm, for the column `options` of its rows."""
-        return self.options if self.length_weight is None else {**self.options, "length_weight": self.length_weight}
+        more = {"length_weight": self.length_weight, "rewards": self.rewards}
+        return {**self.options, **{name: value for name, value in more.items() if value}}
 
 
 def _trl(loss_type: str, **options: Any) -> Arm:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.arena.comparison.arms import find_arm
+from recipes.arena.comparison.arms import Arm, find_arm
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.measure import sample
 from recipes.playground.rewards import exact_answer
@@ -71,6 +71,16 @@ class RunSpec:
     split: str = "test"
 
     @property
+    def definition(self) -> Arm:
+        """The arm that its name stands for."""
+        return find_arm(self.arm)
+
+    @property
+    def completions(self) -> int:
+        """Completions of one generation batch."""
+        return PROMPTS * GENERATIONS
+
+    @property
     def base_model(self) -> Path:
         """Folder of the model that the run starts from."""
         return BASE_MODELS[self.task].folder
@@ -97,16 +107,15 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
     Returns:
         `GRPOTrainer`: TRL's own for an arm of TRL, else a `LambdaGRPOTrainer`.
     """
-    arm = find_arm(spec.arm)
+    arm = spec.definition
     classes: tuple[Any, Any] = (GRPOConfig, GRPOTrainer) if arm.trl else (LambdaGRPOConfig, LambdaGRPOTrainer)
     config_class, trainer_class = classes
-    args = config_class(
-        folder,
+    options = dict(
         seed=spec.seed,
         learning_rate=spec.learning_rate,
         lr_scheduler_type="constant",
         max_steps=spec.max_steps,
-        per_device_train_batch_size=PROMPTS * GENERATIONS // spec.steps_per_generation,
+        per_device_train_batch_size=spec.completions // spec.steps_per_generation,
         steps_per_generation=spec.steps_per_generation,
         gradient_accumulation_steps=1,
         num_generations=GENERATIONS,
@@ -119,12 +128,13 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **arm.options,
     )
+    args = config_class(folder, **(options | arm.options))
+    rewards = [import_function(path, "rewards")(**arguments) for path, arguments in arm.rewards.items()]
     own = {} if arm.length_weight is None else {"length_weight": import_function(arm.length_weight, "length_weight")}
     return trainer_class(
         model=Qwen2ForCausalLM.from_pretrained(spec.base_model),
-        reward_funcs=exact_answer,
+        reward_funcs=[exact_answer, *rewards],
         args=args,
         train_dataset=training_problems(spec.task),
         processing_class=AutoTokenizer.from_pretrained(spec.base_model),
@@ -180,7 +190,7 @@ def run(spec: RunSpec) -> dict[str, Any]:
         trainer.train()
     return {
         **asdict(spec),
-        "options": json.dumps(find_arm(spec.arm).key),
+        "options": json.dumps(spec.definition.key),
         **held_out_figures(trainer.model, trainer.processing_class, spec),
         **training_figures(trainer.state.log_history, lambda_path.path, spec.steps_per_generation),
         "seconds": round(time.perf_counter() - start, 1),

@@ -29,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from recipes.arena.comparison.arms import FIRST_ROUND, LEARNED, find_arm
+from recipes.arena.comparison.arms import FIRST_ROUND, LEARNED
 from recipes.arena.comparison.ledger import Ledger
 from recipes.arena.comparison.run import RunSpec, run
 
@@ -122,7 +122,7 @@ def execute(specs: list[RunSpec], ledger: Ledger, workers: int, time_is_up: Call
         `int`: how many were run.
     """
     done = ledger.done()
-    keys = [ledger.key_of({**vars(spec), "options": json.dumps(find_arm(spec.arm).key)}) for spec in specs]
+    keys = [ledger.key_of({**vars(spec), "options": json.dumps(spec.definition.key)}) for spec in specs]
     todo = [spec for spec, key in zip(specs, keys, strict=True) if key not in done]
     # Read by torch when a worker starts.
     os.environ["OMP_NUM_THREADS"] = "1"

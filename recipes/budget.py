@@ -1,0 +1,220 @@
+"""
+The same accuracy for fewer tokens? `python -m recipes.budget PART [PART ...]`, with the parts
+
+- `settle`: `length_target` and TRL's dapo on the two tasks with a promise to keep (see BUDGET.md), every test seed;
+- `step`: step responses on tuning seeds: batches of 64 and 32 completions, 1, 2 and 4 optimizer steps per batch;
+- `ladder`: every way of saving tokens at every setting, on four tasks, every test seed, `settle`'s runs among them;
+- `tune`: the settings of the rivals, on tuning seeds.
+
+Rows go to `recipes/arena/results/budget.csv`, one per run; what is there is not run again. `--show` prints the tables,
+`--report` writes them into `recipes/BUDGET.md`, with the pictures. `--smoke` does it in small, in `runs/budget_smoke`.
+A run takes 10 to 25 seconds of one core.
+"""
+
+import argparse
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes.arena.analysis import budget as analysis
+from recipes.arena.comparison.arms import Arm
+from recipes.arena.comparison.ledger import Ledger
+from recipes.arena.comparison.run import RunSpec
+from recipes.arena.comparison.study import KEY, RESULTS, execute
+
+PAGE = Path(__file__).parent / "BUDGET.md"
+SMOKE_FOLDER = Path("runs") / "budget_smoke"
+TUNING_SEEDS = (200, 201, 202, 203)
+TEST_SEEDS = tuple(range(500, 512))
+LEARNING_RATE, MAX_STEPS = 3e-4, 200
+TASKS = ("checked_sum", "idle_filler", "running_sum", "slippery_chain")
+PROMISED = {"checked_sum": 22, "idle_filler": 8}
+# The settings of each way of saving tokens, by task: a number of tokens, α, λ, (L_max, cache), a number of tokens.
+SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "target": {
+        "checked_sum": (28, 22, 17),
+        "idle_filler": (11, 8, 6),
+        "running_sum": (16, 13, 10),
+        "slippery_chain": (7, 6, 5),
+    },
+    "lead": dict.fromkeys(TASKS, (0.1, 0.3)),
+    "fixed": dict.fromkeys(TASKS, (-0.5, -1.0)),
+    "overlong": {
+        "checked_sum": ((48, 24), (40, 20)),
+        "idle_filler": ((24, 16), (16, 12)),
+        "running_sum": ((24, 12), (18, 9)),
+        "slippery_chain": ((10, 5), (8, 4)),
+    },
+    "cut": {
+        "checked_sum": (40, 30),
+        "idle_filler": (16, 10),
+        "running_sum": (20, 15),
+        "slippery_chain": (8, 6),
+    },
+}
+WAYS = {
+    "dapo": "TRL's dapo",
+    "target": "length_target",
+    "lead": "length reward for right answers",
+    "overlong": "soft overlong punishment",
+    "fixed": "λ fixed, positive",
+    "cut": "max_completion_length cut",
+}
+
+
+def method(name: str) -> Arm:
+    """
+    The arm that a method's name stands for: a way of saving tokens and its setting, as in "target 22".
+
+    Args:
+        name (`str`): "dapo", or "target TOKENS", "lead ALPHA", "fixed LAMBDA", "overlong L_MAX CACHE", "cut TOKENS".
+
+    Raises:
+        ValueError: no way is called so.
+    """
+    way, *values = name.split()
+    numbers = [float(value) for value in values]
+    dapo: dict[str, Any] = {"loss_type": "dapo"}
+    if way == "dapo":
+        return Arm(WAYS[way], dapo, trl=True)
+    if way == "target":
+        return Arm(WAYS[way], {"aggregation": "power", "length_target": numbers[0]})
+    if way == "fixed":
+        fixed = {"lambda_side": "positive", "lambda_init": numbers[0], "lambda_learnable": False}
+        return Arm(WAYS[way], {"aggregation": "power", **fixed})
+    if way == "lead":
+        rewards = {"recipes.playground.rewards.short_right_answers": {"alpha": numbers[0]}}
+        return Arm(WAYS[way], dapo, trl=True, rewards=rewards)
+    if way == "overlong":
+        limits = {"max_completion_len": int(numbers[0]), "soft_punish_cache": int(numbers[1])}
+        return Arm(WAYS[way], dapo, trl=True, rewards={"trl.rewards.get_soft_overlong_punishment": limits})
+    if way == "cut":
+        return Arm(WAYS[way], {**dapo, "max_completion_length": int(numbers[0])}, trl=True)
+    raise ValueError(f"{name!r} is no method; accepted: {', '.join(WAYS)}, each but the first with its setting.")
+
+
+def names_of(way: str, task: str) -> list[str]:
+    """The methods of one way of saving tokens on a task."""
+    if way == "dapo":
+        return [way]
+    settings = SETTINGS[way][task]
+    return [" ".join([way, *map(str, s if isinstance(s, tuple) else (s,))]) for s in settings]
+
+
+@dataclass(frozen=True)
+class BudgetSpec(RunSpec):
+    """
+    A run of this study; `arm` is a method's name.
+
+    Args:
+        batch (`int`): completions of a generation batch.
+    """
+
+    batch: int = 64
+
+    @property
+    def definition(self) -> Arm:
+        return method(self.arm)
+
+    @property
+    def completions(self) -> int:
+        return self.batch
+
+    @property
+    def max_completion_length(self) -> int:
+        return self.definition.options.get("max_completion_length", super().max_completion_length)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What is run.
+
+    Args:
+        tasks (`tuple[str, ...]`): of the ladder.
+        seeds, tuning_seeds (`tuple[int, ...]`): of `settle` and `ladder`; of `step` and `tune`.
+        max_steps (`int`): optimizer steps of a run.
+        ways (`tuple[str, ...]`): of the ladder.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    seeds: tuple[int, ...] = TEST_SEEDS
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    max_steps: int = MAX_STEPS
+    ways: tuple[str, ...] = tuple(WAYS)
+
+    def _spec(self, study: str, task: str, name: str, seed: int, **more: Any) -> BudgetSpec:
+        return BudgetSpec(study, task, name, seed, LEARNING_RATE, self.max_steps, **more)
+
+    def settle(self) -> list[BudgetSpec]:
+        """Seed by seed, so that a study that is cut short has whole seeds."""
+        return [
+            self._spec("budget", task, name, seed)
+            for seed, task in itertools.product(self.seeds, PROMISED)
+            if task in self.tasks
+            for name in ("dapo", f"target {PROMISED[task]}")
+        ]
+
+    def step(self) -> list[BudgetSpec]:
+        """The same target, cut into batches and optimizer steps in four ways."""
+        cuts = ({"steps_per_generation": n} for n in (4, 2, 1))
+        return [
+            self._spec("step", task, f"target {PROMISED[task]}", seed, split="validation", **cut)
+            for cut in (*cuts, {"batch": 32})
+            for task, seed in itertools.product(PROMISED, self.tuning_seeds[:2])
+            if task in self.tasks
+        ]
+
+    def ladder(self) -> list[BudgetSpec]:
+        """Two tasks at a time, seed by seed."""
+        pairs = [self.tasks[i : i + 2] for i in range(0, len(self.tasks), 2)]
+        return [
+            self._spec("budget", task, name, seed)
+            for pair in pairs
+            for seed, task in itertools.product(self.seeds, pair)
+            for way in self.ways
+            for name in names_of(way, task)
+        ]
+
+    def tune(self) -> list[BudgetSpec]:
+        """Every way but `length_target` and dapo on the tuning seeds."""
+        return [
+            self._spec("tune", task, name, seed, split="validation")
+            for seed, task in itertools.product(self.tuning_seeds, self.tasks)
+            for way in self.ways
+            if way not in ("dapo", "target")
+            for name in names_of(way, task)
+        ]
+
+
+SMOKE = Plan(TASKS[1:2], TUNING_SEEDS[:2], TUNING_SEEDS[:2], 8)
+
+
+def main() -> None:
+    """Parse the command line and do its parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="settle, step, ladder, tune")
+    parser.add_argument("--smoke", action="store_true", help=f"a small version of it, in {SMOKE_FOLDER}")
+    parser.add_argument("--workers", type=int, default=1, help="processes of one thread (default: %(default)s)")
+    parser.add_argument("--show", action="store_true", help="print the tables")
+    parser.add_argument("--report", action="store_true", help="write tables and pictures")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - {"settle", "step", "ladder", "tune"}:
+        parser.error(f"no part is called {', '.join(sorted(unknown))}")
+    folder = SMOKE_FOLDER if args.smoke else RESULTS
+    ledger, plan = Ledger(folder / "budget.csv", (*KEY, "batch", "split")), SMOKE if args.smoke else Plan()
+    for part in args.parts:
+        execute(getattr(plan, part)(), ledger, args.workers)
+    if args.show or args.report:
+        if args.show:
+            print(analysis.tables(ledger.rows(), WAYS, PROMISED))
+        if args.report:
+            page = folder / PAGE.name if args.smoke else PAGE
+            if args.smoke:
+                page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+            analysis.write(ledger.rows(), WAYS, PROMISED, folder, page)
+
+
+if __name__ == "__main__":
+    main()

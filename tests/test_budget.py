@@ -1,0 +1,138 @@
+"""`recipes.budget`: its methods, its plan, its tables and its command."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+from trl import GRPOConfig
+from trl.rewards import get_soft_overlong_punishment
+
+from recipes import budget
+from recipes.arena.analysis import budget as analysis
+from recipes.arena.analysis.paired_statistics import student_quantile
+from recipes.arena.comparison.run import make_trainer
+from recipes.playground.rewards import exact_answer, short_right_answers
+from trl_lambda import LambdaGRPOConfig
+
+PLAN = budget.Plan()
+METHODS = sorted({spec.arm for spec in PLAN.ladder()})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_configuration_of_its_own(name, tmp_path):
+    arm = budget.method(name)
+    config_class = GRPOConfig if arm.trl else LambdaGRPOConfig
+    config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **arm.options)
+    assert [other for other in METHODS if budget.method(other).key == arm.key] == [name]
+
+
+def test_a_method_that_nobody_knows():
+    with pytest.raises(ValueError, match="'hope 3' is no method; accepted: dapo, target"):
+        budget.method("hope 3")
+
+
+def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
+    ladder = PLAN.ladder()
+    cells = {(spec.task, spec.arm) for spec in ladder}
+    assert len(ladder) == len(set(ladder)) == 12 * len(cells)
+    for task in budget.TASKS:
+        ways = [name.split()[0] for of, name in cells if of == task]
+        assert {way: ways.count(way) for way in budget.WAYS} == {
+            "dapo": 1, "target": 3, "lead": 2, "overlong": 2, "fixed": 2, "cut": 2,
+        }  # fmt: skip
+    settle = PLAN.settle()
+    assert len(settle) == 48 and set(settle) <= set(ladder)
+    assert [spec.seed for spec in settle] == sorted(spec.seed for spec in settle)  # cut short, it has whole seeds
+    assert {spec.seed for spec in ladder} == set(range(500, 512)) and all(s.split == "test" for s in ladder)
+    for part in (PLAN.step(), PLAN.tune(), budget.SMOKE.settle(), budget.SMOKE.ladder()):
+        assert {spec.seed for spec in part} <= set(range(200, 204))
+    assert {(spec.completions, spec.steps_per_generation) for spec in PLAN.step()} == {
+        (64, 4), (64, 2), (64, 1), (32, 4),
+    }  # fmt: skip
+
+
+def test_rewards_and_cuts_reach_the_trainer(tmp_path):
+    def trainer_of(name, **more):
+        return make_trainer(budget.BudgetSpec("x", "idle_filler", name, 0, 1e-4, 1, **more), str(tmp_path))
+
+    lead, overlong = trainer_of("lead 0.3"), trainer_of("overlong 24 16", batch=32)
+    assert [f.__name__ for f in lead.reward_funcs] == ["exact_answer", "short_right_answers"]
+    ids = [[1] * 20, [1] * 8]
+    assert overlong.reward_funcs[1](ids) == get_soft_overlong_punishment(24, 16)(ids) == [-0.75, 0]
+    assert overlong.args.per_device_train_batch_size * overlong.args.steps_per_generation == 32
+    cut = budget.BudgetSpec("x", "idle_filler", "cut 10", 0, 1e-4, 1)
+    assert cut.max_completion_length == 10 == trainer_of("cut 10").args.max_completion_length
+    assert trainer_of("target 8").args.max_completion_length == 36
+
+
+def test_the_length_reward_of_right_answers_equals_plain_loops():
+    answers = ["=1", "..=1", "=2", "......=1", "=3", "=1", "=4", "=5"]
+    ids = [[1] * len(answer) for answer in answers]
+    solution = ["1"] * 4 + ["1"] * 4
+    total = [
+        a + b
+        for a, b in zip(
+            exact_answer(answers, solution),
+            short_right_answers(0.5, num_generations=4)(answers, completion_ids=ids, solution=solution),
+            strict=True,
+        )
+    ]
+    lengths = [2, 4, 8]
+    mean = sum(lengths) / 3
+    sd = math.sqrt(sum((n - mean) ** 2 for n in lengths) / 3)
+    first = [math.exp(-0.5 * (n - mean) / sd) for n in lengths]
+    assert total == pytest.approx(
+        [first[0], first[1], 0, first[2], 0, 1, 0, 0]
+    )  # one right answer of its group: z = 0
+
+
+def row(task, arm, seed, accuracy, tokens, lengths, **more):
+    return {
+        "study": "budget", "task": task, "arm": arm, "seed": str(seed), "accuracy_sampled": str(accuracy),
+        "mean_length": str(tokens), "length_curve": " ".join(map(str, lengths)), "batch": "64",
+        "steps_per_generation": "4",
+    } | more  # fmt: skip
+
+
+def test_the_tables_say_what_the_rows_hold():
+    gaps = [0.01, -0.01, 0.03]
+    rows = [row("t", "dapo", s, 0.5, 40.0, [9.0] * 30 + [40.0] * 20) for s in range(3)]
+    rows += [row("t", "target 20", s, 0.5 + gap, 20.0, [9.0] * 30 + [20.0 + 2 * s] * 20) for s, gap in enumerate(gaps)]
+    promise = analysis.promise_table(rows, {"t": 20}).splitlines()[-1]
+    lower = 1.0 - student_quantile(0.95, 2) * 2.0 / math.sqrt(3)
+    assert promise == f"| t | 20 | 3 | 20.0, 22.0, 24.0 | 2 of 3 | +1.0 ({lower:+.1f}) | -45 %; -50 % |"
+    ladder = analysis.ladder_table(rows, budget.WAYS).splitlines()[2:]
+    assert ladder[0] == "| t | TRL's dapo | – | 3 | 40.0 | 50.0 |  |  |"
+    assert ladder[1].startswith("| t | length_target | 20 | 3 | 20.0 | 51.0 | +1.0 [") and ladder[1].endswith(
+        "-20.0 |"
+    )
+    curve = np.concatenate([np.linspace(40, 21, 20), np.full(30, 20.0)])
+    steps = [row("t", "target 20", s, 0.5, 20.0, curve, study="step") for s in range(2)]
+    assert analysis.step_table(steps).splitlines()[-1] == "| t | 64 | 4 | 2 | 60, 60 | 1.00, 1.00 |"
+    assert analysis.settled_length(steps[0]) == 20.0
+    figure = analysis.draw_frontier(rows, budget.WAYS)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["t"]
+    assert len(analysis.draw_steps(steps).axes[0].lines) == 1
+
+
+def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "SMOKE_FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["budget", "settle", "--smoke", "--show", "--report"])
+    monkeypatch.setattr(budget, "SMOKE", budget.Plan(budget.TASKS[1:2], (200,), (200,), 8))
+    budget.main()
+    first = (tmp_path / "budget.csv").read_text()
+    assert len(first.splitlines()) == 3 and "length_target" in first
+    options = [json.loads(r["options"]) for r in budget.Ledger(tmp_path / "budget.csv", ("seed",)).rows()]
+    assert options == [{"loss_type": "dapo"}, {"aggregation": "power", "length_target": 8.0}]
+    assert "| idle_filler | TRL's dapo | – | 1 |" in capsys.readouterr().out
+    page = (tmp_path / "BUDGET.md").read_text()
+    assert "| idle_filler | length_target | 8 | 1 |" in page
+    assert {"budget_frontier.png", "budget_steps.png"} <= {path.name for path in tmp_path.iterdir()}
+    budget.main()
+    assert (tmp_path / "budget.csv").read_text() == first
+    monkeypatch.setattr(sys, "argv", ["budget", "all"])
+    with pytest.raises(SystemExit):
+        budget.main()
+    assert "no part is called all" in capsys.readouterr().err
