@@ -3,7 +3,9 @@ The same accuracy for fewer tokens? `python -m recipes.budget PART [PART ...]`, 
 
 - `settle`: `length_target` and TRL's dapo on the two tasks with a promise to keep (see BUDGET.md), every test seed;
 - `step`: step responses on tuning seeds: batches of 64 and 32 completions, 1, 2 and 4 optimizer steps per batch;
+- `own`: a target that is the length `dapo` ends with, and `dapo`, on tuning seeds: λ should have nothing to do;
 - `ladder`: every way of saving tokens at every setting, on four tasks, every test seed, `settle`'s runs among them;
+- `identify`: how fast the length moves under a fixed λ, which the controller's gains were set by, on one tuning seed;
 - `tune`: the settings of the rivals, on tuning seeds.
 
 Rows go to `recipes/arena/results/budget.csv`, one per run; what is there is not run again. `--show` prints the tables,
@@ -28,8 +30,10 @@ SMOKE_FOLDER = Path("runs") / "budget_smoke"
 TUNING_SEEDS = (200, 201, 202, 203)
 TEST_SEEDS = tuple(range(500, 512))
 LEARNING_RATE, MAX_STEPS = 3e-4, 200
+PARTS = ("settle", "step", "own", "ladder", "identify", "tune")
 TASKS = ("checked_sum", "idle_filler", "running_sum", "slippery_chain")
 PROMISED = {"checked_sum": 22, "idle_filler": 8}
+OWN = {"idle_filler": 14, "checked_sum": 36}  # about what dapo ends with
 # The settings of each way of saving tokens, by task: a number of tokens, α, λ, (L_max, cache), a number of tokens.
 SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "target": {
@@ -166,6 +170,15 @@ class Plan:
             if task in self.tasks
         ]
 
+    def own(self) -> list[BudgetSpec]:
+        """The length that the task ends with by itself as a target."""
+        return [
+            self._spec("own", task, name, seed, split="validation")
+            for task, seed in itertools.product(OWN, self.tuning_seeds)
+            if task in self.tasks
+            for name in ("dapo", f"target {OWN[task]}")
+        ]
+
     def ladder(self) -> list[BudgetSpec]:
         """Two tasks at a time, seed by seed."""
         pairs = [self.tasks[i : i + 2] for i in range(0, len(self.tasks), 2)]
@@ -175,6 +188,15 @@ class Plan:
             for seed, task in itertools.product(self.seeds, pair)
             for way in self.ways
             for name in names_of(way, task)
+        ]
+
+    def identify(self) -> list[BudgetSpec]:
+        """λ held at four values and at 0."""
+        return [
+            BudgetSpec("identify", task, name, self.tuning_seeds[0], LEARNING_RATE, 120, split="validation")
+            for task in PROMISED
+            if task in self.tasks
+            for name in ("dapo", *(f"fixed {value}" for value in (-3, -2, -1, 1)))
         ]
 
     def tune(self) -> list[BudgetSpec]:
@@ -194,13 +216,13 @@ SMOKE = Plan(TASKS[1:2], TUNING_SEEDS[:2], TUNING_SEEDS[:2], 8)
 def main() -> None:
     """Parse the command line and do its parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="settle, step, ladder, tune")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--smoke", action="store_true", help=f"a small version of it, in {SMOKE_FOLDER}")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread (default: %(default)s)")
     parser.add_argument("--show", action="store_true", help="print the tables")
     parser.add_argument("--report", action="store_true", help="write tables and pictures")
     args = parser.parse_args()
-    if unknown := set(args.parts) - {"settle", "step", "ladder", "tune"}:
+    if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part is called {', '.join(sorted(unknown))}")
     folder = SMOKE_FOLDER if args.smoke else RESULTS
     ledger, plan = Ledger(folder / "budget.csv", (*KEY, "batch", "split")), SMOKE if args.smoke else Plan()

@@ -108,6 +108,60 @@ def ladder_table(rows: Rows, ways: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def own_table(rows: Rows) -> str:
+    """A target at the policy's own length: λ over the run, and what differs from dapo with the same seed."""
+    lines = [
+        "| task | target | seed | λ: mean, mean of its size | settled length, dapo's | sampled accuracy, dapo's, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = cells(rows, "own")
+    for (task, name), runs in found.items():
+        for seed, row in runs.items():
+            theirs = found.get((task, BASELINE), {}).get(seed)
+            if name != BASELINE and theirs is not None:
+                lam = curve(row, "lambda_curve")
+                accuracies = ", ".join(f"{100 * float(of['accuracy_sampled']):.1f}" for of in (row, theirs))
+                lines.append(
+                    f"| {task} | {name.split()[1]} | {seed} | {lam.mean():+.2f}, {abs(lam).mean():.2f} | "
+                    f"{settled_length(row):.1f}, {settled_length(theirs):.1f} | {accuracies} |"
+                )
+    return "\n".join(lines)
+
+
+def speed_table(rows: Rows) -> str:
+    """k of ln L ≈ k·λ per optimizer step: the movement under a fixed λ less that of dapo, over λ and steps."""
+    windows = ((0, 3), (0, 8), (8, 20))
+    lines = [
+        "| task | λ | " + " | ".join(f"k, batches {a} to {b}" for a, b in windows) + " |",
+        "|---|---|" + "---|" * len(windows),
+    ]
+    found = cells(rows, "identify")
+    for (task, name), runs in found.items():
+        if name == BASELINE or (task, BASELINE) not in found:
+            continue
+        ks = []
+        for a, b in windows:
+            moved = []
+            for row in (*runs.values(), *found[task, BASELINE].values()):
+                logs = np.log(curve(row, "length_curve"))
+                moved.append(logs[b - 1 : b + 2].mean() - logs[max(0, a - 1) : a + 2].mean())
+            steps = (b - a) * int(next(iter(runs.values()))["steps_per_generation"])
+            ks.append(f"{(moved[0] - moved[1]) / float(name.split()[1]) / steps:.3f}")
+        lines.append(f"| {task} | {name.split()[1]} | {' | '.join(ks)} |")
+    return "\n".join(lines)
+
+
+def all_tables(rows: Rows, ways: dict[str, str], promised: dict[str, int]) -> dict[str, str]:
+    """The tables by the name that their markers carry."""
+    return {
+        "promise": promise_table(rows, promised),
+        "ladder": ladder_table(rows, ways),
+        "step": step_table(rows),
+        "own": own_table(rows),
+        "speed": speed_table(rows),
+    }
+
+
 def step_table(rows: Rows) -> str:
     """Step responses: optimizer steps until the smoothed length stays within 15 % of the target, and where it ends."""
     lines = [
@@ -132,7 +186,7 @@ def step_table(rows: Rows) -> str:
 
 def tables(rows: Rows, ways: dict[str, str], promised: dict[str, int]) -> str:
     """All tables, each under its name."""
-    parts = {"promise": promise_table(rows, promised), "ladder": ladder_table(rows, ways), "step": step_table(rows)}
+    parts = all_tables(rows, ways, promised)
     return "\n\n".join(f"{name}\n\n{table}" for name, table in parts.items())
 
 
@@ -200,7 +254,7 @@ def write(rows: Rows, ways: dict[str, str], promised: dict[str, int], folder: Pa
         folder (`Path`): for `budget_frontier.png` and `budget_steps.png`.
         page (`Path`): a markdown file with markers, as `replace_tables` wants them.
     """
-    parts = {"promise": promise_table(rows, promised), "ladder": ladder_table(rows, ways), "step": step_table(rows)}
+    parts = all_tables(rows, ways, promised)
     page.write_text(replace_tables(page.read_text(encoding="utf-8"), parts), encoding="utf-8")
     draw_frontier(rows, ways).savefig(folder / "budget_frontier.png", dpi=130)
     draw_steps(rows).savefig(folder / "budget_steps.png", dpi=130)
