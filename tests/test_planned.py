@@ -168,9 +168,11 @@ def test_without_rows_the_command_says_why(tmp_path, capsys):
     assert "planned.csv" in capsys.readouterr().err
 
 
-def test_the_committed_page_shows_the_committed_rows():
-    page = (page_of.RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    assert page == replace_tables(page, page_of.tables_of(page_of.RESULTS))
+def test_the_committed_pages_show_the_committed_rows():
+    tables = page_of.tables_of(page_of.RESULTS)
+    for path in page_of.PAGES:
+        page = path.read_text(encoding="utf-8")
+        assert page == replace_tables(page, tables) and tables["answers"] in page
 
 
 def test_a_row_that_is_not_reproduced_is_named(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@ part of them will do.
 
     python -m recipes.arena.analysis.planned
 
-It replaces the tables of the arena's `README.md` that it knows and writes `results/planned.png`. The questions and how
-they are decided are in `recipes/arena/PLAN.md`. It needs `pip install "trl-lambda[arena]"`.
+It replaces the tables that it knows in the arena's `README.md` and in `docs/arena.md`, and writes
+`results/planned.png`. The questions and how they are decided are in `recipes/arena/PLAN.md`. It needs
+`pip install "trl-lambda[arena]"`.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from recipes.arena.analysis.runs import paired_differences, read_runs, values_of
 from recipes.arena.analysis.tables import SHOWN, difference_cell, markdown_table, mean_and_error, replace_tables
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+PAGES = (RESULTS.parent / "README.md", RESULTS.parents[2] / "docs" / "arena.md")
 _DRAWN = {
     "dapo": ("#000000", "-"),
     "positive_weight_3": ("#E69F00", (0, (5, 1.5))),
@@ -117,13 +119,13 @@ def _answers_table(answers: list[Answer], rates: list[dict[str, str]], alignment
             own = [a for a in answers if a.claim.question == question]
             holds = verdict(answers, question)
             held = sum(a.holds is True for a in own)
-            shown = f"{held} of {len(own)} comparisons hold" if len(own) > 3 else ""
+            shown = f"{held} of {len(own)} comparisons hold"
             lines = {(a.claim.task, a.claim.metric): _points(a) for a in own}
             if len(lines) == len(own):
                 parts = [f"{task} {_short(metric)}{text}" for (task, metric), text in lines.items()]
-                shown = "; ".join([*([shown] if shown else []), *parts])
+                shown = "; ".join([shown, *parts])
             else:
-                shown += ", all below"
+                shown += ": see below"
         rows.append([question, asked, f"**{_WORD[holds]}**", shown])
     return markdown_table(["", "question", "answer", "points of mean training reward, if nothing else is said"], rows)
 
@@ -289,13 +291,13 @@ def draw(groups: Groups) -> Any:
     return figure
 
 
-def write(results: Path, page: Path | None) -> list[Path]:
+def write(results: Path, pages: Iterable[Path]) -> list[Path]:
     """
     Write tables and picture.
 
     Args:
         results (`Path`): the folder with the rows.
-        page (`Path`, *optional*): whose tables are replaced, if it exists.
+        pages (`Iterable[Path]`): whose tables are replaced, where they exist.
 
     Returns:
         `list[Path]`: the files written.
@@ -307,9 +309,9 @@ def write(results: Path, page: Path | None) -> list[Path]:
     groups = read_runs(results / "planned.csv")
     written = [results / "planned.png"]
     draw(groups).savefig(written[0], dpi=150)
-    if page is not None and page.exists():
-        text = page.read_text(encoding="utf-8")
-        page.write_text(replace_tables(text, tables_of(results)), encoding="utf-8")
+    tables = tables_of(results)
+    for page in (page for page in pages if page.exists()):
+        page.write_text(replace_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
         written.append(page)
     return written
 
@@ -329,9 +331,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows; default: %(default)s")
     options = parser.parse_args(arguments)
-    page = (RESULTS.parent if options.results.resolve() == RESULTS else options.results) / "README.md"
+    pages = PAGES if options.results.resolve() == RESULTS else (options.results / "README.md",)
     try:
-        written = write(options.results, page)
+        written = write(options.results, pages)
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
