@@ -273,13 +273,15 @@ def draw(groups: Groups) -> Any:
             if band is not None:
                 top.fill_between(steps, 100 * (mean - band), 100 * (mean + band), color=color, alpha=0.1, linewidth=0)
         finish_panel(top, task, "optimizer step", "training reward, %")
-        arms = [arm for arm in group if arm != "dapo" and arm not in ("tr", "ar_0.6")]
-        arms.sort(key=lambda arm: values_of(group[arm], "auc").mean())
+        differences = {
+            arm: 100 * paired_differences(runs, group.get("dapo", {}), "auc")
+            for arm, runs in group.items()
+            if arm not in ("dapo", "tr", "ar_0.6")
+        }
+        arms = [arm for arm, values in differences.items() if len(values) > 1]
+        arms.sort(key=lambda arm: differences[arm].mean())
         for place, arm in enumerate(arms):
-            differences = 100 * paired_differences(group[arm], group.get("dapo", {}), "auc")
-            if len(differences) < 2:
-                continue
-            found = compare(arm, "dapo", differences)
+            found = compare(arm, "dapo", differences[arm])
             color = _DRAWN.get(arm, ("0.35", "-"))[0]
             bottom.plot([found.low, found.high], [place, place], color=color, linewidth=1.5)
             bottom.plot([found.difference], [place], marker="o", color=color, markersize=5)
