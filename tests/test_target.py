@@ -309,7 +309,7 @@ def test_vllms_ratio_does_not_move_it():
     for use_vllm in (False, True):
         trainer = build(LambdaGRPOTrainer, config(LambdaGRPOConfig, batch, **TARGET), batch)
         inputs = scored(trainer)
-        trainer._lambda.rule.observe(trainer._known["train"].batch, math.nan)
+        trainer._lambda.rule.observe(trainer._scoring.batches["train"], math.nan)
         if use_vllm:
             trainer.use_vllm, trainer.vllm_importance_sampling_mode = True, "token_mask"
             inputs["importance_sampling_ratio"] = ratio("token_mask", inputs["completion_ids"].shape)
