@@ -163,6 +163,23 @@ def test_the_page_gets_the_tables_and_keeps_them(tmp_path):
     assert "**not run**" in next(line for line in text.splitlines() if line.startswith("| H3 |"))
 
 
+def test_alignment_is_judged_at_every_checkpoint_of_the_explained_tasks():
+    def rows(low, r2=0.3):
+        return [
+            {"task": t, "checkpoint": c, "weight": "positive3_settled", "r2": r2 if t in MATTERS else 0.1}
+            | {"ratio_adam": low if (t, c) == ("running_sum", "300") else 1.2, "ratio_adam_se": 0.01}
+            for t in (*MATTERS, *IDLE)
+            for c in ("base", "33", "66", "100", "300")
+        ]
+
+    holds, shown = page_of._alignment_answer(rows(1.15))
+    assert holds is True and "above 1.1 at 10 of the 10 checkpoints" in shown
+    assert page_of._alignment_answer(rows(1.05))[0] is False
+    assert page_of._alignment_answer(rows(1.05, r2=0.1))[0] is True  # no task is explained: nothing to be above
+    assert page_of._alignment_answer(rows(0.97, r2=0.1))[0] is False
+    assert page_of._alignment_answer(rows(1.2)[:-1])[0] is None
+
+
 def test_without_rows_the_command_says_why(tmp_path, capsys):
     assert page_of.main(["--results", str(tmp_path)]) == 1
     assert "planned.csv" in capsys.readouterr().err

@@ -229,14 +229,16 @@ def _alignment_answer(alignment: list[dict[str, Any]]) -> tuple[bool | None, str
     if len(own) < 5 * len(tasks):
         return None, f"{len(own)} of {5 * len(tasks)} checkpoints measured"
     explained = [task for task in tasks if own[task, "base"]["r2"] > 0.2]
-    above = all(own[task, "base"]["ratio_adam"] > 1.1 for task in explained)
+    theirs = [row for (task, _), row in own.items() if task in explained]
+    above = sum(row["ratio_adam"] > 1.1 for row in theirs)
     lowest = min(own.values(), key=lambda row: row["ratio_adam"])
     base = ", ".join(
         f"{task} {own[task, 'base']['ratio_adam']:.2f} (R² {own[task, 'base']['r2']:.2f})" for task in tasks
     )
     shown = f"ratio at the base model: {base}; lowest {lowest['ratio_adam']:.2f} ± {lowest['ratio_adam_se']:.2f} "
     shown += f"({lowest['task']}, {lowest['checkpoint']})"
-    return above and lowest["ratio_adam"] >= 0.98, shown
+    shown += f"; above 1.1 at {above} of the {len(theirs)} checkpoints of the tasks with R² > 0.2 at the base model"
+    return above == len(theirs) and lowest["ratio_adam"] >= 0.98, shown
 
 
 def _alignment_table(alignment: list[dict[str, Any]]) -> str:
