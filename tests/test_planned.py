@@ -217,6 +217,22 @@ def test_a_row_that_is_not_reproduced_is_named(tmp_path, monkeypatch):
         planned.reproduce(5, tmp_path, 1)
 
 
+def test_what_the_pages_say_of_both_levers_stands_in_the_tables():
+    groups = read_runs(page_of.RESULTS / "planned.csv")
+    gains, steps = [], []
+    for found in answer(groups):
+        if (found.claim.arm, found.claim.baseline) == ("positive3_x3", "dapo"):
+            assert found.holds is True
+            gains.append(page_of._points(found))
+    for task in MATTERS:
+        group = groups["planned", task]
+        steps.append(budget(group["positive3_x3"], group["dapo"]).steps[0])
+    assert len(gains) == 2 and all(0.7 < ratio < 0.8 for ratio in steps)
+    for page in page_of.PAGES:
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        assert f"{gains[0]} and {gains[1]} points" in text
+
+
 def test_the_committed_tuning_page_shows_its_rows():
     page = (preference_tuning.RESULTS.parent.parent / "preference_tuning.md").read_text(encoding="utf-8")
     table = "\n".join(preference_tuning.show(preference_tuning.RESULTS))
