@@ -34,7 +34,10 @@ def add_legend(figure: Any, title: str, order: tuple[str, ...] = ()) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     labels = sorted(found, key=lambda label: (label == "other arms", [*order, label].index(label)))
+    # A column takes its handle and about a ninth of an inch for each letter of its longest label.
+    fitting = int(figure.get_figwidth() / (0.6 + 0.09 * max(map(len, labels), default=1)))
+    columns = max(1, min(7, fitting, len(labels)))
     figure.legend(
-        [found[label] for label in labels], labels, loc="outside upper left", ncols=min(7, len(labels)),
+        [found[label] for label in labels], labels, loc="outside upper left", ncols=columns,
         frameon=False, fontsize=9, handlelength=3, title=title, title_fontsize=9.5, alignment="left",
     )  # fmt: skip
