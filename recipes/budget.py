@@ -6,7 +6,8 @@ The same accuracy for fewer tokens? `python -m recipes.budget PART [PART ...]`, 
 - `own`: a target that is the length `dapo` ends with, and `dapo`, on tuning seeds: λ should have nothing to do;
 - `ladder`: every way of saving tokens at every setting, on four tasks, every test seed, `settle`'s runs among them;
 - `identify`: how fast the length moves under a fixed λ, which the controller's gains were set by, on one tuning seed;
-- `tune`: the settings of the rivals, on tuning seeds.
+- `remedy`: what might hold the target on `checked_sum` in every seed: side "signed", or λ in [-6, 6], on tuning seeds;
+- `tune`: every setting of the rivals in `TRIED`, on tuning seeds, for `SETTINGS` to hold two of them.
 
 Rows go to `recipes/arena/results/budget.csv`, one per run; what is there is not run again. `--show` prints the tables,
 `--report` writes them into `recipes/BUDGET.md`, with the pictures. `--smoke` does it in small, in `runs/budget_smoke`.
@@ -30,11 +31,29 @@ SMOKE_FOLDER = Path("runs") / "budget_smoke"
 TUNING_SEEDS = (200, 201, 202, 203)
 TEST_SEEDS = tuple(range(500, 512))
 LEARNING_RATE, MAX_STEPS = 3e-4, 200
-PARTS = ("settle", "step", "own", "ladder", "identify", "tune")
+PARTS = ("settle", "step", "own", "ladder", "identify", "remedy", "tune")
 TASKS = ("checked_sum", "idle_filler", "running_sum", "slippery_chain")
 PROMISED = {"checked_sum": 22, "idle_filler": 8}
+REMEDIES = {"signed": {"lambda_side": "signed"}, "wide": {"lambda_bounds": (-6.0, 6.0)}}  # words after a target
 OWN = {"idle_filler": 14, "checked_sum": 36}  # about what dapo ends with
-# The settings of each way of saving tokens, by task: a number of tokens, α, λ, (L_max, cache), a number of tokens.
+# The settings of each rival that are tried on tuning seeds, by task: α, λ, (L_max, cache), a number of tokens.
+TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "lead": dict.fromkeys(TASKS, (0.05, 0.1, 0.2, 0.4)),
+    "fixed": dict.fromkeys(TASKS, (-0.5, -1.0, -2.0)),
+    "overlong": {
+        "checked_sum": ((48, 24), (40, 20), (32, 16)),
+        "idle_filler": ((24, 16), (16, 12), (12, 8)),
+        "running_sum": ((24, 12), (18, 9), (14, 7)),
+        "slippery_chain": ((12, 6), (10, 5), (8, 4)),
+    },
+    "cut": {
+        "checked_sum": (40, 30, 24),
+        "idle_filler": (16, 10, 8),
+        "running_sum": (20, 15, 12),
+        "slippery_chain": (10, 8, 6),
+    },
+}
+# The settings of each way of saving tokens, by task; of `length_target` a number of tokens.
 SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "target": {
         "checked_sum": (28, 22, 17),
@@ -72,18 +91,20 @@ def method(name: str) -> Arm:
     The arm that a method's name stands for: a way of saving tokens and its setting, as in "target 22".
 
     Args:
-        name (`str`): "dapo", or "target TOKENS", "lead ALPHA", "fixed LAMBDA", "overlong L_MAX CACHE", "cut TOKENS".
+        name (`str`): "dapo", or "target TOKENS" with or without one of `REMEDIES`, "lead ALPHA",
+            "fixed LAMBDA", "overlong L_MAX CACHE", "cut TOKENS".
 
     Raises:
         ValueError: no way is called so.
     """
     way, *values = name.split()
-    numbers = [float(value) for value in values]
+    remedies = [REMEDIES[value] for value in values if value in REMEDIES]
+    numbers = [float(value) for value in values if value not in REMEDIES]
     dapo: dict[str, Any] = {"loss_type": "dapo"}
     if way == "dapo":
         return Arm(WAYS[way], dapo, trl=True)
     if way == "target":
-        return Arm(WAYS[way], {"aggregation": "power", "length_target": numbers[0]})
+        return Arm(WAYS[way], {"aggregation": "power", "length_target": numbers[0], **dict(*remedies)})
     if way == "fixed":
         fixed = {"lambda_side": "positive", "lambda_init": numbers[0], "lambda_learnable": False}
         return Arm(WAYS[way], {"aggregation": "power", **fixed})
@@ -98,11 +119,11 @@ def method(name: str) -> Arm:
     raise ValueError(f"{name!r} is no method; accepted: {', '.join(WAYS)}, each but the first with its setting.")
 
 
-def names_of(way: str, task: str) -> list[str]:
+def names_of(way: str, task: str, settings_of: dict[str, dict[str, tuple[Any, ...]]] = SETTINGS) -> list[str]:
     """The methods of one way of saving tokens on a task."""
     if way == "dapo":
         return [way]
-    settings = SETTINGS[way][task]
+    settings = settings_of[way][task]
     return [" ".join([way, *map(str, s if isinstance(s, tuple) else (s,))]) for s in settings]
 
 
@@ -140,6 +161,7 @@ class Plan:
         seeds, tuning_seeds (`tuple[int, ...]`): of `settle` and `ladder`; of `step` and `tune`.
         max_steps (`int`): optimizer steps of a run.
         ways (`tuple[str, ...]`): of the ladder.
+        remedy_seeds (`tuple[int, ...]`): of `remedy`, tuning seeds too.
     """
 
     tasks: tuple[str, ...] = TASKS
@@ -147,6 +169,7 @@ class Plan:
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     max_steps: int = MAX_STEPS
     ways: tuple[str, ...] = tuple(WAYS)
+    remedy_seeds: tuple[int, ...] = tuple(range(200, 208))
 
     def _spec(self, study: str, task: str, name: str, seed: int, **more: Any) -> BudgetSpec:
         return BudgetSpec(study, task, name, seed, LEARNING_RATE, self.max_steps, **more)
@@ -199,18 +222,27 @@ class Plan:
             for name in ("dapo", *(f"fixed {value}" for value in (-3, -2, -1, 1)))
         ]
 
+    def remedy(self) -> list[BudgetSpec]:
+        """The promised target as it is and with each remedy, and dapo."""
+        return [
+            self._spec("remedy", task, name, seed, split="validation")
+            for task in PROMISED
+            if task in self.tasks
+            for seed in self.remedy_seeds
+            for name in ("dapo", *(f"target {PROMISED[task]}{word}" for word in ("", *(f" {r}" for r in REMEDIES))))
+        ]
+
     def tune(self) -> list[BudgetSpec]:
-        """Every way but `length_target` and dapo on the tuning seeds."""
+        """dapo, and every setting of its rivals in `TRIED`, on the tuning seeds."""
         return [
             self._spec("tune", task, name, seed, split="validation")
             for seed, task in itertools.product(self.tuning_seeds, self.tasks)
-            for way in self.ways
-            if way not in ("dapo", "target")
-            for name in names_of(way, task)
+            for way in ("dapo", *TRIED)
+            for name in names_of(way, task, TRIED)
         ]
 
 
-SMOKE = Plan(TASKS[1:2], TUNING_SEEDS[:2], TUNING_SEEDS[:2], 8)
+SMOKE = Plan(TASKS[1:2], TUNING_SEEDS[:2], TUNING_SEEDS[:2], 8, remedy_seeds=TUNING_SEEDS[:1])
 
 
 def main() -> None:

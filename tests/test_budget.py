@@ -28,6 +28,12 @@ def test_every_method_is_a_configuration_of_its_own(name, tmp_path):
     assert [other for other in METHODS if budget.method(other).key == arm.key] == [name]
 
 
+def test_a_remedy_changes_one_option_of_its_target():
+    plain = budget.method("target 22").options
+    assert budget.method("target 22 signed").options == plain | {"lambda_side": "signed"}
+    assert budget.method("target 22 wide").options == plain | {"lambda_bounds": (-6.0, 6.0)}
+
+
 def test_a_method_that_nobody_knows():
     with pytest.raises(ValueError, match="'hope 3' is no method; accepted: dapo, target"):
         budget.method("hope 3")
@@ -46,8 +52,9 @@ def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
     assert len(settle) == 48 and set(settle) <= set(ladder)
     assert [spec.seed for spec in settle] == sorted(spec.seed for spec in settle)  # cut short, it has whole seeds
     assert {spec.seed for spec in ladder} == set(range(500, 512)) and all(s.split == "test" for s in ladder)
-    for part in (PLAN.step(), PLAN.tune(), budget.SMOKE.settle(), budget.SMOKE.ladder()):
-        assert {spec.seed for spec in part} <= set(range(200, 204))
+    for part in (PLAN.step(), PLAN.tune(), PLAN.remedy(), budget.SMOKE.settle(), budget.SMOKE.ladder()):
+        assert {spec.seed for spec in part} <= set(range(200, 208))
+    assert {spec.split for spec in (*PLAN.tune(), *PLAN.remedy())} == {"validation"}
     assert {(spec.completions, spec.steps_per_generation) for spec in PLAN.step()} == {
         (64, 4), (64, 2), (64, 1), (32, 4),
     }  # fmt: skip
