@@ -236,7 +236,7 @@ class Plan:
         """dapo, and every setting of its rivals in `TRIED`, on the tuning seeds."""
         return [
             self._spec("tune", task, name, seed, split="validation")
-            for seed, task in itertools.product(self.tuning_seeds, self.tasks)
+            for seed, task in itertools.product(self.tuning_seeds[:3], self.tasks)
             for way in ("dapo", *TRIED)
             for name in names_of(way, task, TRIED)
         ]
