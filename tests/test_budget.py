@@ -11,6 +11,8 @@ from trl.rewards import get_soft_overlong_punishment
 
 from recipes import budget
 from recipes.arena.analysis import budget as analysis
+from recipes.arena.analysis.budget_rows import split_name
+from recipes.arena.analysis.frontier import frontier_table
 from recipes.arena.analysis.paired_statistics import student_quantile
 from recipes.arena.comparison.run import make_trainer
 from recipes.playground.rewards import exact_answer, short_right_answers
@@ -122,6 +124,32 @@ def test_the_tables_say_what_the_rows_hold():
     figure = analysis.draw_frontier(rows, budget.WAYS)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["t"]
     assert len(analysis.draw_steps(steps).axes[0].lines) == 1
+
+
+def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():
+    rows = [row("t", "dapo", s, 0.6 + 0.01 * s, 40.0, []) for s in range(3)]
+    rows += [row("t", "target 20", s, 0.5 + 0.02 * s, 20.0, []) for s in range(3)]
+    rows += [row("t", "target 30 signed", s, 0.1, 30.0, []) for s in range(3)]  # on another curve
+    rows += [row("t", "lead 0.1", s, 0.5, 25.0 + s, []) for s in range(3)]  # mean tokens 26: 0.7 target, 0.3 dapo
+    rows += [row("t", "cut 10", s, 0.3, 10.0, []) for s in range(3)]  # beyond the curve: its end counts
+    rows += [row("t", "overlong 48 24", s, 0.9, 30.0, []) for s in range(3)]
+    lead, overlong, cut = frontier_table(rows, budget.WAYS).splitlines()[2:]
+    # By seed 0.7·target + 0.3·dapo less the rival's: 3, 4.7 and 6.4 points.
+    gaps = [100 * (0.7 * (0.5 + 0.02 * s) + 0.3 * (0.6 + 0.01 * s) - 0.5) for s in range(3)]
+    assert gaps == pytest.approx([3.0, 4.7, 6.4])
+    assert lead.startswith("| t | length reward for right answers | 0.1 | 26.0 | +4.7 [")
+    assert lead.endswith("| above |") and "| below |" in overlong
+    assert cut.startswith("| t | max_completion_length cut | 10 | 10.0 | +22.0 [") and cut.endswith(
+        "with 20.0 tokens |"
+    )
+    signed = frontier_table(rows, budget.WAYS, "target signed").splitlines()[2]
+    assert "| 26.0 | -40.0 " in signed  # its end with 30 tokens
+
+
+def test_a_name_is_its_way_and_its_setting():
+    assert split_name("overlong 48 24") == ("overlong", "48 24")
+    assert split_name("fixed -0.5") == ("fixed", "-0.5")
+    assert split_name("target 22 signed") == ("target signed", "22") and split_name("dapo") == ("dapo", "")
 
 
 def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch, capsys):

@@ -8,48 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from recipes.arena.analysis.budget_rows import (
+    BASELINE,
+    Rows,
+    cells,
+    curve,
+    interval_text,
+    settled_length,
+    split_name,
+)
 from recipes.arena.analysis.curves import mean_and_band
-from recipes.arena.analysis.paired_statistics import bootstrap_interval, student_quantile
+from recipes.arena.analysis.frontier import STYLES, draw_frontier, frontier_table
+from recipes.arena.analysis.paired_statistics import student_quantile
 from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
 from recipes.arena.analysis.tables import replace_tables
 
-Rows = list[dict[str, str]]
-LAST = 20  # generation batches at the end, over which a length counts as settled
-BASELINE = "dapo"
-_STYLES = (
-    ("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#E69F00", "v"), ("#009E73", "D"), ("#CC79A7", "X"),
-)  # fmt: skip
 
-
-def curve(row: dict[str, str], name: str) -> np.ndarray:
-    """A curve of a row."""
-    return np.array([float(value) for value in row[name].split()])
-
-
-def settled_length(row: dict[str, str]) -> float:
-    """Mean completion length in training over the last `LAST` generation batches, in tokens."""
-    return float(curve(row, "length_curve")[-LAST:].mean())
-
-
-def cells(rows: Rows, study: str = "budget") -> dict[tuple[str, str], dict[str, dict[str, str]]]:
-    """(task, method) -> seed -> row."""
-    found: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in rows:
-        if row["study"] == study:
-            found[row["task"], row["arm"]][row["seed"]] = row
-    return found
-
-
-def _interval(values: list[float], scale: float = 1.0, digits: int = 1) -> str:
-    """Mean and its 95 % interval, as text."""
-    mean = f"{scale * statistics.fmean(values):+.{digits}f}"
-    if len(values) < 2 or len(set(values)) < 2:
-        return mean
-    low, high = bootstrap_interval([scale * value for value in values])
-    return f"{mean} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def promise_table(rows: Rows, promised: dict[str, int]) -> str:
+def promise_table(rows: Rows, promised: dict[str, int], study: str = "budget") -> str:
     """What `length_target` is to hold on two tasks: the length in every seed, the accuracy, the tokens saved."""
     lines = [
         "| task | target | seeds | settled length: least, mean, most | within 15 % | "
@@ -57,9 +32,15 @@ def promise_table(rows: Rows, promised: dict[str, int]) -> str:
         "tokens against dapo, in training; held out |",
         "|---|---|---|---|---|---|---|",
     ]
-    found = cells(rows)
-    for task, target in promised.items():
-        mine, theirs = found[task, f"target {target}"], found[task, BASELINE]
+    found = cells(rows, study)
+    held = [
+        (task, name, target)
+        for task, target in promised.items()
+        for where, name in found
+        if where == task and split_name(name)[0].startswith("target") and split_name(name)[1] == str(target)
+    ]
+    for task, name, target in held:
+        mine, theirs = found[task, name], found[task, BASELINE]
         seeds = sorted(set(mine) & set(theirs))
         if len(seeds) < 2:
             continue
@@ -69,36 +50,37 @@ def promise_table(rows: Rows, promised: dict[str, int]) -> str:
         error = statistics.stdev(gaps) / math.sqrt(len(gaps))
         lower = statistics.fmean(gaps) - student_quantile(0.95, len(gaps) - 1) * error
         train = 100 * (statistics.fmean(lengths) / statistics.fmean(settled_length(theirs[s]) for s in seeds) - 1)
-        held = [statistics.fmean(float(side[s]["mean_length"]) for s in seeds) for side in (mine, theirs)]
+        ends = [statistics.fmean(float(side[s]["mean_length"]) for s in seeds) for side in (mine, theirs)]
         lines.append(
-            f"| {task} | {target} | {len(seeds)} | {min(lengths):.1f}, {statistics.fmean(lengths):.1f}, "
-            f"{max(lengths):.1f} | {near} of {len(seeds)} | {statistics.fmean(gaps):+.1f} ({lower:+.1f}) | "
-            f"{train:+.0f} %; {100 * (held[0] / held[1] - 1):+.0f} % |"
+            f"| {task} | {name.removeprefix('target ')} | {len(seeds)} | "
+            f"{min(lengths):.1f}, {statistics.fmean(lengths):.1f}, {max(lengths):.1f} | {near} of {len(seeds)} | "
+            f"{statistics.fmean(gaps):+.1f} ({lower:+.1f}) | {train:+.0f} %; {100 * (ends[0] / ends[1] - 1):+.0f} % |"
         )
     return "\n".join(lines)
 
 
-def ladder_table(rows: Rows, ways: dict[str, str]) -> str:
+def ladder_table(rows: Rows, ways: dict[str, str], study: str = "budget") -> str:
     """Every method with the mean of its seeds, and its paired difference to dapo with a 95 % interval."""
     lines = [
         "| task | method | setting | seeds | tokens, held out | sampled accuracy, % | accuracy against dapo, points | "
         "tokens against dapo |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    found = cells(rows)
+    found = cells(rows, study)
+    order = list(ways)
     for (task, name), runs in sorted(
-        found.items(), key=lambda cell: (cell[0][0], list(ways).index(cell[0][1].split()[0]))
+        found.items(), key=lambda cell: (cell[0][0], order.index(split_name(cell[0][1])[0]))
     ):
         theirs = found[task, BASELINE]
         seeds = [seed for seed in runs if seed in theirs]
-        way, _, setting = name.partition(" ")
+        way, setting = split_name(name)
         tokens = statistics.fmean(float(row["mean_length"]) for row in runs.values())
         accuracy = 100 * statistics.fmean(float(row["accuracy_sampled"]) for row in runs.values())
         against = ["", ""]
         if name != BASELINE and seeds:
             columns = (("accuracy_sampled", 100.0), ("mean_length", 1.0))
             against = [
-                _interval([float(runs[s][column]) - float(theirs[s][column]) for s in seeds], scale)
+                interval_text([float(runs[s][column]) - float(theirs[s][column]) for s in seeds], scale)
                 for column, scale in columns
             ]
         lines.append(
@@ -155,7 +137,10 @@ def all_tables(rows: Rows, ways: dict[str, str], promised: dict[str, int]) -> di
     """The tables by the name that their markers carry."""
     return {
         "promise": promise_table(rows, promised),
+        "frontier": frontier_table(rows, ways),
         "ladder": ladder_table(rows, ways),
+        "remedy": promise_table(rows, promised, "remedy"),
+        "tune": ladder_table(rows, ways, "tune"),
         "step": step_table(rows),
         "own": own_table(rows),
         "speed": speed_table(rows),
@@ -190,40 +175,6 @@ def tables(rows: Rows, ways: dict[str, str], promised: dict[str, int]) -> str:
     return "\n\n".join(f"{name}\n\n{table}" for name, table in parts.items())
 
 
-def _half_widths(values: np.ndarray) -> np.ndarray:
-    """Half of Student's 95 % interval of each column's mean, of (seeds, columns); 0 of one seed."""
-    n = len(values)
-    if n < 2:
-        return np.zeros(values.shape[1])
-    return student_quantile(0.975, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n)
-
-
-def draw_frontier(rows: Rows, ways: dict[str, str]) -> Any:
-    """Accuracy against mean tokens, a panel per task, a curve per way of saving tokens; bars are 95 % intervals."""
-    found = cells(rows)
-    tasks = list(dict.fromkeys(task for task, _ in found))
-    figure, panels = new_figure((len(tasks) + 1) // 2, min(2, len(tasks)), width=4.6, height=3.4)
-    for axes, task in zip(panels.flat, tasks, strict=False):
-        for (way, label), (color, marker) in zip(ways.items(), _STYLES, strict=True):
-            points = []
-            for (of, name), runs in found.items():
-                if of == task and name.split()[0] == way:
-                    columns = (("mean_length", 1.0), ("accuracy_sampled", 100.0))
-                    values = np.array([[scale * float(r[c]) for c, scale in columns] for r in runs.values()])
-                    points.append((*values.mean(axis=0), *_half_widths(values)))
-            if points:
-                x, y, dx, dy = np.array(sorted(points)).T
-                axes.errorbar(
-                    x, y, xerr=dx, yerr=dy, color=color, marker=marker, markersize=5, linewidth=1.2, elinewidth=0.8,
-                    label=label,
-                )  # fmt: skip
-        finish_panel(axes, task, "mean tokens, held out", "sampled accuracy, %")
-    for axes in panels.flat[len(tasks) :]:
-        axes.set_visible(False)
-    add_legend(figure, "ways of saving tokens (bars: 95 % intervals over seeds)", tuple(ways.values()))
-    return figure
-
-
 def draw_steps(rows: Rows) -> Any:
     """Length over target against optimizer steps, a panel per task, a line per cut into batches and steps."""
     groups: dict[str, dict[tuple[int, int], list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
@@ -233,7 +184,7 @@ def draw_steps(rows: Rows) -> Any:
             groups[row["task"]][int(row["batch"]), int(row["steps_per_generation"])].append(ratio)
     figure, panels = new_figure(1, max(1, len(groups)), width=4.6, height=3.2)
     for axes, (task, cuts) in zip(panels.flat, groups.items(), strict=False):
-        for ((batch, steps), ratios), (color, _) in zip(sorted(cuts.items()), _STYLES, strict=False):
+        for ((batch, steps), ratios), (color, _) in zip(sorted(cuts.items()), STYLES, strict=False):
             mean = mean_and_band(ratios)[0]
             label = f"{batch} completions, {steps} step{'s' if steps > 1 else ''} per batch"
             axes.plot(steps * np.arange(len(mean)), mean, color=color, linewidth=1.1, label=label)
