@@ -203,12 +203,10 @@ class Plan:
         ]
 
     def ladder(self) -> list[BudgetSpec]:
-        """Two tasks at a time, seed by seed."""
-        pairs = [self.tasks[i : i + 2] for i in range(0, len(self.tasks), 2)]
+        """Seed by seed."""
         return [
             self._spec("budget", task, name, seed)
-            for pair in pairs
-            for seed, task in itertools.product(self.seeds, pair)
+            for seed, task in itertools.product(self.seeds, self.tasks)
             for way in self.ways
             for name in names_of(way, task)
         ]

@@ -55,6 +55,8 @@ _ASKED = {
     "H4": "Is λ × v more than either?",
     "H5": "Does its direction lie nearer to the policy gradient?",
     "6": "Is it a larger learning rate in disguise?",
+    "H2 again": "After the answers: no harm of `positive3_x3` there?",
+    "H3 again": "And does `positive3_x3` last for 300 steps?",
 }
 _WORD = {True: "yes", False: "no", None: "not run"}
 

@@ -77,6 +77,9 @@ PARTS: dict[str, Part] = {
     ),
     "with_v": Part("planned", LENGTH_MATTERS, ("tr", "ar_0.6", "positive3_tr", "positive3_ar"), 24),
     "published": Part("planned", LENGTH_MATTERS, ("grpo", "softmax", "balanced"), 24),
+    # Added after the answers, as PLAN.md says: what H2 and H3 ask, of the arm that came out highest.
+    "elsewhere_x3": Part("planned", LENGTH_IDLE, ("positive3_x3",), 24),
+    "long_x3": Part("planned_long", LENGTH_MATTERS, ("positive3_x3",), 16, 300),
 }
 RATES = "rates"
 
