@@ -119,7 +119,7 @@ def test_the_tables_say_what_the_rows_hold():
     )
     curve = np.concatenate([np.linspace(40, 21, 20), np.full(30, 20.0)])
     steps = [row("t", "target 20", s, 0.5, 20.0, curve, study="step") for s in range(2)]
-    assert analysis.step_table(steps).splitlines()[-1] == "| t | 64 | 4 | 2 | 60, 60 | 1.00, 1.00 |"
+    assert analysis.step_table(steps).splitlines()[-1] == "| t | 64 | 4 | 2 | 68, 68 | 68, 68 | 1.00, 1.00 |"
     assert analysis.settled_length(steps[0]) == 20.0
     figure = analysis.draw_frontier(rows, budget.WAYS)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["t"]
@@ -134,14 +134,18 @@ def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():
     rows += [row("t", "cut 10", s, 0.3, 10.0, []) for s in range(3)]  # beyond the curve: its end counts
     rows += [row("t", "overlong 48 24", s, 0.9, 30.0, []) for s in range(3)]
     lead, overlong, cut = frontier_table(rows, budget.WAYS).splitlines()[2:]
-    # By seed 0.7·target + 0.3·dapo less the rival's: 3, 4.7 and 6.4 points.
-    gaps = [100 * (0.7 * (0.5 + 0.02 * s) + 0.3 * (0.6 + 0.01 * s) - 0.5) for s in range(3)]
-    assert gaps == pytest.approx([3.0, 4.7, 6.4])
-    assert lead.startswith("| t | length reward for right answers | 0.1 | 26.0 | +4.7 [")
-    assert lead.endswith("| above |") and "| below |" in overlong
-    assert cut.startswith("| t | max_completion_length cut | 10 | 10.0 | +22.0 [") and cut.endswith(
-        "with 20.0 tokens |"
-    )
+    # On the curve 0.7·0.52 + 0.3·0.61 of 26 tokens.
+    assert lead.startswith("| t | length reward for right answers | 0.1 | 3 | 26.0 | +4.7 [")
+    gaps = []
+    for left in ((1, 2), (0, 2), (0, 1)):
+        share = (25 + sum(left) / 2 - 20) / 20
+        mine = (1 - share) * (0.5 + 0.01 * sum(left)) + share * (0.6 + 0.005 * sum(left))
+        gaps.append(100 * (mine - 0.5))
+    half = student_quantile(0.975, 2) * math.sqrt(2 / 3 * sum((g - sum(gaps) / 3) ** 2 for g in gaps))
+    assert f"[{4.7 - half:+.1f}, {4.7 + half:+.1f}] | level |" in lead and half > 4.7
+    assert overlong.endswith("| below |")
+    assert cut.startswith("| t | max_completion_length cut | 10 | 3 | 10.0 | +22.0 [")
+    assert cut.endswith("above, with 20.0 tokens |")
     signed = frontier_table(rows, budget.WAYS, "target signed").splitlines()[2]
     assert "| 26.0 | -40.0 " in signed  # its end with 30 tokens
 

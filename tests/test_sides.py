@@ -243,6 +243,35 @@ def test_several_features_equal_the_normal_equations():
     assert rule.metrics()["lambda/r2"] > 0.05 and rule.metrics()["lambda/slope"] > 0.2
 
 
+@pytest.mark.parametrize("slope", [0.6, -0.6])
+@pytest.mark.parametrize("side", SIDES[1:])
+def test_on_every_side_the_rule_pushes_where_the_slope_points(side, slope):
+    """The part of |f·A| that speaks for what the slope says, Σ f·A·x / Σ f·|A|, is more than without f."""
+    batch = synthetic(slope, 0)
+    rule = Regression(("length",), 2.0, side)
+    rule.observe(batch, math.nan)
+    lam = -rule.gradient(torch.zeros(1)).item()
+    assert abs(lam) == pytest.approx(1.2, abs=0.2)
+    f = length_weights(batch.lengths, lam, aggregation="power", advantages=batch.advantages, side=side)
+    x = batch.lengths.double().log()
+    x = x - x.mean(dim=1, keepdim=True)
+    push, plain = (((a * x).sum() / a.abs().sum()).item() / slope for a in (f * batch.advantages, batch.advantages))
+    assert push > 1.05 * plain > 0
+
+
+def test_groups_of_equal_rewards_are_no_signal():
+    """Rewards of 0.7 leave advantages of 6e-4, all of one sign, where TRL divides rounding by its 1e-4."""
+    batch, rule = synthetic(0.8, 0), Regression(("length",), 2.0)
+    rule.observe(batch, math.nan)
+    before = rule.slopes().item()
+    rule.observe(GenerationBatch(batch.lengths, torch.full_like(batch.advantages, 6e-4)), math.nan)
+    assert rule.slopes().item() == pytest.approx(before, rel=0.01)
+    assert rule.state_dict()["count"] == pytest.approx(0.9 * 64 * 7)
+    rows = torch.where(batch.advantages > 0, batch.lengths, 0)  # what is left of a group is right throughout
+    rule.observe(GenerationBatch(rows, (batch.advantages > 0).float()), math.nan)
+    assert rule.state_dict()["count"] == pytest.approx(0.81 * 64 * 7)
+
+
 def test_a_rule_without_any_signal_asks_for_nothing():
     rule = Regression(("length",), 2.0)
     rule.observe(GenerationBatch(torch.tensor([[3, 5]]), torch.zeros(1, 2)), math.nan)

@@ -194,6 +194,24 @@ def test_its_state_goes_through_json():
         Target(0.5, 4, "positive", BOUNDS).load_state_dict({"target": 3.0})
 
 
+def test_a_target_that_is_changed_on_the_way_is_the_target():
+    loop = Loop(target=0.5)
+    for length in (80, 120, 90, 110, 100):
+        loop.generation_batch(length)
+    for target, tokens in ((0.25, 25.0), (70.0, 70.0), (0.5, 50.0)):
+        other = Target(target, 4, "positive", BOUNDS)
+        other.load_state_dict(loop.rule.state_dict())
+        other.observe(batch_of(100), math.nan)
+        assert other.metrics()["lambda/target_gap"] == pytest.approx(math.log(102.5 / tokens))
+    absolute = Loop(target=70.0)
+    for length in (80, 120, 90, 110, 100):
+        absolute.generation_batch(length)
+    other = Target(0.5, 4, "positive", BOUNDS)  # of the length at the start of the run, not of its rest
+    other.load_state_dict(absolute.rule.state_dict())
+    other.observe(batch_of(10), math.nan)
+    assert other.metrics()["lambda/target_gap"] == pytest.approx(math.log(55.625 / 50))
+
+
 # ---- Warnings ----
 
 
@@ -294,6 +312,17 @@ def test_every_cut_equals_the_reference(cut, peft):
     assert logged[0] == pytest.approx(math.log(batch.mean_lengths(1)[0] / 4.0), abs=1e-6)
 
 
+def test_masked_answers_have_been_sampled_all_the_same():
+    """The shorter batches end without EOS, and are masked: their lengths still count."""
+    batch = Shrinking()
+    result = train(
+        LambdaGRPOTrainer, LambdaGRPOConfig, batch, max_steps=6, mask_truncated_completions=True, **TARGET, **ADAMW
+    )
+    expected = reference.target_path(batch.mean_lengths(6), 4.0, 1, "positive", BOUNDS, 0.0, 1.0)
+    assert result.lambdas == pytest.approx(expected, abs=1e-5)
+    assert (result.trainer._scoring.batches["train"].lengths <= 1).all()  # of the sixth little is left in the loss
+
+
 def test_two_processes_take_the_same_steps(tmp_path):
     job = {"trainer": "lambda", "options": {**TARGET, **ADAMW, "max_steps": 4}}
     alone = run_job(json.loads(json.dumps(job)))
@@ -358,6 +387,7 @@ def test_resumed_in_either_home_to_the_last_bit(tmp_path, before, after, target)
         ({"length_target": "long"}, "length_target='long' must be a number"),
         ({"length_target": 9.0, "lambda_learnable": False}, "length_target=9.0 has no effect with lambda_learnable"),
         ({"length_target": 9.0, "lambda_init": 4.0}, "lambda_init=4.0 must lie in lambda_bounds=[-3.0, 3.0]"),
+        ({"length_target": 9.0, "lambda_adam_eps": 1e-8}, "lambda_adam_eps=1e-08 must be at least 1"),
         ({"length_target": 9.0, "lambda_gain": 3.0}, "lambda_gain=3.0 has no effect with lambda_rule='target'"),
     ],
 )

@@ -195,6 +195,11 @@ def _check_rule(args: "LambdaGRPOConfig", f: LengthWeight) -> None:
         raise ValueError("lambda_rule='target' requires length_target: a number of tokens, or a part up to 1.")
     elif f.lambda_features != ("length",):
         raise ValueError(f"lambda_rule='target' weighs length alone, got lambda_features={args.lambda_features}.")
+    elif args.lambda_adam_eps < 1:
+        raise ValueError(
+            f"lambda_adam_eps={args.lambda_adam_eps} must be at least 1 with lambda_rule='target': with a smaller one "
+            "Adam's step ignores how far λ has to go, and λ swings from bound to bound."
+        )
     elif args.lambda_bounds is None and not abs(args.lambda_init) <= TARGET_BOUNDS[1]:
         raise ValueError(
             f"lambda_init={args.lambda_init} must lie in lambda_bounds={list(TARGET_BOUNDS)}, which "

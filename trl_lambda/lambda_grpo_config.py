@@ -43,8 +43,9 @@ class LambdaGRPOConfig(GRPOConfig):
             the mean over prompts, the paper's formula as written.
         lambda_side (`str`, *optional*, defaults to `"both"`):
             Whose lengths λ weighs: `"both"`: every response's, the paper; `"signed"`: λ·sign(A); `"positive"`: those
-            with A > 0 only; `"negative"`: those with A < 0 only. With the last three (this project's) λ > 0 makes a
-            longer right answer count more, without making a longer wrong one count more too.
+            with A > 0 only; `"negative"`: those with A < 0 only (the last three are this project's). With `"signed"`
+            and `"positive"` λ > 0 makes a longer right answer count more, without making a longer wrong one count more
+            too; with `"negative"` λ > 0 makes a longer wrong one count more, and the rules turn their sign.
         lambda_features (`list[str]`, *optional*, defaults to `["length"]`):
             What λ weighs, one λ each: `"length"`, `"mean_logp"`, `"min_logp"` (mean and least log-probability of the
             own tokens under the sampling policy). More than length with `"power"` and a side other than `"both"`.

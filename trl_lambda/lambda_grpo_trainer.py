@@ -9,7 +9,6 @@ and stay unweighted. Then the optimizers step, λ's with the model's, and λ is 
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,8 +150,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
                 self._scoring.take(self._mode, self._buffered_inputs if self.model.training else [inputs])
             batch = self._scoring.batches[self._mode]
             self._loss_metrics.note_generation_batch(self._mode, batch)
-            if self._lambda is not None and self._lambda.rule is not None and self.model.training:
-                self._lambda.rule.observe(batch, (self._metrics["train"]["reward"] or [math.nan])[-1])
+            if self.model.training:
+                self._lambda_step.observe(batch)
             if self.log_completions and self.length_weight is not None:
                 self._weight_column.fill(self._logs["extra"], self._response_weights.of(batch))
         return inputs

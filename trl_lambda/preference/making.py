@@ -25,7 +25,7 @@ def make_rule(args: LambdaGRPOConfig, f: LengthWeight, *, num_iterations: int) -
     """
     rule = args.rule_of(f) if args.lambda_learnable else "descent"
     if rule == "regression":
-        return Regression(f.lambda_features, args.lambda_gain)
+        return Regression(f.lambda_features, args.lambda_gain, getattr(f, "side", "signed"))
     if rule == "target":
         steps = (args.steps_per_generation or 1) * num_iterations / args.gradient_accumulation_steps
         assert args.length_target is not None  # the configuration has seen to it

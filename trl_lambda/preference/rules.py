@@ -18,7 +18,7 @@ import torch
 
 from ..trl_seam.generation_batch import GenerationBatch
 from ..weights.features import centred_features
-from ..weights.sides import sides
+from ..weights.sides import advantages_differ
 
 RULES = ("descent", "regression", "target")
 # Parts of the sums of "regression" that stay from one generation batch to the next.
@@ -37,8 +37,11 @@ class Rule(ABC):
     momentum = True
 
     @abstractmethod
-    def observe(self, batch: GenerationBatch, mean_reward: float) -> None:
-        """Take in a new generation batch of training, the same on every process, and its mean reward."""
+    def observe(self, batch: GenerationBatch, mean_reward: float, mean_length: float | None = None) -> None:
+        """
+        Take in a new generation batch of training, the same on every process, and what TRL has logged of it: its mean
+        reward and, where rows may be masked that have been sampled, its mean length in own tokens.
+        """
 
     @abstractmethod
     def gradient(self, lam: torch.Tensor) -> torch.Tensor | None:
@@ -68,34 +71,37 @@ class Regression(Rule):
     features and 0 for one.
 
     w is shrunk by the part of it that is noise, ``max(0, 1 - K·σ²/bᵀw)`` with ``σ² = (Σa² - bᵀw)/n`` and
-    ``n = Σ_groups (G - 1)``: for one feature that is ``1 - se²/β²``. The gradient is ``λ - κw``.
+    ``n = Σ_groups (G - 1)``: for one feature that is ``1 - se²/β²``. The gradient is ``λ - κw``;
+    for side "negative", where λ > 0 counts those wrong answers more that x is large of, it is ``λ + κw``.
 
     Args:
         features (`tuple[str, ...]`): what λ weighs, K names.
         gain (`float`): κ.
+        side (`str`): whose features λ weighs.
     """
 
-    def __init__(self, features: tuple[str, ...], gain: float) -> None:
+    def __init__(self, features: tuple[str, ...], gain: float, side: str = "signed") -> None:
         size = len(features)
         self._features = features
-        self._gain = gain
+        self._gain = -gain if side == "negative" else gain
         # Σ x xᵀ, Σ x a, Σ a² and n, of one matrix: it is decayed, saved and restored as a whole.
         self._sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
         self._count = 0.0
 
-    def observe(self, batch: GenerationBatch, mean_reward: float) -> None:
+    def observe(self, batch: GenerationBatch, mean_reward: float, mean_length: float | None = None) -> None:
         self._sums *= _DECAY
         self._count *= _DECAY
         if batch.advantages is None:
             return
-        lengths, advantages = batch.lengths.double(), batch.advantages.double()
+        lengths, advantages = batch.lengths.cpu().double(), batch.advantages.cpu().double()  # MPS has no float64
         has_tokens = lengths > 0
-        signal = (sides(advantages, has_tokens, "signed") != 0).any(dim=1, keepdim=True) & has_tokens
+        signal = advantages_differ(advantages, has_tokens) & has_tokens
         count = signal.sum(dim=1, keepdim=True)
         a = (advantages - (advantages * signal).sum(dim=1, keepdim=True) / count.clamp(min=1)) * signal
-        x = centred_features(self._features, lengths, has_tokens, batch.features) * signal.unsqueeze(-1)
+        values = {name: value.cpu() for name, value in batch.features.items()}
+        x = centred_features(self._features, lengths, has_tokens, values) * signal.unsqueeze(-1)
         rows = torch.cat([x, a.unsqueeze(-1)], dim=-1).flatten(0, 1)
-        self._sums += (rows.T @ rows).cpu()
+        self._sums += rows.T @ rows
         self._count += float((count - 1).clamp(min=0).sum())
 
     def slopes(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from ..lambda_grpo_config import LambdaGRPOConfig
+from ..trl_seam.generation_batch import GenerationBatch
 from ..weights import LengthWeight
 from .lambda_parameter import LambdaParameter, base_learning_rate, has_scalar_eps, unwrap_optimizer
 from .making import bounds_of, make_rule
@@ -69,6 +70,14 @@ class LambdaStep(TrainerCallback):
         self.is_owned = is_sharded or self._steps_elsewhere
         self._is_trainers = False  # the optimizer, and not one that the user built
         self._seen: object = None
+
+    def observe(self, batch: GenerationBatch) -> None:
+        """Show λ's rule a generation batch of training that TRL has just scored, and what TRL has logged of it."""
+        if self._parameter is None or self._parameter.rule is None:
+            return
+        reward, length = ((self._metrics[name] or [math.nan])[-1] for name in ("reward", "completions/mean_length"))
+        # Masked answers have no tokens in the batch, but were sampled.
+        self._parameter.rule.observe(batch, reward, length if self._args.mask_truncated_completions else None)
 
     def join(self, optimizer: torch.optim.Optimizer, *, is_new: bool) -> None:
         """Append λ's group to the optimizer that the trainer has built, if that can take one."""

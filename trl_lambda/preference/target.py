@@ -28,8 +28,8 @@ class Target(Rule):
         λ* = clamp(-sign·(K_P·e + I), bounds)
 
     The gradient ``(λ - λ*)/width``, width that of the bounds, and the learning rate of a parameter group without
-    momentum are such that λ goes the same part of the way to λ* within one generation batch, however many optimizer
-    steps that has. sign is -1 for side "negative", where λ > 0 shortens.
+    momentum are such that λ goes about the same part of the way to λ* within one generation batch, however many
+    optimizer steps that has. sign is -1 for side "negative", where λ > 0 shortens.
 
     Args:
         target (`float`): above 1, the mean completion length in own tokens; up to 1, a part of the length at the
@@ -52,13 +52,12 @@ class Target(Rule):
     _REWARD_DECAY = 0.9
 
     def __init__(self, target: float, steps: float, side: str, bounds: tuple[float, float], init: float = 0.0) -> None:
-        self._target = target if target > 1 else math.nan
-        self._part = target
+        self._asked = target
         self._steps = steps
         self._sign = -1.0 if side == "negative" else 1.0
         self._bounds = bounds
         self._seen = 0
-        self._start = 0.0  # sum of the first lengths
+        self._start = 0.0  # sum of the first START lengths
         self._length = math.nan
         self._error = math.nan
         self._integral = -self._sign * init
@@ -68,18 +67,24 @@ class Target(Rule):
         self._fallen = 0  # generation batches since it has
         self._warned_of_bound = self._warned_of_reward = False
 
-    def observe(self, batch: GenerationBatch, mean_reward: float) -> None:
-        lengths = batch.lengths.double()
+    @property
+    def _target(self) -> float:
+        """The set point in tokens; NaN where it is a part of a length at the start that is not known yet."""
+        if self._asked > 1:
+            return self._asked
+        return self._asked * self._start / self.START if self._seen >= self.START else math.nan
+
+    def observe(self, batch: GenerationBatch, mean_reward: float, mean_length: float | None = None) -> None:
+        lengths = batch.lengths.cpu().double()  # MPS has no float64
         rows = float((lengths > 0).sum())
-        if rows == 0:
+        mean = mean_length if mean_length is not None else float(lengths.sum()) / max(rows, 1.0)
+        if not mean > 0:
             return
-        mean = float(lengths.sum()) / rows
         self._seen += 1
-        if math.isnan(self._target):
+        if self._seen <= self.START:
             self._start += mean
-            if self._seen < self.START:
-                return
-            self._target = self._part * self._start / self._seen
+        if math.isnan(self._target):
+            return
         smooth = self.SMOOTHING
         self._length = mean if math.isnan(self._length) else smooth * self._length + (1 - smooth) * mean
         self._error = math.log(self._length / self._target)
@@ -153,7 +158,7 @@ class Target(Rule):
         return {"lambda/target_gap": self._error}
 
     _STATE = (
-        "_target", "_seen", "_start", "_length", "_error", "_integral", "_goal", "_stuck", "_stuck_at", "_reward",
+        "_seen", "_start", "_length", "_error", "_integral", "_goal", "_stuck", "_stuck_at", "_reward",
         "_variance", "_best", "_fallen", "_warned_of_bound", "_warned_of_reward",
     )  # fmt: skip
 

@@ -22,7 +22,8 @@ def sides(advantages: Tensor | None, has_tokens: Tensor, side: str) -> Tensor:
     require A, or raise a `ValueError`.
 
     A row without tokens has s = 0, and so have a group of equal rewards and a row whose reward is its group's mean:
-    their advantages are rounding around 0.
+    their advantages are rounding around 0, next to nothing beside those of other groups. Where all groups of a batch
+    have equal rewards nothing tells rounding from advantages, and its sign counts.
     """
     if side == "both":
         return has_tokens.float()
@@ -30,14 +31,20 @@ def sides(advantages: Tensor | None, has_tokens: Tensor, side: str) -> Tensor:
         raise ValueError(f"advantages are required by side={side!r} and aggregation='balanced': one per response.")
     magnitude = advantages.abs() * has_tokens
     largest = magnitude.amax(dim=1, keepdim=True)
-    spread = ((advantages - group_mean(advantages, has_tokens)).abs() * has_tokens).amax(dim=1, keepdim=True)
-    differ = spread > _ROUNDING * largest
+    differ = advantages_differ(advantages, has_tokens)
     # A reward that is its group's mean leaves rounding around 0: a sign by chance.
     known = (magnitude > _ROUNDING * largest) & (differ | (magnitude > _FAINT * magnitude.amax()))
     sign = advantages.sign() * (has_tokens & known)
     if side == "signed":
         return sign
     return (sign > 0).to(sign.dtype) if side == "positive" else (sign < 0).to(sign.dtype)
+
+
+def advantages_differ(advantages: Tensor, has_tokens: Tensor) -> Tensor:
+    """Whether the rows of a group that have tokens differ in A by more than rounding, bool (P, 1)."""
+    largest = (advantages.abs() * has_tokens).amax(dim=1, keepdim=True)
+    spread = ((advantages - group_mean(advantages, has_tokens)).abs() * has_tokens).amax(dim=1, keepdim=True)
+    return spread > _ROUNDING * largest
 
 
 def check_side(side: str) -> None:

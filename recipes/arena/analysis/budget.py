@@ -23,6 +23,8 @@ from recipes.arena.analysis.paired_statistics import student_quantile
 from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
 from recipes.arena.analysis.tables import replace_tables
 
+SPAN = 20  # optimizer steps, over which a step response is smoothed
+
 
 def promise_table(rows: Rows, promised: dict[str, int], study: str = "budget") -> str:
     """What `length_target` is to hold on two tasks: the length in every seed, the accuracy, the tokens saved."""
@@ -127,7 +129,9 @@ def speed_table(rows: Rows) -> str:
             for row in (*runs.values(), *found[task, BASELINE].values()):
                 logs = np.log(curve(row, "length_curve"))
                 moved.append(logs[b - 1 : b + 2].mean() - logs[max(0, a - 1) : a + 2].mean())
-            steps = (b - a) * int(next(iter(runs.values()))["steps_per_generation"])
+            # Each end is a mean over three batches, that of batch 0 over two.
+            batches = b - (a if a else 0.5)
+            steps = batches * int(next(iter(runs.values()))["steps_per_generation"])
             ks.append(f"{(moved[0] - moved[1]) / float(name.split()[1]) / steps:.3f}")
         lines.append(f"| {task} | {name.split()[1]} | {' | '.join(ks)} |")
     return "\n".join(lines)
@@ -148,24 +152,35 @@ def all_tables(rows: Rows, ways: dict[str, str], promised: dict[str, int]) -> di
 
 
 def step_table(rows: Rows) -> str:
-    """Step responses: optimizer steps until the smoothed length stays within 15 % of the target, and where it ends."""
+    """
+    Step responses: when the mean length over `SPAN` optimizer steps first is within 15 % of the target, when it is so
+    for good, both by the middle of that span, and where it ends.
+    """
     lines = [
-        "| task | completions per batch | optimizer steps per batch | seeds | optimizer steps to within 15 % | "
-        "length at the end / target |",
-        "|---|---|---|---|---|---|",
+        "| task | completions per batch | optimizer steps per batch | seeds | first within 15 %, optimizer step | "
+        "for good | length at the end / target |",
+        "|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, int, int], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         if row["study"] == "step":
             groups[row["task"], int(row["batch"]), int(row["steps_per_generation"])].append(row)
     for (task, batch, steps), runs in sorted(groups.items()):
-        arrived, ends = [], []
+        first, for_good, ends = [], [], []
         for row in runs:
             ratio = curve(row, "length_curve") / float(row["arm"].split()[1])
-            inside = next((i for i in range(len(ratio)) if abs(ratio[i : i + 5].mean() - 1) < 0.15), None)
-            arrived.append("never" if inside is None else str(inside * steps))
+            width = SPAN // steps
+            means = np.convolve(ratio, np.ones(width) / width, mode="valid")
+            inside, outside = np.flatnonzero(abs(means - 1) < 0.15), np.flatnonzero(abs(means - 1) >= 0.15)
+            settled = outside[-1] + 1 if len(outside) else 0
+            middle = (width - 1) / 2
+            first.append(f"{(inside[0] + middle) * steps:.0f}" if len(inside) else "never")
+            for_good.append(f"{(settled + middle) * steps:.0f}" if settled < len(means) else "never")
             ends.append(f"{ratio[len(ratio) * 6 // 10 :].mean():.2f}")
-        lines.append(f"| {task} | {batch} | {steps} | {len(runs)} | {', '.join(arrived)} | {', '.join(ends)} |")
+        lines.append(
+            f"| {task} | {batch} | {steps} | {len(runs)} | {', '.join(first)} | {', '.join(for_good)} | "
+            f"{', '.join(ends)} |"
+        )
     return "\n".join(lines)
 
 

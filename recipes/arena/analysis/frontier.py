@@ -1,13 +1,12 @@
 """Accuracy against mean tokens: `length_target` beside the other ways of saving tokens."""
 
 import math
-import statistics
 from typing import Any
 
 import numpy as np
 
-from recipes.arena.analysis.budget_rows import BASELINE, Rows, cells, interval_text, split_name
-from recipes.arena.analysis.paired_statistics import bootstrap_interval, student_quantile
+from recipes.arena.analysis.budget_rows import BASELINE, Rows, cells, split_name
+from recipes.arena.analysis.paired_statistics import student_quantile
 from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
 
 STYLES = (
@@ -19,9 +18,10 @@ def frontier_table(rows: Rows, ways: dict[str, str], of: str = "target") -> str:
     """
     Every rival against `length_target` at the same tokens: who is the more accurate there?
 
-    `length_target`'s curve goes through its rungs and dapo, points that are means over seeds, by straight lines. So
-    each seed has an accuracy on it, too, with the same two rungs and shares, and the differences are paired by seed.
-    A rival with fewer tokens than every rung, or more than dapo, is compared with the point at that end.
+    `length_target`'s curve goes by straight lines through its rungs and dapo, points that are means over seeds. A
+    rival with fewer tokens than every rung, or more than dapo, is compared with the point at that end. Intervals are
+    95 %, of the jackknife over seeds: one seed's runs of all methods are left out together, and rungs, tokens and the
+    place on the curve are found anew. Each stands for itself, without a correction for the number of rivals.
 
     Args:
         rows (`list[dict]`): of `budget.csv`.
@@ -29,9 +29,9 @@ def frontier_table(rows: Rows, ways: dict[str, str], of: str = "target") -> str:
         of (`str`): the way whose curve it is, as `split_name` has it.
     """
     lines = [
-        "| task | method | setting | tokens, held out | "
+        "| task | method | setting | seeds | tokens, held out | "
         "length_target's accuracy at these tokens less its own, points | length_target is |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     found = cells(rows)
     order = list(ways)
@@ -39,38 +39,41 @@ def frontier_table(rows: Rows, ways: dict[str, str], of: str = "target") -> str:
         here = {name: runs for (where, name), runs in found.items() if where == task}
         rungs = [runs for name, runs in here.items() if split_name(name)[0] in (of, BASELINE)]
         rivals = [name for name in here if not split_name(name)[0].startswith(("target", BASELINE))]
-        seeds = sorted(set.intersection(*(set(runs) for runs in rungs)))
-        if len(rungs) < 2 or not seeds:
-            continue
-        tokens = np.array([[float(runs[s]["mean_length"]) for s in seeds] for runs in rungs]).mean(axis=1)
-        accuracy = np.array([[100 * float(runs[s]["accuracy_sampled"]) for s in seeds] for runs in rungs])
-        accuracy, tokens = accuracy[np.argsort(tokens)], np.sort(tokens)
         for name in sorted(rivals, key=lambda name: order.index(split_name(name)[0])):
-            both = [i for i, seed in enumerate(seeds) if seed in here[name]]
-            if not both:
+            curve = [*rungs, here[name]]
+            seeds = sorted(set.intersection(*map(set, curve)))
+            if len(rungs) < 2 or len(seeds) < 2:
                 continue
-            theirs = [here[name][seeds[i]] for i in both]
-            at = statistics.fmean(float(row["mean_length"]) for row in theirs)
-            shares = np.array([np.interp(at, tokens, one) for one in np.eye(len(tokens))])
-            gaps = [
-                float(shares @ accuracy[:, i]) - 100 * float(row["accuracy_sampled"])
-                for i, row in zip(both, theirs, strict=True)
-            ]
-            end = float(np.clip(at, tokens[0], tokens[-1]))
+            tokens, accuracy = (
+                np.array([[factor * float(runs[s][column]) for s in seeds] for runs in curve])
+                for column, factor in (("mean_length", 1.0), ("accuracy_sampled", 100.0))
+            )
+            gap, half = _gap(tokens, accuracy), _jackknife_half_width(tokens, accuracy)
+            verdict = "above" if gap > half else "below" if gap < -half else "level"
+            *rung_tokens, at = tokens.mean(axis=1)
+            end = float(np.clip(at, min(rung_tokens), max(rung_tokens)))
             beyond = f", with {end:.1f} tokens" if end != at else ""
             way, setting = split_name(name)
             lines.append(
-                f"| {task} | {ways[way]} | {setting} | {at:.1f} | {interval_text(gaps)} | {_verdict(gaps)}{beyond} |"
+                f"| {task} | {ways[way]} | {setting} | {len(seeds)} | {at:.1f} | "
+                f"{gap:+.1f} [{gap - half:+.1f}, {gap + half:+.1f}] | {verdict}{beyond} |"
             )
     return "\n".join(lines)
 
 
-def _verdict(gaps: list[float]) -> str:
-    """Whether the 95 % interval of the mean lies above 0, below it, or holds it."""
-    if len(gaps) < 2 or len(set(gaps)) < 2:
-        return "not told apart"
-    low, high = bootstrap_interval(gaps)
-    return "above" if low > 0 else "below" if high < 0 else "level"
+def _gap(tokens: np.ndarray, accuracy: np.ndarray) -> float:
+    """The curve's accuracy at the rival's tokens less the rival's; (methods, seeds), the rival last."""
+    *x, at = tokens.mean(axis=1)
+    *y, own = accuracy.mean(axis=1)
+    along = np.argsort(x)
+    return float(np.interp(at, np.array(x)[along], np.array(y)[along]) - own)
+
+
+def _jackknife_half_width(tokens: np.ndarray, accuracy: np.ndarray) -> float:
+    """Half of the gap's 95 % interval, by leaving out one seed after the other."""
+    n = tokens.shape[1]
+    gaps = np.array([_gap(np.delete(tokens, i, axis=1), np.delete(accuracy, i, axis=1)) for i in range(n)])
+    return student_quantile(0.975, n - 1) * math.sqrt((n - 1) / n * float(((gaps - gaps.mean()) ** 2).sum()))
 
 
 def _half_widths(values: np.ndarray) -> np.ndarray:
