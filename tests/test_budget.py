@@ -12,6 +12,7 @@ from trl.rewards import get_soft_overlong_punishment
 from recipes import budget
 from recipes.arena.analysis import budget as analysis
 from recipes.arena.analysis.budget_rows import split_name
+from recipes.arena.analysis.budget_tuning import kept_settings
 from recipes.arena.analysis.frontier import frontier_table
 from recipes.arena.analysis.paired_statistics import student_quantile
 from recipes.arena.comparison.run import make_trainer
@@ -46,9 +47,10 @@ def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
     cells = {(spec.task, spec.arm) for spec in ladder}
     assert len(ladder) == len(set(ladder)) == 12 * len(cells)
     for task in budget.TASKS:
-        ways = [name.split()[0] for of, name in cells if of == task]
+        ways = [split_name(name)[0] for of, name in cells if of == task]
         assert {way: ways.count(way) for way in budget.WAYS} == {
-            "dapo": 1, "target": 3, "lead": 2, "overlong": 2, "fixed": 2, "cut": 2,
+            "dapo": 1, "target": 3, "target signed": task == "checked_sum",
+            "lead": 2, "overlong": 2, "fixed": 2, "cut": 2,
         }  # fmt: skip
     settle = PLAN.settle()
     assert len(settle) == 48 and set(settle) <= set(ladder)
@@ -60,6 +62,27 @@ def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
     assert {(spec.completions, spec.steps_per_generation) for spec in PLAN.step()} == {
         (64, 4), (64, 2), (64, 1), (32, 4),
     }  # fmt: skip
+
+
+def test_the_rivals_settings_are_those_that_the_rule_keeps():
+    rows = budget.Ledger(budget.RESULTS / "budget.csv", ("seed",)).rows()
+    kept = kept_settings(rows)
+    assert {way for way, _ in kept} == set(budget.TRIED)
+    for (way, task), settings in kept.items():
+        assert [f"{way} {setting}" for setting in settings] == budget.names_of(way, task)
+
+
+def test_the_rule_drops_what_is_beaten_and_keeps_the_best_and_the_shortest():
+    def tried(points):
+        made = [row("t", "dapo", s, 0.6, 40.0, [], study="tune") for s in range(2)]
+        for setting, (accuracy, tokens) in points.items():
+            made += [row("t", f"lead {setting}", s, accuracy, tokens, [], study="tune") for s in range(2)]
+        return kept_settings(made)["lead", "t"]
+
+    # 2 is beaten by 3; 4 costs more than 5 points.
+    assert tried({1: (0.62, 30), 2: (0.55, 29), 3: (0.56, 25), 4: (0.5, 10)}) == ["1", "3"]
+    assert tried({1: (0.5, 30), 2: (0.4, 20), 3: (0.3, 10)}) == ["1", "2"]  # none is near: the next in tokens
+    assert tried({1: (0.6, 10), 2: (0.5, 20)}) == ["1"]
 
 
 def test_rewards_and_cuts_reach_the_trainer(tmp_path):

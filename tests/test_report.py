@@ -548,7 +548,7 @@ def test_lone_surrogates_are_written_out(tmp_path: Path, drawn, capsys):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ([], "run has 0 entries and nothing to draw"),
+        ([], "run has logged nothing yet"),
         ([{"step": 1, "loss": 0.1}], "run has 1 entries and nothing to draw; needed is at least one of: reward, "),
         ([{"reward": 0.5}], "run has an entry without a step"),
         ([["step", 1]], "run is a list; accepted: a log history"),

@@ -488,7 +488,7 @@ def test_logs_and_card_name_every_lambda():
         ),
         ({"positive_weight": 0.0}, "positive_weight=0.0 must be finite and > 0"),
         ({"positive_weight": math.inf}, "positive_weight=inf must be finite and > 0"),
-        ({"lambda_rule": "target"}, "needs lambda_side='signed', 'positive' or 'negative'"),
+        ({"lambda_rule": "target"}, "lambda_rule='target' requires length_target"),
         ({"lambda_side": "positive", "lambda_rule": "target"}, "lambda_rule='target' requires length_target"),
         ({"length_target": -3.0}, "length_target=-3.0 must be > 0 and at most max_completion_length"),
         (

@@ -160,6 +160,8 @@ def _check_unused(args: "LambdaGRPOConfig", f: LengthWeight | None, v: TokenWeig
     if f is None and v is None:
         unused.append(("token_metrics", f"{because_f} and {because_v.removeprefix('with ')}"))
     for name, because in unused:
+        if name == "length_target" and args.length_target is not None and args.lambda_learnable:
+            because += " (it needs aggregation='power' or 'lambda')"
         _check_default(args, name, because)
 
 
@@ -176,6 +178,13 @@ def _check_rule(args: "LambdaGRPOConfig", f: LengthWeight) -> None:
     rule, side = args.rule_of(f), getattr(f, "side", "both")
     if rule not in RULES:
         raise ValueError(f"lambda_rule={rule!r} is unknown; accepted: {', '.join(RULES)} or None.")
+    if rule == "target" and args.length_target is None:
+        raise ValueError("lambda_rule='target' requires length_target: a number of tokens, or a part up to 1.")
+    if rule == "target" and not hasattr(f, "side"):
+        raise ValueError(
+            f"length_target={args.length_target} needs aggregation='power' or 'lambda', whose λ can be led: "
+            f"{f.name} has no side."
+        )
     if rule == "descent" and side != "both":
         raise ValueError(
             f"lambda_rule='descent' cannot serve lambda_side={side!r}: dL/dλ would only say that right answers that "
@@ -191,8 +200,6 @@ def _check_rule(args: "LambdaGRPOConfig", f: LengthWeight) -> None:
         _check_default(args, "lambda_gain", f"with lambda_rule={rule!r}")
     if rule != "target":
         _check_default(args, "length_target", f"with lambda_rule={rule!r}")
-    elif args.length_target is None:
-        raise ValueError("lambda_rule='target' requires length_target: a number of tokens, or a part up to 1.")
     elif f.lambda_features != ("length",):
         raise ValueError(f"lambda_rule='target' weighs length alone, got lambda_features={args.lambda_features}.")
     elif args.lambda_adam_eps < 1:

@@ -132,6 +132,10 @@ def _draw(log: RunLog) -> bytes:
 
     panels = [panel for panel in PANELS if panel.has_data(log)]
     if not panels:
+        if not log.history:
+            raise ValueError(
+                "run has logged nothing yet: a checkpoint holds what was logged before it (logging_steps)."
+            )
         keys = ", ".join(dict.fromkeys(key for panel in PANELS for key in panel.needs))
         raise ValueError(f"run has {len(log.history)} entries and nothing to draw; needed is at least one of: {keys}.")
     columns = min(len(panels), 3 if len(panels) > 4 else 2)

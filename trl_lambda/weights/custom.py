@@ -129,7 +129,10 @@ def named_arguments(
     """
     if not callable(function) or isinstance(function, type):
         found = f"the class {function.__name__}" if isinstance(function, type) else type(function).__name__
-        raise ValueError(f"a weight must be a function or an object with __call__, got {found}.")
+        raise ValueError(
+            f"a weight must be a function or an object with __call__, got {found}. Built-in ones are named by "
+            "aggregation and token_regulation; dotted paths are for the command line and YAML."
+        )
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError) as error:  # compiled functions, such as torch.sigmoid

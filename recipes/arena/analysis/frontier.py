@@ -10,7 +10,8 @@ from recipes.arena.analysis.paired_statistics import student_quantile
 from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
 
 STYLES = (
-    ("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#E69F00", "v"), ("#009E73", "D"), ("#CC79A7", "X"),
+    ("#000000", "o"), ("#0072B2", "s"), ("#56B4E9", "P"), ("#D55E00", "^"), ("#E69F00", "v"), ("#009E73", "D"),
+    ("#CC79A7", "X"),
 )  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def _answers_table(answers: list[Answer], rates: list[dict[str, str]], alignment
                 parts = [f"{task} {_short(metric)}{text}" for (task, metric), text in lines.items()]
                 shown = "; ".join([shown, *parts])
             else:
-                shown += ": see below"
+                shown += ": see the table of all comparisons"
         rows.append([question, asked, f"**{_WORD[holds]}**", shown])
     return markdown_table(["", "question", "answer", "points of mean training reward, if nothing else is said"], rows)
 
