@@ -18,6 +18,7 @@ from transformers import TrainerControl, TrainerState
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.report import ReportCallback, main, plot_run, read_log_history, run_report, summarize_run
+from trl_lambda.report.history import lambda_change
 from trl_lambda.report.panels import PANELS
 from trl_lambda.weights import length_weights
 
@@ -464,6 +465,12 @@ def test_a_run_that_has_another_below_it_is_read_alone(tmp_path: Path):
     assert read_log_history(tmp_path / "run") == HISTORY[:3]
     write_events(tmp_path / "run" / "tensorboard", range(1, 50))
     assert read_log_history(tmp_path / "run")[-1]["step"] == 49  # its own event files, wherever they are in it
+
+
+def test_lambda_has_a_line_where_it_was_logged():
+    history = [{"step": 1, "lambda/value": 0.0}, {"step": 5, "lambda/value": 0.2}]
+    assert lambda_change(history) == [("lambda", "0.000 -> 0.200 (step 1 -> 5)")]
+    assert lambda_change([{"step": 1, "reward": 0.0}]) == []
 
 
 # ---- Names of what is written ----

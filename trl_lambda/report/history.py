@@ -131,6 +131,12 @@ def summarize_run(history: LogHistory) -> list[tuple[str, str]]:
     return [(readable(name), text) for name, text in lines if text]
 
 
+def lambda_change(history: LogHistory) -> list[tuple[str, str]]:
+    """Say how λ changed, as a line for [`summarize_run`]'s; none where it was never logged."""
+    text = _change(history, "lambda/value")
+    return [("lambda", text)] if text else []
+
+
 def reward_functions(history: LogHistory, prefix: str = "") -> list[str]:
     """Return the names of the reward functions that were logged, in the order of their first appearance."""
     start, end = f"{prefix}rewards/", "/mean"

@@ -283,7 +283,7 @@ PANELS = (
     ),
     Panel(
         "Gradient of λ",
-        "dL/dλ (no unit)",
+        "dL/dλ, or the rule's (no unit)",
         ("lambda/grad",),
         functools.partial(_draw_metric, key="lambda/grad", zero=True),
     ),

@@ -18,6 +18,7 @@ from .history import (
     RunLog,
     check_history,
     evaluations,
+    lambda_change,
     readable,
     readable_history,
     series,
@@ -285,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
         require_matplotlib()
         log = read_run(folder)
         written = _write_report(log if options.title is None else replace(log, title=options.title), paths)
-        lines = summarize_run(log.history)
+        lines = summarize_run(log.history) + lambda_change(log.history)
     except (ValueError, OSError, ImportError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     lines += [("written", readable(str(path))) for path in written]

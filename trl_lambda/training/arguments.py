@@ -138,7 +138,7 @@ def parse(args: list[str]) -> tuple[LambdaGRPOScriptArguments, LambdaGRPOConfig,
     if "--config" in args:
         check_config_file(args[args.index("--config") + 1], DATACLASSES)
     types: Any = DATACLASSES  # more than TRL's annotation allows, as in TRL's own script
-    parser = Parser(types)
+    parser = Parser(types, prog="trl-lambda train")
     try:
         parsed: Any
         *parsed, unknown = parser.parse_args_and_config(args, return_remaining_strings=True)
