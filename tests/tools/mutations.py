@@ -421,6 +421,34 @@ MUTANTS = (
         "0.02",
         ("test_target.py::test_it_says_once_that_the_reward_has_fallen",),
     ),
+    Mutant(
+        "a target that is changed on the way is not heard",
+        "preference/target.py",
+        "return self._asked * self._start / self.START if",
+        "return 0.5 * self._start / self.START if",
+        ("test_target.py::test_a_target_that_is_changed_on_the_way_is_the_target",),
+    ),
+    Mutant(
+        "masked answers count for nothing in the length",
+        "preference/step.py",
+        "length if self._args.mask_truncated_completions else None",
+        "None",
+        ("test_target.py::test_masked_answers_have_been_sampled_all_the_same",),
+    ),
+    Mutant(
+        "the regression pushes the wrong answers' side the wrong way",
+        "preference/rules.py",
+        'self._gain = -gain if side == "negative" else gain',
+        "self._gain = gain",
+        ("test_sides.py::test_on_every_side_the_rule_pushes_where_the_slope_points",),
+    ),
+    Mutant(
+        "groups of equal rewards are a signal",
+        "preference/rules.py",
+        "signal = advantages_differ(advantages, has_tokens) & has_tokens",
+        "signal = has_tokens",
+        ("test_sides.py::test_groups_of_equal_rewards_are_no_signal",),
+    ),
 )
 
 
