@@ -75,7 +75,8 @@ class LambdaStep(TrainerCallback):
         """Show λ's rule a generation batch of training that TRL has just scored, and what TRL has logged of it."""
         if self._parameter is None or self._parameter.rule is None:
             return
-        reward, length = ((self._metrics[name] or [math.nan])[-1] for name in ("reward", "completions/mean_length"))
+        names = ("reward", "completions/mean_length")
+        reward, length = ((self._metrics.get(name) or [math.nan])[-1] for name in names)
         # Masked answers have no tokens in the batch, but were sampled.
         self._parameter.rule.observe(batch, reward, length if self._args.mask_truncated_completions else None)
 
