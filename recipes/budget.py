@@ -91,11 +91,11 @@ SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
 WAYS = {
     "dapo": "TRL's dapo",
     "target": "length_target",
-    "target signed": "length_target, side signed",
     "lead": "length reward for right answers",
     "overlong": "soft overlong punishment",
     "fixed": "λ fixed, positive",
     "cut": "max_completion_length cut",
+    "target signed": "length_target, side signed",
 }
 
 

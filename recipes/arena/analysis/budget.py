@@ -31,8 +31,9 @@ def promise_table(rows: Rows, promised: dict[str, int], study: str = "budget") -
     lines = [
         "| task | target | seeds | settled length: least, mean, most | within 15 % | "
         "sampled accuracy against dapo, points (one-sided 95 % lower end) | "
-        "tokens against dapo, in training; held out |",
-        "|---|---|---|---|---|---|---|",
+        "tokens against dapo, in training; held out | mean training reward against dapo, points | "
+        "mean λ, second half |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     found = cells(rows, study)
     held = [
@@ -53,10 +54,13 @@ def promise_table(rows: Rows, promised: dict[str, int], study: str = "budget") -
         lower = statistics.fmean(gaps) - student_quantile(0.95, len(gaps) - 1) * error
         train = 100 * (statistics.fmean(lengths) / statistics.fmean(settled_length(theirs[s]) for s in seeds) - 1)
         ends = [statistics.fmean(float(side[s]["mean_length"]) for s in seeds) for side in (mine, theirs)]
+        rewards = [float(mine[s]["auc"]) - float(theirs[s]["auc"]) for s in seeds]
+        lambdas = [float(lam[len(lam) // 2 :].mean()) for lam in (curve(mine[s], "lambda_curve") for s in seeds)]
         lines.append(
             f"| {task} | {name.removeprefix('target ')} | {len(seeds)} | "
             f"{min(lengths):.1f}, {statistics.fmean(lengths):.1f}, {max(lengths):.1f} | {near} of {len(seeds)} | "
-            f"{statistics.fmean(gaps):+.1f} ({lower:+.1f}) | {train:+.0f} %; {100 * (ends[0] / ends[1] - 1):+.0f} % |"
+            f"{statistics.fmean(gaps):+.1f} ({lower:+.1f}) | {train:+.0f} %; {100 * (ends[0] / ends[1] - 1):+.0f} % | "
+            f"{interval_text(rewards, 100)} | {min(lambdas):.1f} to {max(lambdas):.1f} |"
         )
     return "\n".join(lines)
 

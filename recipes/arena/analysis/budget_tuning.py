@@ -1,4 +1,4 @@
-"""Which settings of each rival `recipes.budget` keeps for its ladder, from the rows of `tune`: the rule of BUDGET.md."""
+"""Which settings of each rival `recipes.budget` keeps for its ladder: the rule of BUDGET.md, on the rows of `tune`."""
 
 import statistics
 

@@ -10,9 +10,10 @@ from recipes.arena.analysis.paired_statistics import student_quantile
 from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
 
 STYLES = (
-    ("#000000", "o"), ("#0072B2", "s"), ("#56B4E9", "P"), ("#D55E00", "^"), ("#E69F00", "v"), ("#009E73", "D"),
-    ("#CC79A7", "X"),
+    ("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#E69F00", "v"), ("#009E73", "D"), ("#CC79A7", "X"),
+    ("#56B4E9", "P"),
 )  # fmt: skip
+FAR = 10.0  # points below dapo, from which on a setting is named in its panel and not drawn
 
 
 def frontier_table(rows: Rows, ways: dict[str, str], of: str = "target") -> str:
@@ -86,25 +87,43 @@ def _half_widths(values: np.ndarray) -> np.ndarray:
 
 
 def draw_frontier(rows: Rows, ways: dict[str, str]) -> Any:
-    """Accuracy against mean tokens, a panel per task, a curve per way of saving tokens; bars are 95 % intervals."""
+    """
+    Accuracy against mean tokens, a panel per task, a curve per way of saving tokens; bars are 95 % intervals.
+
+    The dotted line goes on from `length_target`'s curve to dapo. What is `FAR` below dapo is a line of text.
+    """
     found = cells(rows)
     tasks = list(dict.fromkeys(task for task, _ in found))
     figure, panels = new_figure((len(tasks) + 1) // 2, min(2, len(tasks)), width=4.6, height=3.4)
     for axes, task in zip(panels.flat, tasks, strict=False):
+        points: dict[str, list[np.ndarray]] = {}
+        for (of, name), runs in found.items():
+            if of == task:
+                columns = (("mean_length", 1.0), ("accuracy_sampled", 100.0))
+                values = np.array([[scale * float(r[c]) for c, scale in columns] for r in runs.values()])
+                points.setdefault(split_name(name)[0], []).append(
+                    np.concatenate([values.mean(axis=0), _half_widths(values)])
+                )
+        least = points[BASELINE][0][1] - FAR
+        far = []
         for (way, label), (color, marker) in zip(ways.items(), STYLES, strict=True):
-            points = []
-            for (of, name), runs in found.items():
-                if of == task and split_name(name)[0] == way:
-                    columns = (("mean_length", 1.0), ("accuracy_sampled", 100.0))
-                    values = np.array([[scale * float(r[c]) for c, scale in columns] for r in runs.values()])
-                    points.append((*values.mean(axis=0), *_half_widths(values)))
-            if points:
-                x, y, dx, dy = np.array(sorted(points)).T
-                axes.errorbar(
-                    x, y, xerr=dx, yerr=dy, color=color, marker=marker, markersize=5, linewidth=1.2, elinewidth=0.8,
-                    label=label,
-                )  # fmt: skip
+            near = sorted((p for p in points.get(way, []) if p[1] >= least), key=lambda p: p[0])
+            below = sorted(p[1] for p in points.get(way, []) if p[1] < least)
+            far += [f"{label}: {', '.join(f'{accuracy:.0f} %' for accuracy in below)}"] if below else []
+            if not near:
+                continue
+            x, y, dx, dy = np.array(near).T
+            axes.errorbar(
+                x, y, xerr=dx, yerr=dy, color=color, marker=marker, markersize=5, linewidth=1.2, elinewidth=0.8,
+                label=label,
+            )  # fmt: skip
+            if way == "target":
+                dapo = points[BASELINE][0]
+                axes.plot([x[-1], dapo[0]], [y[-1], dapo[1]], ":", color=color, linewidth=1)
         finish_panel(axes, task, "mean tokens, held out", "sampled accuracy, %")
+        if far:
+            text = "\n".join(["below the panel:", *far])
+            axes.text(0.99, 0.02, text, transform=axes.transAxes, ha="right", va="bottom", fontsize=7.5, color="0.3")
     for axes in panels.flat[len(tasks) :]:
         axes.set_visible(False)
     add_legend(figure, "ways of saving tokens (bars: 95 % intervals over seeds)", tuple(ways.values()))
