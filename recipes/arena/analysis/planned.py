@@ -172,6 +172,7 @@ def _arms_tables(groups: Groups) -> str:
                 row += [mean_and_error(values_of(runs, metric), factor, decimals), "" if arm == "dapo" else cell]
             rows.append([*row, mean_and_error(values_of(runs, "grad_norm_mean"), 1, 3)])
         what = {"planned": "", "planned_long": ", 300 steps", "planned_one_step": ", one step per generation batch"}
+        what["main"] = ", 1.1 million parameters"
         tables.append(f"**{task}{what.get(study, f', {study}')}**\n\n{markdown_table(header, rows)}")
     return "\n\n".join(tables)
 
@@ -330,7 +331,9 @@ def tables_of(results: Path) -> dict[str, str]:
         with rates_file.open(newline="", encoding="utf-8") as file:
             rates = list(csv.DictReader(file))
     groups = read_runs(results / "planned.csv")
-    return make_tables(groups, rates, pooled_alignment(results / "planned_alignment.csv"))
+    tables = make_tables(groups, rates, pooled_alignment(results / "planned_alignment.csv"))
+    larger = results.with_name(f"{results.name}_0.8M") / "runs.csv"  # of `recipes.arena.large`
+    return tables | {"larger": _arms_tables(read_runs(larger))} if larger.exists() else tables
 
 
 def main(arguments: list[str] | None = None) -> int:
