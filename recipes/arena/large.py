@@ -2,7 +2,7 @@
 The arena with longer answers: 19 million parameters for a GPU, 1.1 million (the size called 0.8M) for two cores.
 
     python -m recipes.arena.large base tune choose main                       # a GPU
-    python -m recipes.arena.large base main --size 0.8M --seeds 6             # two cores, two hours
+    python -m recipes.arena.large base main --size 0.8M --seeds 6             # two cores, about an hour
 
 `base` makes the base models, the other parts are those of `recipes.arena.comparison.study`; rows go to
 `results_large/` and `results_0.8M/`. The small size has no `tune`: all its arms have one learning rate.
@@ -161,7 +161,7 @@ def main() -> None:
     size = SIZES[args.size]
     device = args.device or size.device
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device is there; --device cpu would take days, --size 0.8M two hours")
+        parser.error("no CUDA device is there; --device cpu would take days, --size 0.8M about an hour")
     if size.learning_rate is not None and {"tune", "choose"} & set(args.parts):
         parser.error(f"--size {size.name} has one learning rate for all arms: leave tune and choose out")
     results = args.results or (RESULTS if size is FULL else RESULTS.with_name(f"results_{size.name}"))
