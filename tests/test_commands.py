@@ -11,8 +11,9 @@ from documents import PAGES, ROOT, commands, name, prose
 # command -> what runs it: a test, a line of .ci/run, or what it needs, which its own line or sentence then says.
 WHEEL = "tests/test_release.py::test_a_user_without_a_checkout_trains_draws_and_launches"
 EMPTY_FOLDER = "tests/test_cli.py::test_train_and_report_from_an_empty_folder_with_files_alone"
+DOCUMENTED = "tests/test_train_script.py::test_the_documented_command_trains_and_writes_its_files"
 CHECKED_BY = {
-    "make demo": "tests/test_train_script.py::test_the_documented_command_trains_and_writes_its_files",
+    "make demo": DOCUMENTED,
     "make test": ".ci/run",
     "make setup": ".ci/run",
     "make lint": ".ci/run",  # by `make test`
@@ -20,7 +21,8 @@ CHECKED_BY = {
     "make docs": "tests/test_docs.py::test_the_site_is_built_without_a_warning",
     "make pictures": "tests/test_docs.py::test_the_pictures_are_drawn",
     'pip install -e ".[plots]"': "network",
-    "trl-lambda train --config run.yaml": WHEEL,
+    "trl-lambda train --config recipes/configs/playground.yaml": DOCUMENTED,
+    "git clone https://github.com/trl-lambda/trl-lambda && cd trl-lambda": "network",
     "trl-lambda report runs/playground": EMPTY_FOLDER,
     "trl-lambda report runs/playground --html": WHEEL,
     "accelerate launch --config_file recipes/accelerate/zero3.yaml --num_processes 8 recipes/train.py --config "

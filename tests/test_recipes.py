@@ -242,7 +242,7 @@ def test_a_recipe_runs_two_steps_on_stand_ins(
         assert f"lambda 0.000 -> {lam['lambda']:.3f} (learned)" in re.sub(r" +", " ", capsys.readouterr().out)
     elif args.length_target is not None:  # a part of the length of four generation batches: λ waits for it
         lam = json.loads((tmp_path / "lambda.json").read_text())
-        assert lam["lambda"] == 0 and lam["rule_state"]["seen"] == 2 and lam["rule_state"]["target"] is None
+        assert lam["lambda"] == 0 and lam["rule_state"]["seen"] == 2 and lam["rule_state"]["length"] is None
     else:
         assert not (tmp_path / "lambda.json").exists()
         assert all(1.0 <= mean <= 1.4 for mean in logs(trainer, "token_weight/mean"))
@@ -263,8 +263,8 @@ def test_the_preference_recipe_runs_two_steps_as_it_stands(tmp_path, monkeypatch
     assert {key: value for key, value in raw.items() if plain.get(key) != value} == candidate | {
         "output_dir": "runs/playground_preference"
     }
-    (code,) = re.findall(r"^LambdaGRPOConfig\((.*?)^\)$", README, re.MULTILINE | re.DOTALL)
-    assert eval(f"dict({code})") == candidate
+    (code,) = re.findall(r"^args = LambdaGRPOConfig\((.*?)^\)$", README, re.MULTILINE | re.DOTALL)
+    assert eval(f"dict(output_dir={code})") == candidate | {"output_dir": "out"}
     trainer = train.make_trainer(*parsed)
     trainer.train()
     train.finish(trainer, parsed[0])
