@@ -386,7 +386,10 @@ def test_resumed_in_either_home_to_the_last_bit(tmp_path, before, after, target)
         ({"length_target": math.nan}, "length_target=nan must be > 0 and at most"),
         ({"length_target": "long"}, "length_target='long' must be a number"),
         ({"length_target": 9.0, "lambda_learnable": False}, "length_target=9.0 has no effect with lambda_learnable"),
-        ({"length_target": 9.0, "aggregation": "grpo"}, "grpo' (it needs aggregation='power' or 'lambda')"),
+        (
+            {"length_target": 9.0, "aggregation": "grpo"},
+            "with aggregation='grpo', which has no λ as 'lambda' and 'power' have",
+        ),
         ({"length_target": 9.0, "lambda_init": 4.0}, "lambda_init=4.0 must lie in lambda_bounds=[-3.0, 3.0]"),
         ({"length_target": 9.0, "lambda_adam_eps": 1e-8}, "lambda_adam_eps=1e-08 must be at least 1"),
         ({"length_target": 9.0, "lambda_gain": 3.0}, "lambda_gain=3.0 has no effect with lambda_rule='target'"),

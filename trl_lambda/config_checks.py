@@ -147,7 +147,8 @@ def _check_unused(args: "LambdaGRPOConfig", f: LengthWeight | None, v: TokenWeig
     because_v = f"with token_regulation={v and v.name!r}"
     unused: list[tuple[str, str]] = []
     if f is None or not f.has_lambda:
-        unused += [(name, because_f) for name in ("lambda_learnable", "lambda_init", *_LEARNING)]
+        because = f"{because_f}, which has no λ as 'lambda' and 'power' have"
+        unused += [(name, because) for name in ("lambda_learnable", "lambda_init", *_LEARNING)]
     elif not args.lambda_learnable:
         unused += [(name, "with lambda_learnable=False") for name in _LEARNING]
     of_others = {option for name, option in LENGTH_OPTIONS.items() if not hasattr(f, name)}
@@ -160,8 +161,6 @@ def _check_unused(args: "LambdaGRPOConfig", f: LengthWeight | None, v: TokenWeig
     if f is None and v is None:
         unused.append(("token_metrics", f"{because_f} and {because_v.removeprefix('with ')}"))
     for name, because in unused:
-        if name == "length_target" and args.length_target is not None and args.lambda_learnable:
-            because += " (it needs aggregation='power' or 'lambda')"
         _check_default(args, name, because)
 
 

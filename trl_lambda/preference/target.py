@@ -77,8 +77,8 @@ class Target(Rule):
     def observe(self, batch: GenerationBatch, mean_reward: float, mean_length: float | None = None) -> None:
         lengths = batch.lengths.cpu().double()  # MPS has no float64
         rows = float((lengths > 0).sum())
-        mean = mean_length if mean_length is not None else float(lengths.sum()) / max(rows, 1.0)
-        if not mean > 0:
+        mean = float(lengths.sum()) / max(rows, 1.0) if mean_length is None else mean_length
+        if not mean > 0:  # nothing sampled, or nothing logged
             return
         self._seen += 1
         if self._seen <= self.START:

@@ -45,6 +45,13 @@ _DRAWN = {
     "positive3": ("#0072B2", "-"),
     "positive3_x3": ("#D55E00", (0, (5, 1.5, 1, 1.5))),
 }
+# What a table's title says of a study; "main" is `recipes.arena.large`'s.
+_STUDIES = {
+    "planned": "",
+    "planned_long": ", 300 steps",
+    "planned_one_step": ", one step per generation batch",
+    "main": ", 1.1 million parameters",
+}
 _ARM_METRICS = ("auc", "accuracy_sampled", "accuracy_greedy", "mean_length", "entropy")
 _ASKED = {
     "H1a": "Does `positive3` start faster than `dapo`?",
@@ -171,9 +178,7 @@ def _arms_tables(groups: Groups) -> str:
                 )
                 row += [mean_and_error(values_of(runs, metric), factor, decimals), "" if arm == "dapo" else cell]
             rows.append([*row, mean_and_error(values_of(runs, "grad_norm_mean"), 1, 3)])
-        what = {"planned": "", "planned_long": ", 300 steps", "planned_one_step": ", one step per generation batch"}
-        what["main"] = ", 1.1 million parameters"
-        tables.append(f"**{task}{what.get(study, f', {study}')}**\n\n{markdown_table(header, rows)}")
+        tables.append(f"**{task}{_STUDIES.get(study, f', {study}')}**\n\n{markdown_table(header, rows)}")
     return "\n\n".join(tables)
 
 
