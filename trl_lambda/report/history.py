@@ -1,154 +1,110 @@
-"""What a run has logged, in training and on each held-out data set, and as a few lines of text."""
+"""The log history of a run: read from its folder, taken apart by metric and held-out data set, told in a few lines."""
 
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 LogHistory = Sequence[Mapping[str, Any]]
+Series = tuple[list[int], list[float]]
 
-_MAX_STEP = 2**53  # the largest count that a float, and so a picture, still holds exactly
-_MAX_VALUE = 3.4e38  # float32's largest: what is beyond it is no metric, and no picture can hold it
-
-
-@dataclass(frozen=True)
-class RunLog:
-    """A log history and what pictures of it have to know besides."""
-
-    history: LogHistory
-    title: str = ""
-    aggregation: str | None = None  # the member of f, where it has a λ and it is known
-    length_scale: float = 1 / 9
-    side: str = "both"
-
-    def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Return the optimizer steps at which `key` was logged and its values, without those that are not finite."""
-        return series(self.history, key)
-
-    def held_out(self, key: str) -> list[tuple[str, list[int], list[float]]]:
-        """Return what `key` was on held-out data: label, steps and values of each data set that has any."""
-        sets = [(name, series(entries, f"eval_{key}")) for name, entries in evaluations(self.history).items()]
-        return [(f"held-out: {name}" if name else "held-out", *points) for name, points in sets if points[0]]
+_STATE = "trainer_state.json"
 
 
-def check_history(history: Any) -> None:
+def read_log_history(folder: str | Path) -> LogHistory:
     """
-    Raises:
-        ValueError: if `history` is no log history as `Trainer` keeps it.
-    """
-    if not isinstance(history, Sequence) or not all(isinstance(entry, Mapping) for entry in history):
-        raise ValueError(f"run is a {type(history).__name__}; accepted: a log history (list of dicts) or a folder.")
-    for step in (entry.get("step") for entry in history):
-        if not isinstance(step, int):
-            raise ValueError("run has an entry without a step; accepted is a log history as Trainer keeps it.")
-        if not 0 <= step <= _MAX_STEP:
-            raise ValueError(f"run has an entry whose step is {_short(step)}; accepted: 0 to 2**53.")
+    Read what a finished or a running run has logged.
 
-
-def _short(number: int) -> str:
-    return str(number) if abs(number) < 10**20 else f"{'-' if number < 0 else ''}about 2**{number.bit_length()}"
-
-
-def readable(text: str) -> str:
-    """Return `text` with a lone surrogate, which UTF-8 cannot hold, written out: it can be drawn and printed."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def readable_history(history: LogHistory) -> LogHistory:
-    """Return `history` with every key `readable`."""
-    return [{readable(str(key)): value for key, value in entry.items()} for entry in history]
-
-
-def evaluations(history: LogHistory) -> Mapping[str, LogHistory]:
-    """
-    Tell the held-out data sets of a run apart.
-
-    With a dict of them, `Trainer` logs one entry for each, in which its own figures carry the name
-    (`eval_NAME_runtime`) and TRL's do not (`eval_reward`).
+    Args:
+        folder (`str` or `Path`):
+            Output folder of a run, or one of its checkpoints. A resumed run is read where it has come furthest.
 
     Returns:
-        `dict[str, list[dict]]`: the entries of each data set by its name, `""` for the only one that has none; the
-        keys are those of a run with one data set.
+        `list[dict]`: one entry per log, as in `trainer.state.log_history`.
+
+    Raises:
+        ValueError: if neither `folder` nor its newest `checkpoint-N` holds a `trainer_state.json` with a log history.
+    """
+    folder = Path(folder)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    newest = sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))[-1:]
+    files = [place / _STATE for place in (folder, *newest) if (place / _STATE).is_file()]
+    if not files:
+        raise ValueError(f"{str(folder)!r} has no {_STATE}, nor has a checkpoint-N in it; give a run's output_dir.")
+    return max(map(_read_state, files), key=lambda history: max((entry["step"] for entry in history), default=-1))
+
+
+def _read_state(file: Path) -> LogHistory:
+    try:
+        history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        return [{"step": int(entry["step"])} | entry for entry in history]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged, it holds no log history of a Trainer ({error}).") from error
+
+
+def series(history: LogHistory, key: str) -> Series:
+    """Return steps and values of a metric where it was logged; NaN for what has no value, which TRL logs as `None`."""
+    logged = [(entry["step"], entry[key]) for entry in history if key in entry]
+    values = [float(value) if isinstance(value, int | float) else math.nan for _, value in logged]
+    return [step for step, _ in logged], [value if math.isfinite(value) else math.nan for value in values]
+
+
+def has_values(history: LogHistory, key: str) -> bool:
+    """Whether a metric was logged with a value at least once."""
+    return not all(map(math.isnan, series(history, key)[1]))
+
+
+def held_out_sets(history: LogHistory) -> dict[str, LogHistory]:
+    """
+    Return the evaluations of a run by held-out data set, "" for one that has no name.
+
+    With several sets `Trainer` logs one entry for each, in which only its own metrics carry the name
+    (`eval_NAME_runtime`, but `eval_reward`).
     """
     sets: dict[str, list[Mapping[str, Any]]] = {}
     for entry in history:
-        for name in _data_sets(entry):
-            start = f"eval_{name}_" if name else "eval_"
-            own = {f"eval_{key.removeprefix(start)}": value for key, value in entry.items() if key.startswith(start)}
-            others = {key: value for key, value in entry.items() if not key.startswith(start)}
-            sets.setdefault(name, []).append({**own, **others})
+        if any(key.startswith("eval_") for key in entry):
+            names = (match[1] for key in entry if (match := re.fullmatch("eval_(.+)_runtime", key)))
+            sets.setdefault(next(names, ""), []).append(entry)
     return sets
 
 
-def _data_sets(entry: Mapping[str, Any]) -> list[str]:
-    """Return the names of the held-out data sets that an entry is of."""
-    keys = [key for key in entry if key.startswith("eval_")]
-    if not keys:
-        return []
-    for known, ending in (("eval_runtime", "runtime"), ("eval_reward", "reward|completions/mean_length")):
-        if known in entry:
-            return [""]
-        found = (re.fullmatch(f"eval_(.+?)_(?:{ending})", key, re.DOTALL) for key in keys)
-        names = list(dict.fromkeys(match[1] for match in found if match))
-        if names:
-            return names
-    return [""]
-
-
-def series(history: LogHistory, key: str) -> tuple[list[int], list[float]]:
-    """Return the optimizer steps at which `key` was logged and its values; TRL logs None where nothing was valid."""
-    points = [
-        (entry["step"], float(entry[key]))
-        for entry in history
-        if isinstance(entry.get(key), (int, float)) and abs(entry[key]) <= _MAX_VALUE
-    ]
-    return [step for step, _ in points], [value for _, value in points]
+def reward_functions(history: LogHistory) -> list[str]:
+    """Return the names of the reward functions in the order of their first appearance."""
+    keys = dict.fromkeys(key.removeprefix("eval_") for entry in history for key in entry)
+    return [key[8:-5] for key in keys if key.startswith("rewards/") and key.endswith("/mean")]
 
 
 def summarize_run(history: LogHistory) -> list[tuple[str, str]]:
     """
-    Say how rewards and completion length changed: on held-out data if the run was evaluated, else in training.
+    Say how each reward and the completion length changed: on held-out data if the run was evaluated, else in training.
 
     Args:
         history (`list[dict]`):
             `trainer.state.log_history`.
 
     Returns:
-        `list[tuple[str, str]]`: for every reward function and for the length, what it is and how it changed, such as
-        `("held-out reward exact_answer", "0.310 -> 0.642 (step 0 -> 100)")`, with several held-out data sets for each
-        of them; what was never logged is left out.
+        `list[tuple[str, str]]`: name and change, such as `("held-out reward exact_answer", "0.310 -> 0.642 (step 0 ->
+        100)")`. With several held-out data sets the name ends in that of the set. λ, if the run has one, is last.
     """
-    evaluated = any("eval_reward" in entry for entries in evaluations(history).values() for entry in entries)
-    prefix, split = ("eval_", "held-out") if evaluated else ("", "training")
+    sets = held_out_sets(history)
+    prefix, split = ("eval_", "held-out") if sets else ("", "training")
     lines = []
-    for name, entries in (evaluations(history) if evaluated else {"": history}).items():
+    for name, entries in (sets or {"": history}).items():
         of = f" ({name})" if name else ""
-        lines += [
-            (f"{split} reward {function}{of}", _change(entries, f"{prefix}rewards/{function}/mean"))
-            for function in reward_functions(entries, prefix)
-        ]
+        for function in reward_functions(entries):
+            lines.append((f"{split} reward {function}{of}", _change(entries, f"{prefix}rewards/{function}/mean")))
         lines.append((f"{split} mean length{of}", _change(entries, f"{prefix}completions/mean_length", " tokens")))
-    return [(readable(name), text) for name, text in lines if text]
-
-
-def lambda_change(history: LogHistory) -> list[tuple[str, str]]:
-    """Say how λ changed, as a line for [`summarize_run`]'s; none where it was never logged."""
-    text = _change(history, "lambda/value")
-    return [("lambda", text)] if text else []
-
-
-def reward_functions(history: LogHistory, prefix: str = "") -> list[str]:
-    """Return the names of the reward functions that were logged, in the order of their first appearance."""
-    start, end = f"{prefix}rewards/", "/mean"
-    keys = dict.fromkeys(key for entry in history for key in entry)
-    return [key.removeprefix(start).removesuffix(end) for key in keys if key.startswith(start) and key.endswith(end)]
+    lines.append(("lambda", _change(history, "lambda/value")))
+    return [(name, change) for name, change in lines if change]
 
 
 def _change(history: LogHistory, key: str, unit: str = "") -> str:
-    """Return the first and the last logged value with their steps, or '' where the metric was never logged."""
-    steps, values = series(history, key)
-    if not values:
-        return ""
-    if len(values) == 1:
-        return f"{values[0]:.3f}{unit} (step {steps[0]})"
-    return f"{values[0]:.3f} -> {values[-1]:.3f}{unit} (step {steps[0]} -> {steps[-1]})"
+    """Return the first and the last value of a metric with their steps, "" where there is none."""
+    points = [(step, value) for step, value in zip(*series(history, key), strict=True) if not math.isnan(value)]
+    if len(points) < 2:
+        return "".join(f"{value:.3f}{unit} (step {step})" for step, value in points)
+    (start, first), (end, last) = points[0], points[-1]
+    return f"{first:.3f} -> {last:.3f}{unit} (step {start} -> {end})"
