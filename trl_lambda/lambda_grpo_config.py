@@ -1,20 +1,35 @@
-"""`LambdaGRPOConfig` and `TRGRPOConfig`: the fields added to `GRPOConfig`. What they refuse is in `config_checks`."""
+"""`LambdaGRPOConfig` and `TRGRPOConfig`: the fields added to `GRPOConfig`, and every refusal that needs no model."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import MISSING, dataclass, field
+from typing import Any
 
+import torch
 from trl import GRPOConfig
 
-from .config_checks import (
-    LENGTH_OPTIONS,
-    TOKEN_OPTIONS,
-    TOKEN_PREFIX,
-    check_fields,
-    check_together,
-    read_texts,
-    warn_about_score_function,
+from .trl_seam.contract import CLIPPED_LOSS_TYPES, CONVERTIBLE_LOSS_TYPES
+from .weights import (
+    LENGTH_WEIGHTS,
+    SCOPES,
+    SIDES,
+    TOKEN_WEIGHTS,
+    LengthWeight,
+    TokenWeight,
+    as_length_weight,
+    as_token_weight,
+    weight_from_name,
 )
-from .weights import LengthWeight, TokenWeight, make_length_weight, make_token_weight
-from .weights.length_weight import LENGTH_WEIGHTS
+
+_INSTEAD = {
+    "grpo": "loss_type='dapo' with length_weight='grpo' (the same loss)",
+    "dr_grpo": "loss_type='dapo' with length_weight='dr_grpo' (the same loss)",
+    "bnpo": "loss_type='dapo' with length_weight='dapo' (the token mean of the whole batch)",
+    "luspo": "loss_type='dapo' with importance_sampling_level='sequence' and length_weight='dapo' (LUSPO divided by "
+    "the batch's mean length)",
+}
+_NUMBERS = ("positive_weight", "lambda_init", "lambda_learning_rate", "lambda_gain", "length_target")
+# Without effect on a λ that is fixed.
+_LEARNING = ("lambda_gain", "length_target", "lambda_bounds", "lambda_learning_rate")
 
 
 @dataclass
@@ -22,247 +37,319 @@ class LambdaGRPOConfig(GRPOConfig):
     r"""
     Configuration class for the [`LambdaGRPOTrainer`].
 
-    This class includes only the parameters that are added to [`~trl.GRPOConfig`], whose own keep their meaning, with
-    one exception: while `aggregation` is set, `loss_type` chooses the surrogate only (`"dapo"`: PPO clip, `"cispo"`,
-    `"vespo"`, `"sapo"`), and the reduction is `aggregation`'s.
+    This class includes only the parameters that are added to [`~trl.GRPOConfig`], whose own keep their meaning. One
+    exception: while `length_weight` is set, `loss_type` selects only the surrogate loss (`"dapo"`: PPO clip,
+    `"cispo"`, `"vespo"`, `"sapo"`), and `length_weight` is the reduction.
 
     Parameters:
         > Length weight f (arXiv 2510.06870)
 
-        aggregation (`str` or `None`, *optional*, defaults to `"lambda"`):
-            How much a response counts for its length. `"lambda"`: G · softmax of h^λ over the group, the paper's;
-            `"power"`: (|o|/μ)^λ with the token mass preserved, which is DAPO at λ = 0 and, where every response has
-            tokens, GRPO at λ = -1;
-            `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members; `"balanced"`: right and wrong responses of a group each
-            count for their number, whatever their length (arXiv 2605.04077, as its abstract reads); `None`: TRL's own
-            reduction for `loss_type`. With tools, lengths are the policy's own tokens, while the budget that
-            `"dr_grpo"` divides by, `max_completion_length`, includes tool output; and where an environment owns the
-            data, members of a group may not share a start: lengths of different tasks are then compared.
-        aggregation_scope (`str`, *optional*, defaults to `"batch"`):
-            `"batch"`: token mean over the generation batch, as TRL does; `"prompt"`: token mean of each prompt, then
-            the mean over prompts, the paper's formula as written.
-        lambda_side (`str`, *optional*, defaults to `"both"`):
-            Whose lengths λ weighs: `"both"`: every response's, the paper; `"signed"`: λ·sign(A); `"positive"`: those
-            with A > 0 only; `"negative"`: those with A < 0 only (the last three are this project's). With `"signed"`
-            and `"positive"` λ > 0 makes a longer right answer count more, without making a longer wrong one count more
-            too; with `"negative"` λ > 0 makes a longer wrong one count more, and the rules turn their sign.
-        lambda_features (`list[str]`, *optional*, defaults to `["length"]`):
-            What λ weighs, one λ each: `"length"`, `"mean_logp"`, `"min_logp"` (mean and least log-probability of the
-            own tokens under the sampling policy). More than length with `"power"` and a side other than `"both"`.
-            They are taken from TRL's old log-probabilities; where TRL computes none (one optimizer step per generation
-            batch without vLLM) they cost one more forward pass without gradient per generation batch.
-        lambda_rule (`str`, *optional*):
-            How λ learns. `"descent"`: on the policy loss, the paper; side `"both"` only. `"regression"`: λ follows
-            `lambda_gain` times the regression of the advantage on what λ weighs. `"target"`: a controller that holds
-            the mean completion length at `length_target`. `None`: descent for side `"both"`, target where
-            `length_target` is set, else regression.
-        lambda_gain (`float`, *optional*, defaults to `2.0`):
-            κ of `"regression"`, > 0.
+        length_weight (`str` or `None`, *optional*, defaults to `"lambda_grpo"`):
+            Weight of a response by its length. `"lambda_grpo"`: G · softmax of h^λ over the group, the paper's.
+            `"power"`: (|o|/μ)^λ with the token mass preserved; λ = 0 is DAPO and, where every response has tokens,
+            λ = -1 is GRPO. `"grpo"`, `"dapo"`, `"dr_grpo"`: the fixed members. `"balanced"`: right and wrong responses
+            of a group each count for their number (arXiv 2605.04077). A dotted path: a function or [`LengthWeight`] of
+            your own. `None`: TRL's own reduction for `loss_type`. With tools, lengths are the policy's own tokens,
+            while `max_completion_length`, the divisor of `"dr_grpo"`, includes tool output.
+        length_weight_kwargs (`dict`, *optional*):
+            Parameters of that member. `"lambda_grpo"`: `{"length_scale": 1/9}`, r of h = 1 + r·z, below 1/√(G-1);
+            larger means that long and short responses differ more. For a dotted path they are passed by name.
+        length_weight_scope (`str`, *optional*, defaults to `"batch"`):
+            Scope of the token mean. `"batch"`: the generation batch, as in TRL. `"prompt"`: the token mean of each
+            prompt, then the mean over prompts, the paper's formula as written.
+        drop_tied_groups (`bool`, *optional*, defaults to `False`):
+            Leave groups whose responses all have the same reward out of the denominator too (arXiv 2510.13786). The
+            step is larger the more groups are tied.
         positive_weight (`float`, *optional*, defaults to `1.0`):
             c > 0: a response with A > 0 counts c times, the token mass preserved over the scope. With any
-            `aggregation`, `None` included.
+            `length_weight`, `None` included. c > 1 lowers the entropy: watch it, and try c < 1 where it collapses.
+        lambda_side (`str`, *optional*):
+            Responses that λ weights: `"both"`, every one (the paper); `"signed"`, λ·sign(A); `"positive"`, those with
+            A > 0; `"negative"`, those with A < 0. `None`: both, or positive with `length_target`.
+        lambda_features (`list[str]`, *optional*, defaults to `["length"]`):
+            What λ weights, one λ each: `"length"`, `"mean_logp"`, `"min_logp"` (mean and least log-probability of the
+            own tokens under the sampling policy). More than length needs `length_weight="power"` and a side other than
+            `"both"`.
         length_target (`float`, *optional*):
-            What `"target"` steers the mean completion length to: above 1, a number of own tokens; up to 1, a part of
-            the length at the start (the mean over the first four generation batches). With it `lambda_side="both"`
-            means `"positive"`, and λ is held in [-3, 3] where `lambda_bounds` is not set. λ's group then has no
-            momentum, and λ goes 1 - exp(-12·`lambda_learning_rate`) of its way within a generation batch.
+            Set point of the mean completion length: above 1, a number of own tokens; up to 1, a part of the length at
+            the start (the mean over the first four generation batches). λ then follows a controller, within [-3, 3]
+            if `lambda_bounds` is not set.
         lambda_init (`float`, *optional*, defaults to `0.0`):
-            λ at step 0; of the first feature, where there are several. 0 is DAPO's token mean.
+            λ at step 0, of the first feature where there are several. 0 is DAPO's token mean. Larger: long responses
+            count more.
         lambda_learnable (`bool`, *optional*, defaults to `True`):
-            Whether λ is trained. `False` keeps it at `lambda_init`, without a parameter group.
+            Whether λ is trained: by descent on the loss for side `"both"`, by a controller with `length_target`, else
+            by regression of the advantage on the features. `False` keeps it at `lambda_init`.
         lambda_learning_rate (`float`, *optional*, defaults to `0.1`):
-            Base learning rate of λ's parameter group. The schedule is the model's. What 0.1 was tried on, and what
-            came of it: `docs/arena.md`.
-        lambda_adam_eps (`float`, *optional*, defaults to `1.0`):
-            `eps` of λ's group in Adam-like optimizers. Far above the gradient, it makes the step proportional to the
-            gradient (momentum SGD, as in the paper's setting) instead of sign-like.
-        lambda_max_grad_norm (`float`, *optional*, defaults to `1.0`):
-            Bound of |dL/dλ|, apart from the model's `max_grad_norm`. 0 turns it off.
+            Base learning rate of λ's parameter group. Larger: λ moves faster. The schedule is the model's.
         lambda_bounds (`list[float]`, *optional*):
             `[low, high]`: λ is projected into them after each step.
-        length_scale (`float`, *optional*, defaults to `1/9`):
-            r of h = 1 + r·z. Must be below 1/√(G-1) for G generations per prompt.
+        lambda_gain (`float`, *optional*, defaults to `2.0`):
+            How far λ follows the regression, κ > 0. Larger: responses that look like right ones count more.
 
         > Token weight v (arXiv 2511.00066 and 2505.12929)
 
-        token_regulation (`str` or `None`, *optional*):
-            `"sigmoid"`: clip(α·σ(k·(π - p0)), L, U), TR-GRPO; `"linear"`: α·π + 1 - α, AR; `None`: no token weight.
-            π is the current policy's probability of the token, a constant to the gradient.
-        regulation_alpha (`float`, *optional*):
-            α: 2.0 for `"sigmoid"` and 0.2 for `"linear"` if `None`.
-        regulation_slope (`float`, *optional*, defaults to `9.0`):
-            k of the sigmoid.
-        regulation_center (`float`, *optional*, defaults to `0.25`):
-            p0 of the sigmoid, a probability.
-        regulation_min (`float`, *optional*, defaults to `1.0`):
-            L of the sigmoid, > 0.
-        regulation_max (`float`, *optional*, defaults to `1.4`):
-            U of the sigmoid, >= L.
-        regulation_inside_clip (`bool`, *optional*, defaults to `False`):
-            `True`: min(vρA, clip(vρ)A), Eq. 9 of arXiv 2511.00066 as its reviews read it; with ε = 0.2 every token
-            with v > 1.2 and A > 0 then has no gradient. `False`: v·min(ρA, clip(ρ)A).
+        token_weight (`str` or `None`, *optional*):
+            Weight of a token by π, the current policy's probability of it, a constant to the gradient. `"tr_grpo"`:
+            clip(α·σ(k·(π - p0)), L, U). `"ar"`: α·π + 1 - α. A dotted path: a function or [`TokenWeight`] of your own.
+            `None`: no token weight.
+        token_weight_kwargs (`dict`, *optional*):
+            Parameters of that member. `"tr_grpo"`: `alpha` α = 2.0, `slope` k = 9.0, `center` p0 = 0.25, `min`
+            L = 1.0, `max` U = 1.4. `"ar"`: `alpha` α = 0.2. Larger `max` or `alpha`: probable tokens count more.
+        token_weight_inside_clip (`bool`, *optional*, defaults to `False`):
+            `True`: min(vρA, clip(vρ)A), Eq. 9 of arXiv 2511.00066 as its reviews read it. With ε = 0.2 every token
+            with v > 1.2 and A > 0 then has no gradient, and accuracy fell in our study. `False`: v·min(ρA, clip(ρ)A).
 
         > Metrics
 
         token_metrics (`bool`, *optional*, defaults to `True`):
-            Whether to log the metrics that look at every token, `token_weight/*`, `clipped/*` and `share/*`. Those of
-            responses and of λ are logged in any case.
+            Log the metrics that look at every token: `token_weight/*`, `clipped/*`, `share/*` and `mass/*`.
 
     Raises:
-        `ValueError`: a value is out of range, or an option cannot be honoured in this combination; the message names
-        the field, its value and what is accepted.
+        `ValueError`: a value is out of range, or an option cannot be honoured in this combination.
     """
 
-    aggregation: str | None = field(
-        default="lambda",
+    length_weight: str | None = field(
+        default="lambda_grpo",
         metadata={
-            "help": "How much a response counts for its length: 'lambda' (softmax of h^λ), 'power' ((|o|/μ)^λ), "
-            "'grpo', 'dapo', 'dr_grpo', or none for TRL's own reduction of `loss_type`."
+            "help": "Weight of a response by its length: 'lambda_grpo' (softmax of h^λ, λ learned), 'power' "
+            "((length/mean)^λ), 'grpo', 'dapo', 'dr_grpo', 'balanced', a dotted path to your own function, or none to "
+            "keep TRL's reduction of loss_type."
         },
     )
-    aggregation_scope: str = field(
+    length_weight_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters of the length weight, such as '{\"length_scale\": 0.11}' for 'lambda_grpo' (larger: "
+            "long and short responses differ more)."
+        },
+    )
+    length_weight_scope: str = field(
         default="batch",
         metadata={
-            "help": "'batch': token mean over the generation batch, as TRL does. 'prompt': token mean of each prompt, "
-            "then the mean over prompts."
+            "help": "'batch': token mean over the generation batch, as in TRL. 'prompt': every prompt counts the "
+            "same, however many tokens its responses have."
         },
     )
-    lambda_side: str = field(
-        default="both",
+    drop_tied_groups: bool = field(
+        default=False,
         metadata={
-            "help": "Whose lengths λ weighs: 'both', 'signed' (by the sign of the advantage), 'positive' (A > 0), "
-            "'negative' (A < 0)."
+            "help": "True: groups whose responses all have the same reward leave the denominator too. Steps are "
+            "larger the more groups are tied."
+        },
+    )
+    positive_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Larger than 1: right answers (A > 0) count more than wrong ones, and entropy falls faster. Below "
+            "1: wrong ones count more."
+        },
+    )
+    lambda_side: str | None = field(
+        default=None,
+        metadata={
+            "help": "Responses that λ weights: 'both', 'signed' (by the sign of the advantage), 'positive' (A > 0), "
+            "'negative' (A < 0). Default: both, or positive with length_target."
         },
     )
     lambda_features: list[str] = field(
         default_factory=lambda: ["length"],
-        metadata={"help": "What λ weighs, one λ each: any of 'length', 'mean_logp', 'min_logp'."},
-    )
-    lambda_rule: str | None = field(
-        default=None,
         metadata={
-            "help": "How λ learns: 'descent' on the policy loss, 'regression' of the advantage on what λ weighs, "
-            "'target' (a set point for the length), or none: what goes with side and length_target."
+            "help": "What λ weights, one λ each: any of 'length', 'mean_logp', 'min_logp'. More than length needs "
+            "length_weight='power' and a lambda_side other than 'both'."
         },
-    )
-    lambda_gain: float = field(default=2.0, metadata={"help": "κ of lambda_rule='regression'."})
-    positive_weight: float = field(
-        default=1.0, metadata={"help": "Responses with A > 0 count this many times, token mass preserved."}
     )
     length_target: float | None = field(
         default=None,
         metadata={
-            "help": "Mean completion length that lambda_rule='target' steers to: above 1 in tokens, up to 1 as a part "
-            "of the length at the start."
+            "help": "Hold the mean completion length here: above 1 in tokens, up to 1 as a part of the length at the "
+            "start. Smaller: shorter answers."
         },
     )
-    lambda_init: float = field(default=0.0, metadata={"help": "λ at step 0. 0 is DAPO's token mean."})
+    lambda_init: float = field(
+        default=0.0, metadata={"help": "λ at step 0. Larger: long responses count more. 0 is DAPO's token mean."}
+    )
     lambda_learnable: bool = field(
-        default=True, metadata={"help": "Whether λ is trained. False keeps it at `lambda_init`."}
+        default=True, metadata={"help": "Whether λ is trained. False keeps it at lambda_init."}
     )
     lambda_learning_rate: float = field(
-        default=0.1, metadata={"help": "Base learning rate of λ's parameter group. The schedule is the model's."}
+        default=0.1, metadata={"help": "Learning rate of λ. Larger: λ moves faster. The schedule is the model's."}
     )
-    lambda_adam_eps: float = field(
-        default=1.0,
-        metadata={
-            "help": "`eps` of λ's group in Adam-like optimizers. Far above the gradient, it makes the step "
-            "proportional to the gradient instead of sign-like."
-        },
+    lambda_bounds: list[float] | None = field(default=None, metadata={"help": "[low, high]: λ is kept between them."})
+    lambda_gain: float = field(
+        default=2.0,
+        metadata={"help": "With a lambda_side: larger makes responses that look like right ones count more (κ)."},
     )
-    lambda_max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Bound of |dL/dλ|, apart from the model's `max_grad_norm`. 0 turns it off."}
-    )
-    lambda_bounds: list[float] | None = field(
-        default=None, metadata={"help": "[low, high]: λ is projected into them after each step."}
-    )
-    length_scale: float = field(
-        default=1 / 9, metadata={"help": "r of h = 1 + r·z. Must be below 1/sqrt(G-1) for G generations per prompt."}
-    )
-    token_regulation: str | None = field(
+    token_weight: str | None = field(
         default=None,
         metadata={
-            "help": "Token weight, increasing in the policy's own probability of the token: 'sigmoid' (TR-GRPO), "
-            "'linear' (AR), or none."
+            "help": "Weight of a token by the policy's own probability of it: 'tr_grpo' (sigmoid, clipped), 'ar' "
+            "(linear), a dotted path to your own function, or none."
         },
     )
-    regulation_alpha: float | None = field(
-        default=None, metadata={"help": "α of the token weight: 2.0 for 'sigmoid', 0.2 for 'linear' if not set."}
+    token_weight_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters of the token weight: alpha, slope, center, min, max of 'tr_grpo', alpha of 'ar'. "
+            "Larger max or alpha: probable tokens count more."
+        },
     )
-    regulation_slope: float = field(default=9.0, metadata={"help": "k of the sigmoid token weight."})
-    regulation_center: float = field(default=0.25, metadata={"help": "p0 of the sigmoid token weight."})
-    regulation_min: float = field(default=1.0, metadata={"help": "Lower bound L of the sigmoid token weight, > 0."})
-    regulation_max: float = field(default=1.4, metadata={"help": "Upper bound U of the sigmoid token weight, >= L."})
-    regulation_inside_clip: bool = field(
+    token_weight_inside_clip: bool = field(
         default=False,
         metadata={
-            "help": "True: the token weight multiplies the ratio inside min and clip (Eq. 9 of arXiv 2511.00066). "
-            "False: it multiplies the clipped surrogate."
+            "help": "True: the token weight multiplies the ratio inside the clip (Eq. 9 of arXiv 2511.00066), which "
+            "cost accuracy in our study. False: it multiplies the clipped loss."
         },
     )
     token_metrics: bool = field(
         default=True,
-        metadata={
-            "help": "Whether to log the metrics that look at every token, 'token_weight/*', 'clipped/*' and 'share/*'."
-        },
+        metadata={"help": "Log token_weight/*, clipped/*, share/* and mass/*, which look at every token."},
     )
 
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "length_weight_kwargs", "token_weight_kwargs"]
+
     @property
-    def has_lambda(self) -> bool:
-        """Whether `aggregation` is a member with a λ."""
-        return self.aggregation is not None and LENGTH_WEIGHTS[self.aggregation].has_lambda
-
-    def make_length_weight(self) -> LengthWeight | None:
-        """The member f that `aggregation` names, with its parameters; `None` for TRL's own reduction."""
-        options = {name: getattr(self, option) for name, option in LENGTH_OPTIONS.items()}
-        if self.length_target is not None and self.lambda_side == "both":
-            options["side"] = "positive"
-        if isinstance(self.lambda_features, list):
-            options["features"] = tuple(self.lambda_features)
-        return None if self.aggregation is None else make_length_weight(self.aggregation, options)
-
-    def make_token_weight(self) -> TokenWeight | None:
-        """The member v that `token_regulation` names, with its parameters; `None` for no token weight."""
-        options = {name: getattr(self, option) for name, option in TOKEN_OPTIONS.items()}
-        name = self.token_regulation
-        return None if name is None else make_token_weight(name, options, prefix=TOKEN_PREFIX)
-
-    def rule_of(self, f: LengthWeight) -> str:
-        """The name of the rule that λ of `f` learns by."""
-        if self.lambda_rule is not None:
-            return self.lambda_rule
-        if self.length_target is not None:
-            return "target"
-        return "descent" if getattr(f, "side", "both") == "both" else "regression"
+    def side(self) -> str:
+        """The side of λ, `lambda_side` or its default."""
+        return self.lambda_side or ("both" if self.length_target is None else "positive")
 
     def __post_init__(self) -> None:
-        read_texts(self)
-        f, _ = self.validate()
-        warn_about_score_function(self, f)
+        for name in ("length_weight", "token_weight"):
+            if str(getattr(self, name)).lower() in ("none", "null"):  # the command line has no other word for it
+                setattr(self, name, None)
         super().__post_init__()
+        self.make_weights()
 
-    def validate(
-        self, length_weight: LengthWeight | None = None, token_weight: TokenWeight | None = None
-    ) -> tuple[LengthWeight | None, TokenWeight | None]:
+    def make_weights(self, length_weight: Any = None, token_weight: Any = None) -> tuple[Any, Any]:
         """
-        Check every added field, and the fields of `GRPOConfig` that it goes with. The trainer does so again, for
-        fields that were assigned later and for weights that were passed to it.
+        Check every added field, and make the weights that they name.
 
         Args:
-            length_weight ([`LengthWeight`], *optional*): takes the place of `aggregation`'s member.
-            token_weight ([`TokenWeight`], *optional*): takes the place of `token_regulation`'s member.
+            length_weight, token_weight (*optional*): weights passed to the trainer, in place of the fields' own.
 
         Returns:
-            `tuple`: f and v as they will be used.
+            `tuple`: the [`LengthWeight`] and the [`TokenWeight`], `None` for no such weight.
 
         Raises:
             `ValueError`: as for the class.
         """
-        check_fields(self, length_weight, token_weight)
-        f = self.make_length_weight() if length_weight is None else length_weight
-        v = self.make_token_weight() if token_weight is None else token_weight
-        check_together(self, f, v)
+        self._check_values()
+        for name, given in (("length_weight", length_weight), ("token_weight", token_weight)):
+            if given is not None:
+                self._refuse([name, f"{name}_kwargs"], f"beside the trainer's own {name}")
+        options = {"side": self.side, "features": tuple(self.lambda_features)}
+        options["max_completion_length"] = self.max_completion_length
+        f: LengthWeight | None = None
+        if length_weight is not None:
+            f = as_length_weight(length_weight)
+        elif self.length_weight is not None:
+            kwargs: Any = self.length_weight_kwargs
+            f = weight_from_name(self.length_weight, kwargs, options, LENGTH_WEIGHTS, "length_weight")
+        v: TokenWeight | None = None
+        if token_weight is not None:
+            v = as_token_weight(token_weight)
+        elif self.token_weight is not None:
+            kwargs = self.token_weight_kwargs
+            v = weight_from_name(self.token_weight, kwargs, {}, TOKEN_WEIGHTS, "token_weight")
+        self._check_length_weight(f)
+        self._check_token_weight(v)
+        if f is None and v is None:
+            self._refuse(["token_metrics"], "without a weight")
         return f, v
+
+    def _check_values(self) -> None:
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
+        largest = torch.finfo(torch.float32).max
+        if not abs(self.lambda_init) <= largest:
+            raise ValueError(f"lambda_init={self.lambda_init} must be finite in float32, the dtype of λ.")
+        for name in ("positive_weight", "lambda_learning_rate", "lambda_gain"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and > 0.")
+        target, most = self.length_target, self.max_completion_length
+        if target is not None and not (0 < target < math.inf and (most is None or target <= most)):
+            raise ValueError(f"length_target={target} must be > 0 and at most max_completion_length={most}.")
+        if (bounds := self.lambda_bounds) is not None:
+            is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
+            if not is_pair or not all(isinstance(b, int | float) and abs(b) <= largest for b in bounds):
+                raise ValueError(f"lambda_bounds={bounds!r} must be two finite numbers [low, high].")
+            if not bounds[0] < bounds[1] or not bounds[0] <= self.lambda_init <= bounds[1]:
+                raise ValueError(
+                    f"lambda_bounds={bounds!r} must have low < high and lambda_init={self.lambda_init} in it."
+                )
+        if not isinstance(self.lambda_features, list | tuple):
+            raise ValueError(f"lambda_features={self.lambda_features!r} must be a list.")
+        for name, value, accepted in (
+            ("length_weight_scope", self.length_weight_scope, SCOPES),
+            ("lambda_side", self.side, SIDES),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}.")
+
+    def _check_length_weight(self, f: LengthWeight | None) -> None:
+        if f is None:
+            names = ["length_weight_kwargs", "length_weight_scope", "drop_tied_groups"]
+            self._refuse(names, "with length_weight=None, TRL's own reduction")
+        else:
+            if self.loss_type not in CONVERTIBLE_LOSS_TYPES:
+                others = f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}"
+                raise ValueError(
+                    f"loss_type={self.loss_type!r} brings its own reduction, which length_weight={f.name!r} would "
+                    f"replace. Use {_INSTEAD.get(self.loss_type, others)}, or length_weight=None to keep it."
+                )
+            f.check(max(self.num_generations or 1, self.num_generations_eval or 1))
+        if f is None or not f.has_lambda:
+            names = ["lambda_side", "lambda_features", "lambda_init", "lambda_learnable", *_LEARNING]
+            return self._refuse(names, f"with length_weight={f and f.name!r}, which has no λ")
+        if not hasattr(f, "side"):  # a λ of the user's own
+            self._refuse(["lambda_side", "length_target"], f"with length_weight={f.name!r}: set 'power'")
+        if not hasattr(f, "features"):
+            self._refuse(["lambda_features"], f"with length_weight={f.name!r}: set 'power'")
+        if not self.lambda_learnable:
+            return self._refuse(_LEARNING, "with lambda_learnable=False")
+        if self.length_target is None:
+            if self.side == "both":
+                self._refuse(["lambda_gain"], "with lambda_side='both', where λ descends on the loss")
+            return
+        self._refuse(["lambda_gain"], "with length_target")
+        if self.side == "both":
+            raise ValueError(
+                "length_target needs lambda_side 'signed', 'positive' or 'negative': with 'both' λ > 0 "
+                "weights right and wrong responses alike and does not steer."
+            )
+        if list(self.lambda_features) != ["length"]:
+            raise ValueError(f"length_target weights length alone, got lambda_features={self.lambda_features}.")
+        if self.lambda_bounds is None and not abs(self.lambda_init) <= 3:
+            raise ValueError(
+                f"lambda_init={self.lambda_init} must lie in [-3, 3] with length_target, or in lambda_bounds."
+            )
+
+    def _check_token_weight(self, v: TokenWeight | None) -> None:
+        if v is None:
+            self._refuse(["token_weight_kwargs", "token_weight_inside_clip"], "with token_weight=None")
+            return
+        v.check()
+        if not self.token_weight_inside_clip:
+            return
+        # v inside the clip goes through `old_per_token_logps`: refuse whatever else reads that tensor.
+        for is_refused, instead in (
+            (self.loss_type not in CLIPPED_LOSS_TYPES, f"a loss_type of {', '.join(CLIPPED_LOSS_TYPES)}"),
+            (self.importance_sampling_level != "token", "importance_sampling_level='token'"),
+            (self.beta != 0.0 and self.use_bias_correction_kl, "use_bias_correction_kl=False, or beta=0"),
+            (self.off_policy_mask_threshold is not None, "off_policy_mask_threshold=None"),
+        ):
+            if is_refused:
+                raise ValueError(f"token_weight_inside_clip=True requires {instead}. Or use False.")
+
+    def _refuse(self, names: Any, because: str) -> None:
+        """Refuse options that differ from their default and would have no effect."""
+        for name in names:
+            own = self.__dataclass_fields__[name]
+            default = own.default if own.default is not MISSING else own.default_factory()
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect {because}: leave it at {default!r}.")
 
 
 _FIELDS = LambdaGRPOConfig.__dataclass_fields__
@@ -271,15 +358,15 @@ _FIELDS = LambdaGRPOConfig.__dataclass_fields__
 @dataclass
 class TRGRPOConfig(LambdaGRPOConfig):
     r"""
-    Configuration class for the [`TRGRPOTrainer`]: [`LambdaGRPOConfig`] with the token weight of TR-GRPO
-    (arXiv 2511.00066) on and TRL's own reduction left alone.
+    Configuration class for the [`TRGRPOTrainer`]: [`LambdaGRPOConfig`] with TR-GRPO's token weight (arXiv 2511.00066)
+    on and TRL's own reduction left alone.
 
     Parameters:
-        aggregation (`str` or `None`, *optional*, defaults to `None`):
-            As in [`LambdaGRPOConfig`]; `None` leaves TRL's reduction for `loss_type`.
-        token_regulation (`str` or `None`, *optional*, defaults to `"sigmoid"`):
+        length_weight (`str` or `None`, *optional*, defaults to `None`):
+            As in [`LambdaGRPOConfig`]. `None` leaves TRL's reduction for `loss_type`.
+        token_weight (`str` or `None`, *optional*, defaults to `"tr_grpo"`):
             As in [`LambdaGRPOConfig`].
     """
 
-    aggregation: str | None = field(default=None, metadata=_FIELDS["aggregation"].metadata)
-    token_regulation: str | None = field(default="sigmoid", metadata=_FIELDS["token_regulation"].metadata)
+    length_weight: str | None = field(default=None, metadata=_FIELDS["length_weight"].metadata)
+    token_weight: str | None = field(default="tr_grpo", metadata=_FIELDS["token_weight"].metadata)

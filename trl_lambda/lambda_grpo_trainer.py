@@ -1,14 +1,15 @@
 """`LambdaGRPOTrainer` and `TRGRPOTrainer`: one training step, read from top to bottom.
 
-TRL scores a generation batch; lengths and advantages of all its rows are kept. At each loss, once TRL has the current
-log-probabilities, the advantages of a copy of the micro-batch become ``f·v·A``; the loss is TRL's own. Every surrogate
-of TRL is linear in the advantage and otherwise looks at its sign only, so that a positive factor on the advantage is
-that factor on the token's term of the policy loss. KL, entropy bonus and auxiliary losses are added by TRL afterwards
-and stay unweighted. Then the optimizers step, λ's with the model's, and λ is saved with it.
+1. TRL scores a generation batch; lengths and advantages of all its rows are gathered.
+2. At each loss, once TRL has the current log-probabilities, the advantages of a copy of the micro-batch become f·v·A.
+   The loss is TRL's own. Every surrogate of TRL is linear in the advantage and otherwise uses its sign only, so that a
+   factor on the advantage is that factor on the token's term of the policy loss. KL, entropy bonus and auxiliary losses
+   are added by TRL afterwards and stay unweighted.
+3. The optimizer steps λ with the model.
+4. λ is saved with the model, and the model card says how the tokens were weighted.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,52 +18,59 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
+from .generation_batch import GenerationBatch
 from .lambda_grpo_config import LambdaGRPOConfig, TRGRPOConfig
-from .metrics.completions_table import WeightColumn
-from .metrics.loss_metrics import LossMetrics, Surrogate, Tokens
-from .model_card import LAMBDA_PAPER, TR_PAPER, complete_card, weight_tags
-from .preference.checkpoint import LambdaCheckpoint, identity_of
-from .preference.step import LambdaStep, make_lambda
-from .preference.whole_checkpoint import check_whole
+from .lambda_parameter import (
+    TARGET_BOUNDS,
+    Descent,
+    Fixed,
+    LambdaFile,
+    LambdaParameter,
+    LambdaStep,
+    Regression,
+    Target,
+)
+from .metrics.completions_column import LengthWeightColumn
+from .metrics.dead_run import DeadRunWarning
+from .metrics.loss_metrics import Clip, LossMetrics, Tokens, lambda_metrics
+from .model_card import card_tags, complete_card, paper_of
 from .trl_seam.contract import check_contract
-from .trl_seam.generation_batch import ROW_KEY, Scoring, own_tokens
 from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
 from .trl_seam.response_weights import ResponseWeights
+from .trl_seam.scoring import Scoring, own_tokens
 from .trl_seam.weighted_inputs import WeightedInputs, left_in_loss
-from .weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight, weigh_tokens
-from .weights.custom import features_of
+from .weights import LengthWeight, TokenRows, TokenWeight, probabilities, weigh_tokens
 
 
 class LambdaGRPOTrainer(GRPOTrainer):
     """
-    `GRPOTrainer` with the aggregation ``Σ_i f_i Σ_t v(π_it) ℓ_it / Σ_i |o_i|`` of TRL's own token losses ℓ.
+    `GRPOTrainer` with the aggregation ``Σ_i f_i Σ_t v_it ℓ_it / Σ_i |o_i|`` of TRL's own token losses ℓ.
 
     f is a length weight with a learnable λ (this project's reading of arXiv 2510.06870), v a weight increasing in the
-    policy's probability of the token (arXiv 2511.00066); both are chosen in [`LambdaGRPOConfig`], or passed here. The
+    policy's probability of the token (arXiv 2511.00066). Both are chosen in [`LambdaGRPOConfig`], or passed here. The
     other arguments are those of [`~trl.GRPOTrainer`], in the same order.
 
-    A subclass that replaces TRL's `_compute_loss` declares how its loss is reduced, or the weights are refused:
+    A subclass with a `_compute_loss` of its own declares how its loss is reduced, or the weights are refused:
     `loss_reduction = "token_mean"`, `"sequence_mean"` or `"sequence"`.
 
     Args:
         args ([`LambdaGRPOConfig`], *optional*):
             Configuration. If `None`, a default one is made as TRL does.
         length_weight (`Callable` or [`LengthWeight`], *optional*):
-            f of your own in place of `aggregation`: called by name with any of `lengths`, `advantages` (P, G) and
-            `lam`, returns weights > 0, (P, G). It has a λ if it names `lam`. See [`LengthWeight`].
+            f of your own in place of the config's: called by name with any of the arguments that [`LengthWeight`]
+            lists, returns weights > 0, (P, G). It has a λ if it names `lam`.
         token_weight (`Callable` or [`TokenWeight`], *optional*):
-            v of your own in place of `token_regulation`: called with `probs`, π of the sampled tokens, returns weights
-            > 0 of the same shape.
+            v of your own in place of the config's: called by name with any of the arguments that [`TokenWeight`]
+            lists, returns weights >= 0, (B, T).
 
     Raises:
         `ValueError`: `args` is a plain `GRPOConfig`, or something the weights cannot be honoured with is on; before
             any model is loaded.
-        `RuntimeError`: the installed TRL does not have what the weights go through.
+        `RuntimeError`: the installed TRL lacks the internals that the weights go through.
     """
 
-    _tag_names = ["trl", "grpo"]  # the model card adds what the options are
+    _tag_names = ["trl", "grpo"]  # the model card adds those of the weights
     _name = "LambdaGRPO"
-    _paper = LAMBDA_PAPER
     _config_class: type[LambdaGRPOConfig] = LambdaGRPOConfig
     loss_reduction: str | None = None  # of a subclass with a `_compute_loss` of its own
     # As they are here; transformers declares what any trainer may have.
@@ -85,33 +93,83 @@ class LambdaGRPOTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = self._config_class(f"{model_name.split('/')[-1]}-{self._name}")
         refuse_unsupported(type(self), args, self._config_class)
-        own_f = None if length_weight is None else as_length_weight(length_weight)
-        own_v = None if token_weight is None else as_token_weight(token_weight)
-        f, v = self.length_weight, self.token_weight = args.validate(own_f, own_v)
+        f, v = self.length_weight, self.token_weight = args.make_weights(length_weight, token_weight)
         self._is_weighted = bool(f or v or args.positive_weight != 1)
         if self._is_weighted:
-            refuse_other_losses(type(self), f, v)
-        is_custom = bool(own_f or own_v)
-        if is_custom:  # logs and trackers show the names of what is used
+            refuse_other_losses(type(self), weights_tokens=v is not None)
+        if length_weight is not None or token_weight is not None:  # logs and trackers show the names of what is used
             args = copy.copy(args)
-            args.aggregation, args.token_regulation = f and f.name, v and v.name
-
-        self._has_scored = False  # a generation batch that is new to `_prepare_inputs`
+            args.length_weight, args.token_weight = f and f.name, v and v.name
+        self._paper = paper_of(f, v) or GRPOTrainer._paper
         self._loss_inputs: WeightedInputs | None = None
-        self._weight_column = WeightColumn()
+        self._has_weighted = False  # a loss of this training step went through the weights
+        self._observed: GenerationBatch | None = None
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
-        # A completion may hold what the policy has not written; the same on every process.
+        statistics = [*(f.needs if f else ()), *(["rewards"] if args.drop_tied_groups else [])]
+        # A completion may hold tokens that the policy has not written; the same on every process.
         with_turns = bool(getattr(self, "tools", None)) or getattr(self, "rollout_func", None) is not None
-        group_sizes: Any = {"train": self.num_generations, "eval": self.num_generations_eval}
-        self._scoring = Scoring(self.accelerator, group_sizes, features_of(f), with_turns=with_turns)
-        self._lambda = make_lambda(args, f, device=self.accelerator.device, num_iterations=self.num_iterations)
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self._lambda_step = LambdaStep(self._lambda, args, self.accelerator, self._metrics, is_sharded=is_sharded)
-        self.add_callback(self._lambda_step)
-        self._lambda_files = LambdaCheckpoint(self._lambda, identity_of(args, f, own_v), is_custom=is_custom)
-        self._response_weights = ResponseWeights(f, self._lambda, args, self.loss_reduction)
-        self._loss_metrics = LossMetrics(Surrogate.of(args), v and v.bounds, with_turns=with_turns)
+        self._scoring = Scoring(self.accelerator, list(dict.fromkeys(statistics)), with_turns=with_turns)
+        self._lambda = self._make_lambda(args, f) if f is not None and f.has_lambda else None
+        self._lambda_step = self._make_lambda_step(args, self._lambda) if self.lambda_is_learnable else None
+        self._lambda_file = LambdaFile(
+            self._lambda, self._settings(), is_needed=self._lambda is not None or bool(length_weight or token_weight)
+        )
+        self._response_weights = ResponseWeights(
+            f,
+            lambda: None if self._lambda is None else self._lambda.for_loss,
+            is_fixed=not self.lambda_is_learnable,
+            scope=args.length_weight_scope,
+            positive_weight=args.positive_weight,
+            drop_tied_groups=args.drop_tied_groups,
+            loss_type=args.loss_type,
+            reduction=self.loss_reduction,
+        )
+        by_sign = self._response_weights.depends_on_sign
+        self._loss_metrics = LossMetrics(
+            v and v.bounds, by_sign=by_sign, with_turns=with_turns, with_ties=args.drop_tied_groups
+        )
+        self._completions_column = LengthWeightColumn()
+        self._dead_run = DeadRunWarning()
+
+    def _make_lambda(self, args: LambdaGRPOConfig, f: LengthWeight) -> LambdaParameter:
+        bounds = None if args.lambda_bounds is None else (args.lambda_bounds[0], args.lambda_bounds[1])
+        if not args.lambda_learnable:
+            learning = Fixed()
+        elif args.length_target is not None:
+            steps = (args.steps_per_generation or 1) * self.num_iterations / args.gradient_accumulation_steps
+            bounds = bounds or TARGET_BOUNDS
+            learning = Target(args.length_target, steps, f.lambda_side, bounds, args.lambda_init)
+        elif f.lambda_side == "both":
+            learning = Descent(args.loss_type)
+        else:
+            learning = Regression(f.lambda_features, args.lambda_gain, f.lambda_side)
+        device = self.accelerator.device
+        return LambdaParameter(args.lambda_init, learning, bounds=bounds, device=device, features=f.lambda_features)
+
+    def _make_lambda_step(self, args: LambdaGRPOConfig, parameter: LambdaParameter) -> LambdaStep:
+        return LambdaStep(
+            parameter,
+            learning_rate=args.lambda_learning_rate,
+            optim=args.optim,
+            betas=(args.adam_beta1, args.adam_beta2),
+            accelerator=self.accelerator,
+            is_sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings that a resumed run must share."""
+        names = ("length_weight", "length_weight_kwargs", "length_weight_scope", "drop_tied_groups", "positive_weight")
+        names += ("lambda_features", "token_weight", "token_weight_kwargs", "token_weight_inside_clip")
+        settings = {name: getattr(self.args, name) for name in names}
+        learning = None if self._lambda is None else self._lambda.learning.name
+        fixed = {"lambda_init": self.args.lambda_init} if learning == "fixed" else {}
+        return settings | {"lambda_side": self.args.side, "lambda_learning": learning} | fixed
+
+    @property
+    def lambda_is_learnable(self) -> bool:
+        """Whether there is a λ that is trained."""
+        return self._lambda is not None and self._lambda.learnable
 
     @property
     def lambda_value(self) -> float | None:
@@ -120,43 +178,72 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     @property
     def lambda_values(self) -> dict[str, float]:
-        """λ of every feature that it weighs, by name; empty where f has none."""
+        """λ of every feature, by name; empty where f has none."""
         return {} if self._lambda is None else dict(zip(self._lambda.features, self._lambda.values, strict=True))
+
+    @property
+    def lambda_learning(self) -> Fixed | None:
+        """How λ learns; `None` where f has none."""
+        return None if self._lambda is None else self._lambda.learning
 
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    # ---- Scoring: lengths and advantages, where the whole generation batch is visible ----
+    # ---- 1. Scoring: lengths and advantages, where the whole generation batch is visible ----
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        rewards = super()._calculate_rewards(*args, **kwargs)
+        self._scoring.record_rewards(rewards, self.reward_weights)
+        return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self._is_weighted:
-            self._scoring.number_rows(output)
-            if self._scoring.features:
-                forward = functools.partial(self._get_per_token_logps_and_entropies, self.model)
-                train, held_out = self.args.per_device_train_batch_size, self.args.per_device_eval_batch_size
-                self._scoring.score_features(output, forward, train if self.model.training else held_out)
-            self._scoring.take(self._mode, [output])
-            self._has_scored = True
+            self._scoring.number_rows(output, len(inputs))
+            args = self.args
+            size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+            forward, checkpointing = self._get_per_token_logps_and_entropies, args.gradient_checkpointing_kwargs
+            self._scoring.score_log_probabilities(output, forward, self.model, size, checkpointing)
+            if self._scores_itself:
+                self._gather([output])
         return output
+
+    @property
+    def _scores_itself(self) -> bool:
+        """Whether no subclass changes rows after they are scored here."""
+        score = getattr(self._generate_and_score_completions, "__func__", None)
+        return score is LambdaGRPOTrainer._generate_and_score_completions
+
+    def _gather(self, micro_batches: list[Any]) -> None:
+        # G as TRL has it now: a callback may change it.
+        group_size: Any = self.num_generations if self.model.training else self.num_generations_eval
+        if self.length_weight is not None:
+            self.length_weight.check(group_size)
+        self._scoring.gather_rows(self._mode, micro_batches, group_size, in_order=self._scores_itself)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
-        if self._has_scored:
-            self._has_scored = False
-            if type(self)._generate_and_score_completions is not LambdaGRPOTrainer._generate_and_score_completions:
-                # A subclass may have masked rows or changed advantages since they were gathered: take them again.
-                self._scoring.take(self._mode, self._buffered_inputs if self.model.training else [inputs])
-            batch = self._scoring.batches[self._mode]
-            self._loss_metrics.note_generation_batch(self._mode, batch)
-            if self.model.training:
-                self._lambda_step.observe(batch)
-            if self.log_completions and self.length_weight is not None:
-                self._weight_column.fill(self._logs["extra"], self._response_weights.of(batch))
+        if self._scoring.is_pending:  # a subclass may have masked, dropped or repeated rows after they were scored
+            self._gather(self._buffered_inputs if self.model.training else [inputs])
         return inputs
 
-    # ---- The loss: A ← f·v·A where the current log-probabilities exist ----
+    def _observe(self, batch: GenerationBatch) -> None:
+        """Show a new generation batch to the metrics and to what λ learns from."""
+        self._observed = batch
+        self._loss_metrics.record_generation_batch(self._mode, batch)
+        if self.log_completions and self.length_weight is not None:
+            weights = self._response_weights.weights_of(batch, self.state.global_step)
+            self._completions_column.fill(self._logs["extra"], weights)
+        if self.model.training:
+            logged = self._metrics["train"]
+            self._dead_run.observe(logged)
+            if self._lambda is not None:
+                # Answers that TRL masks have no tokens in the batch, but were sampled.
+                lengths = logged.get("completions/mean_length") if self.args.mask_truncated_completions else None
+                self._lambda.learning.observe(batch, lengths[-1] if lengths else batch.mean_length)
+
+    # ---- 2. The loss: A ← f·v·A where the current log-probabilities exist ----
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -170,52 +257,86 @@ class LambdaGRPOTrainer(GRPOTrainer):
         finally:
             self._loss_inputs = None
         weighted.check_consumed(type(self))
-        return self._lambda_step.after_loss(loss)
+        self._has_weighted = True
+        return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        # While training, a call without gradient is of another model, or of this one for another purpose.
+        # While training, no-grad calls score a reference model. They are not our loss.
         if self._loss_inputs is not None and (torch.is_grad_enabled() or not self.model.training):
-            self._weigh(self._loss_inputs, outputs[0])
+            self._weigh(self._loss_inputs, outputs[0], outputs[1])
         return outputs
 
-    def _weigh(self, inputs: WeightedInputs, logps: Tensor) -> None:
+    def _weigh(self, inputs: WeightedInputs, logps: Tensor, entropies: Tensor | None) -> None:
         """A ← f·v·A, with v from the current log-probabilities, (B, T), and f from λ as it is now."""
-        advantages, old_logps = inputs.peek("advantages"), inputs.peek("old_per_token_logps")
-        rows, batch = inputs.peek(ROW_KEY), self._scoring.batches[self._mode]
-        f = self._response_weights.of(batch)  # (P, G)
-        factor = self._response_weights.factor(f, batch)
-        if factor is not None:
-            inputs.scale_advantages(factor[rows])
-        v = None if self.token_weight is None else weigh_tokens(self.token_weight, logps)
-        if v is not None and self.args.regulation_inside_clip:
-            inputs.scale_ratio(logps, v)
-        elif v is not None:
-            inputs.scale_advantages(v)
-        inputs.complete()
+        inputs.count_reads()
+        if self.lambda_is_learnable and torch.is_grad_enabled() and not logps.requires_grad:
+            raise RuntimeError(
+                "The model has nothing to train, and λ alone would learn: no gradient reaches its parameters. Load "
+                "the adapter with is_trainable=True, or call model.enable_input_require_grads() with checkpointing."
+            )
+        mode, step = self._mode, self.state.global_step
+        batch, places = self._scoring.places_of(inputs, mode)
+        if batch is not self._observed:
+            self._observe(batch)
+        advantages, old_logps, mask = inputs.peek("advantages"), inputs.peek("old_per_token_logps"), own_tokens(inputs)
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
 
+        f = self._response_weights.weights_of(batch, step)  # (P, G)
+        factor = self._response_weights.factor(f, batch, step)
         if factor is not None:
-            signs = batch.advantages if self._response_weights.looks_at_sign else None
-            self._loss_metrics.note_length_weights(self._mode, f, signs)
+            inputs.scale_advantages(factor[places])
+        v = None
+        if self.token_weight is not None:
+            lengths = batch.lengths.flatten()[places].unsqueeze(1)
+            entropies = None if entropies is None else entropies.detach()
+            tokens = TokenRows(probabilities(logps), advantages, entropies, old_logps, mask, lengths, step)
+            v = weigh_tokens(self.token_weight, tokens)  # (B, T)
+            if self.args.token_weight_inside_clip:
+                inputs.scale_ratio(logps, v)
+            else:
+                inputs.scale_advantages(v)
+
+        self._loss_metrics.record_length_weights(mode, f, batch, is_trls=factor is None)
         if self.args.token_metrics:
-            mask, logps = own_tokens(inputs), logps.detach()
-            unweighted = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-            left = left_in_loss(self, inputs, unweighted, logps, mask)
-            tokens = Tokens(batch, rows, f.detach(), mask, left, logps, old_logps, unweighted, v)
-            self._loss_metrics.note_tokens(self._mode, tokens)
+            logps = logps.detach()
+            left = left_in_loss(self, inputs, advantages, logps, mask)
+            clip = Clip.of(self)
+            self._loss_metrics.record_tokens(
+                mode, Tokens(batch, places, f.detach(), mask, left, logps, old_logps, advantages, v, clip)
+            )
 
-    # ---- λ's parameter group and its step ----
+    # ---- 3. λ's parameter group and its step ----
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        is_new = self.optimizer is None
+        is_trainers = self.optimizer is None  # and not one that the user built
         optimizer = super().create_optimizer(*args, **kwargs)
-        self._lambda_step.join(optimizer, is_new=is_new)
+        if self._lambda_step is not None and is_trainers:
+            self._lambda_step.join(optimizer)
         return optimizer
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._lambda_step is not None:
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                raise ValueError(
+                    "The model has nothing to train, and λ alone would learn. Load the adapter with "
+                    "PeftModel.from_pretrained(..., is_trainable=True), or set lambda_learnable=False."
+                )
+            self._lambda_step.begin_training()
+        return super().train(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._lambda_step.before_loss(self.optimizer, self.lr_scheduler, self.model)
+        self._has_weighted = False
+        if self._lambda_step is not None:
+            self._lambda_step.before_micro_batch(self.optimizer, self.lr_scheduler)
         loss = super().training_step(*args, **kwargs)
-        self._lambda_step.after_backward()
+        if self._is_weighted and not self._has_weighted:
+            raise RuntimeError(
+                "The weights had no effect: a subclass replaces compute_loss without calling super().compute_loss. "
+                "Call it, or turn the weights off: length_weight=None, token_weight=None."
+            )
+        if self._lambda_step is not None:
+            self._lambda_step.after_micro_batch()
         return loss
 
     # ---- Logs ----
@@ -235,47 +356,52 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def reduce_metrics(self, mode: str) -> None:
         """Reduce the weights' metrics since the last call over the processes, for TRL's next `log`."""
-        metrics = self._loss_metrics.flush(mode, self.accelerator)
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+        metrics = dict(self._loss_metrics.flush(mode, self.accelerator))
         if metrics and mode == "train" and self._lambda is not None:
-            self._metrics[mode] |= {name: [value] for name, value in self._lambda.metrics().items()}
+            metrics |= lambda_metrics(self._lambda)
+        self._metrics[mode] |= {name: [value] for name, value in metrics.items()}
 
     def _log_completion_extra(self, column: str, values: list[Any]) -> None:
-        self._weight_column.note_column(column)
+        self._completions_column.record_column(column)
         super()._log_completion_extra(column, values)
 
-    # ---- To disk and back ----
+    # ---- 4. To disk and back ----
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self._lambda_files.write(output_dir or str(self.args.output_dir), self.state.global_step)
+            self._lambda_file.write(output_dir or str(self.args.output_dir), self.state.global_step)
 
     def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:  # with sharded FSDP checkpoints `_save` is not called
-            self._lambda_files.write(output_dir, self.state.global_step)
-            self._lambda_files.write_optimizer(output_dir)
+        if self.args.should_save:
+            home = "none" if self._lambda_step is None else self._lambda_step.home_of(self.optimizer)
+            if self._lambda_step is not None:
+                self._lambda_step.save_own_optimizer(output_dir)
+            self._lambda_file.write(output_dir, self.state.global_step, home=home)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
-        check_whole(resume_from_checkpoint)
+        self._lambda_file.check(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        load = functools.partial(super()._load_optimizer_and_scheduler, checkpoint)
-        if checkpoint is None:
-            return load()
-        self._lambda_step.settle(self.optimizer, self.model)  # what has been built by now is what is loaded into
-        self._lambda_files.load(checkpoint, self.optimizer, self.lr_scheduler, load, owned=self._lambda_step.is_owned)
+        if checkpoint is None or self._lambda_step is None:
+            if checkpoint is not None:
+                self._lambda_file.load(checkpoint, home="none")
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        self._lambda_step.settle(self.optimizer, self.lr_scheduler)
+        self._lambda_file.load(checkpoint, self._lambda_step.home_of(self.optimizer))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._lambda_step.load_own_optimizer(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._lambda_files.load_value(str(self.state.best_model_checkpoint))
+        if self._lambda is not None:
+            self._lambda_file.load_value(str(self.state.best_model_checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: Any) -> None:
         if self.args.should_save:
-            self._lambda_files.copy_for_push(checkpoint_folder, str(self.args.output_dir))
+            self._lambda_file.copy_for_push(checkpoint_folder, str(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(
@@ -286,7 +412,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         name, and `lambda-grpo` and `tr-grpo` are added to `tags` where they apply.
         """
         model_name = model_name or Path(str(self.args.output_dir)).resolve().name
-        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=weight_tags(self, tags))
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=card_tags(self, tags))
         if self.is_world_process_zero():
             complete_card(self)
 
@@ -295,5 +421,4 @@ class TRGRPOTrainer(LambdaGRPOTrainer):
     """[`LambdaGRPOTrainer`] with [`TRGRPOConfig`]: TR-GRPO's token weight (arXiv 2511.00066) on TRL's reduction."""
 
     _name = "TRGRPO"
-    _paper = TR_PAPER
     _config_class = TRGRPOConfig

@@ -7,6 +7,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..weights import groups_with_signal
+from ..weights.rows import group_mean
+from ..weights.sides import sides
 from .diagnostics import (
     SURPRISE_BINS,
     advantage_length_sums,
@@ -17,6 +20,8 @@ from .diagnostics import (
     ratio,
 )
 
+# Groups by their share of right answers: below 1/3, up to 2/3, above.
+_PASS_RATES = ("hard", "middle", "easy")
 Finish = Callable[[list[float]], dict[str, float]]
 
 
@@ -59,7 +64,7 @@ class LossTally:
             self.add_ratio(f"advantage/{name}_mean_length", length, rows)
 
     def add_length_weights(self, weights: Tensor, advantages: Tensor | None = None) -> None:
-        """Take in f of a whole generation batch, (P, G), the same on every process; apart by sign of A if given."""
+        """Take in f of a whole generation batch, (P, G), the same on every process. Split by sign of A if given."""
         weights = weights.detach().float()
         by_sign = {} if advantages is None else {"positive": advantages > 0, "negative": advantages < 0}
         for name, of_sign in by_sign.items():
@@ -85,9 +90,27 @@ class LossTally:
         for name, of_sign in (("positive", mask * (advantages > 0)), ("negative", mask * (advantages < 0))):
             self.add_ratio(f"clipped/advantage_{name}", (clipped * of_sign).sum(), of_sign.sum())
 
-    def add_clipped_by_regulation(self, clipped: Tensor, mask: Tensor) -> None:
+    def add_clipped_by_weight(self, clipped: Tensor, mask: Tensor) -> None:
         """Take in which tokens are clipped only because v stands inside the clip, and own tokens, both (B, T)."""
-        self.add_ratio("token_weight/clipped_by_regulation", (clipped * mask).sum(), mask.sum())
+        self.add_ratio("token_weight/clipped_by_weight", (clipped * mask).sum(), mask.sum())
+
+    def add_tied_groups(self, rewards: Tensor) -> None:
+        """Take in the rewards of a generation batch, (P, G): the share of groups whose rewards are all equal."""
+        live = groups_with_signal(rewards)
+        self.add_ratio("groups/tied", (~live).sum(), torch.ones_like(live).sum())
+
+    def add_masses(self, weights: Tensor, lengths: Tensor, advantages: Tensor) -> None:
+        """
+        Take in f, own-token lengths and A of a generation batch at one loss, all (P, G): |A|·f·|o| of right (A > 0)
+        and wrong answers over all tokens, in sum and by the group's share of right answers.
+        """
+        sign = sides(advantages, lengths > 0, "signed")
+        mass = advantages.abs() * weights * lengths / lengths.sum().clamp(min=1)
+        share = group_mean((sign > 0).float(), lengths > 0)  # (P, 1)
+        bins = torch.bucketize(share, torch.tensor([1 / 3, 2 / 3], device=share.device, dtype=share.dtype))
+        of_sign = torch.stack([mass * (sign > 0), mass * (sign < 0)]).sum(dim=-1)  # (2, P)
+        sums = mass.new_zeros(2, 3).index_add(1, bins.squeeze(1), of_sign)
+        self.add("mass", torch.cat([sums.flatten(), sums.new_ones(1)]), _masses)
 
     def add_shares(self, mass: Tensor, length_bins: Tensor, logps: Tensor, mask: Tensor) -> None:
         """
@@ -129,6 +152,16 @@ class LossTally:
 def _correlation(sums: list[float]) -> dict[str, float]:
     """From Σ a·l, Σ a² and Σ l²."""
     return {"advantage/length_correlation": ratio(sums[0], math.sqrt(sums[1]) * math.sqrt(sums[2]))}
+
+
+def _masses(sums: list[float]) -> dict[str, float]:
+    """From the mass of right and of wrong answers in groups with few, some and many right ones, and the losses."""
+    count = sums[-1]
+    metrics = {}
+    for name, masses in (("positive", sums[:3]), ("negative", sums[3:6])):
+        metrics[f"mass/{name}"] = sum(masses) / count
+        metrics |= {f"mass/{name}_{bin_}": m / count for bin_, m in zip(_PASS_RATES, masses, strict=True)}
+    return metrics
 
 
 def _length_shares(masses: list[float]) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Where the weights enter TRL's own loss, what that relies on, and what would bypass it."""
+"""Where the weights enter TRL's own loss, the TRL internals this depends on, and the refusal of what bypasses it."""

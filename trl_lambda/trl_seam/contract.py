@@ -1,10 +1,9 @@
-"""What this package relies on inside TRL, the versions it was checked on, and the check itself.
+"""The TRL internals this package depends on, the versions it was checked on, and the check that they exist.
 
 The loss is TRL's own. The weights go into ``inputs["advantages"]`` (and, inside the clip, into
 ``inputs["old_per_token_logps"]``) between the moment `_compute_loss` has the current log-probabilities and the moment
-it reads those entries. TRL does not document that order. The contract's test reads it off TRL's source for every
-tested version; at run time the names are checked here, and the guard (`WeightedInputs`) sees whether the weights were
-read.
+it reads those entries. TRL does not document that order. A test reads it off TRL's source for every tested version. At
+run time `check_contract` verifies the names, and `WeightedInputs` that the weights were read.
 """
 
 import functools
@@ -21,8 +20,9 @@ TESTED_VERSIONS = ("1.10.0", "1.13.0", "1.14.2", "1.16.0")
 # Method -> the parameters that are passed or read by name.
 METHODS = {
     "_generate_and_score_completions": ("inputs",),
+    "_calculate_rewards": (),
     "_prepare_inputs": ("generation_batch",),
-    "_get_per_token_logps_and_entropies": ("model",),
+    "_get_per_token_logps_and_entropies": ("model", "compute_entropy"),
     "_compute_loss": ("model", "inputs"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
@@ -31,22 +31,36 @@ METHODS = {
     "_maybe_log_save_evaluate": (),
     "_save": ("output_dir", "state_dict"),
     "_save_optimizer_and_scheduler": ("output_dir",),
+    "_load_from_checkpoint": ("resume_from_checkpoint",),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_load_best_model": (),
     "_push_from_checkpoint": ("checkpoint_folder",),
 }
 # Attributes that the trainer reads: TRL sets them in `__init__`.
-ATTRIBUTES = ("_metrics", "_logs", "_buffered_inputs", "num_generations", "num_generations_eval", "loss_type")
+ATTRIBUTES = (
+    *("_metrics", "_logs", "_buffered_inputs", "num_generations", "num_generations_eval", "num_iterations"),
+    *("reward_weights", "loss_type", "importance_sampling_level", "epsilon_low", "epsilon_high"),
+)
 LOGPS_METHOD = "_get_per_token_logps_and_entropies"
 # Entries of `inputs` that `_compute_loss` must read after it has called LOGPS_METHOD.
 READ_AFTER_LOGPS = ("advantages", "old_per_token_logps")
 # Entries of the scored batch that the trainer reads.
 SCORED_KEYS = ("completion_mask", "advantages", "tool_mask", "num_items_in_batch")
 
+# TRL's `loss_type` names a surrogate and a reduction at once. These have a reduction that a weight per response turns
+# into any other one: a token mean, or (sapo) a mean of per-sequence means.
+CONVERTIBLE_LOSS_TYPES = ("dapo", "cispo", "vespo", "sapo")
+# Reductions that are a mean of per-sequence means.
+SEQUENCE_MEAN_LOSS_TYPES = ("grpo", "sapo")
+# Surrogates with the PPO clip, the only one that Eq. 9 of arXiv 2511.00066 puts the token weight into.
+CLIPPED_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
+# Surrogates whose value is A·log π times a constant: only their gradient in the policy is meaningful.
+SCORE_FUNCTION_LOSS_TYPES = ("cispo", "vespo")
+
 
 @functools.cache
 def contract_violations(trainer_class: type = GRPOTrainer) -> tuple[str, ...]:
-    """What this package relies on and the installed TRL's trainer has not: a line for each method or parameter."""
+    """The methods and parameters that the installed TRL's trainer lacks, a line each."""
     violations = []
     for name, parameters in METHODS.items():
         method = getattr(trainer_class, name, None)
@@ -61,8 +75,8 @@ def contract_violations(trainer_class: type = GRPOTrainer) -> tuple[str, ...]:
 
 def check_contract(trainer_class: type = GRPOTrainer, version: str = trl.__version__) -> None:
     """
-    Raise a `RuntimeError` when the installed TRL has moved what the weights go through; warn when it is newer than
-    what was tested.
+    Raise a `RuntimeError` when the installed TRL has moved the internals this package uses. Warn when it is newer than
+    the tested versions.
     """
     tested = f"tested with TRL {OLDEST_TESTED} to {NEWEST_TESTED}"
     violations = contract_violations(trainer_class)
@@ -73,20 +87,8 @@ def check_contract(trainer_class: type = GRPOTrainer, version: str = trl.__versi
         )
     if Version(version) > Version(NEWEST_TESTED):
         warnings.warn(
-            f"trl_lambda is {tested}; TRL {version} is newer. What it relies on is in place there, so training goes "
+            f"trl_lambda is {tested}, and TRL {version} is newer. The internals it uses exist there, so training goes "
             "on, but its tests have not been run on that version.",
             UserWarning,
             stacklevel=3,
         )
-
-
-def liger_bypasses_loss(trainer_class: type = GRPOTrainer) -> bool:
-    """Whether `use_liger_kernel=True` makes this TRL compute another loss than `_compute_loss` (TRL < 1.14 does)."""
-    return hasattr(trainer_class, "compute_liger_loss")
-
-
-def patched_by_unsloth(trainer_class: type) -> bool:
-    """Whether Unsloth has put its own class, or its own `compute_loss`, under `trainer_class`."""
-    modules = [f"{cls.__module__}.{cls.__qualname__}" for cls in trainer_class.__mro__]
-    modules += [getattr(trainer_class, name).__module__ for name in ("compute_loss", "_compute_loss")]
-    return any("unsloth" in module.lower() for module in modules)

@@ -1,89 +1,57 @@
-"""What a trainer refuses before any model is loaded: set-ups that its weights could not be honoured in."""
+"""The set-ups that a trainer refuses before any model is loaded, because the weights could not be honoured."""
 
-import inspect
 from typing import Any
 
 from trl import GRPOTrainer
 
-from ..weights import LengthWeight, TokenWeight
-from .contract import liger_bypasses_loss, patched_by_unsloth
-
-# What a `_compute_loss` of another class may declare its reduction to be, and how f then enters.
+# The reductions that a `_compute_loss` of another class may declare; f then enters accordingly.
 LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "sequence")
 
 
 def refuse_unsupported(trainer_class: type, args: Any, config_class: type) -> None:
-    """
-    Refuse what would bypass the weights of the trainer being built: a `ValueError` names the option, its value and
-    what to use instead.
-    """
+    """Raise a `ValueError` for what would bypass the weights: another config, Unsloth, a fused loss kernel."""
     if not isinstance(args, config_class):
         name = config_class.__name__
         raise ValueError(
             f"args must be a {name} for {trainer_class.__name__}, got {type(args).__name__}: replace it by "
             f"trl_lambda.{name}, which takes the same arguments."
         )
-    if patched_by_unsloth(trainer_class):
+    if any("unsloth" in f"{cls.__module__}.{cls.__qualname__}".lower() for cls in trainer_class.__mro__) or any(
+        "unsloth" in getattr(trainer_class, name).__module__.lower() for name in ("compute_loss", "_compute_loss")
+    ):
         raise ValueError(
             "Unsloth has replaced GRPOTrainer's loss, and its kernels give λ and the token weights no effect. Import "
             "trl_lambda in a process that does not import unsloth."
         )
-    if args.use_liger_kernel and liger_bypasses_loss(GRPOTrainer):
+    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise ValueError(
             "use_liger_kernel=True makes this TRL compute its loss in a fused kernel that the weights do not reach. "
             "Use use_liger_kernel=False, or TRL >= 1.14."
         )
 
 
-def refuse_other_losses(trainer_class: type, f: LengthWeight | None, v: TokenWeight | None) -> None:
+def refuse_other_losses(trainer_class: type, *, weights_tokens: bool) -> None:
     """
-    Refuse a loss that is not TRL's own while weights are on, unless its class says what its reduction is, and a
-    `compute_loss` that leaves the weights out.
+    Raise a `ValueError` for a `_compute_loss` other than TRL's whose class does not declare `loss_reduction`.
 
-    f restates a reduction, and which one it restates has to be known: on a mean of sequence means the weights of a
-    token mean would be another loss, in silence. A `_compute_loss` that calls `super()._compute_loss` is TRL's. The
-    `ValueError` names the class and what it can declare.
+    f restates a reduction. On a mean of sequence means the weights of a token mean would be another loss.
     """
-    declared = trainer_class.loss_reduction
+    declared = getattr(trainer_class, "loss_reduction", None)
     if declared is not None and declared not in LOSS_REDUCTIONS:
         raise ValueError(
             f"{trainer_class.__name__}.loss_reduction={declared!r} is unknown; accepted: {', '.join(LOSS_REDUCTIONS)}."
         )
-    for cls in trainer_class.__mro__[: trainer_class.__mro__.index(GRPOTrainer)]:
-        ours = cls.__module__.startswith("trl_lambda.")
-        if "compute_loss" in vars(cls) and not ours and not _names(vars(cls)["compute_loss"], "compute_loss"):
-            raise ValueError(
-                f"{cls.__name__} replaces compute_loss, where the weights enter, without calling "
-                f"super().compute_loss: aggregation={f and f.name!r} and "
-                f"token_regulation={v and v.name!r} would have no effect. Call it, or turn both off (None)."
-            )
-        loss = vars(cls).get("_compute_loss")
-        if loss is None or _names(loss, "_compute_loss"):
-            continue
-        if declared is None:
-            raise ValueError(
-                f"{cls.__name__} replaces GRPOTrainer's _compute_loss, and how its loss is reduced is not known: "
-                f"aggregation={f and f.name!r} and token_regulation={v and v.name!r} could train "
-                "something else. Either turn both off (None), or call super()._compute_loss in it, or declare the "
-                f"reduction as a class attribute of {trainer_class.__name__}: loss_reduction = 'token_mean' (a sum "
-                "over tokens divided by the batch's token count), 'sequence_mean' (a mean of each sequence's token "
-                "mean) or 'sequence' (a mean of one term per sequence)."
-            )
-        if declared == "sequence" and v is not None:
-            raise ValueError(
-                f"token_regulation={v.name!r} weights tokens, and {cls.__name__} declares "
-                "loss_reduction='sequence': its loss has one term per sequence. Use token_regulation=None."
-            )
-
-
-def _names(function: Any, method: str) -> bool:
-    """Whether a function names `method`, as a call of super's does; read off the compiled code."""
-    codes = [getattr(inspect.unwrap(function), "__code__", None)]
-    while codes:
-        code = codes.pop()
-        if code is None:
-            continue
-        if method in code.co_names or method in code.co_freevars:
-            return True
-        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return False
+    above = trainer_class.__mro__[: trainer_class.__mro__.index(GRPOTrainer)]
+    others = [cls.__name__ for cls in above if "_compute_loss" in vars(cls)]
+    if others and declared is None:
+        raise ValueError(
+            f"{others[0]} replaces GRPOTrainer's _compute_loss, and its reduction is not known. Declare it as a class "
+            f"attribute of {trainer_class.__name__}: loss_reduction = 'token_mean' (a sum over tokens divided by the "
+            "batch's token count), 'sequence_mean' (a mean of each sequence's token mean) or 'sequence' (a mean of "
+            "one term per sequence). Or turn the weights off: length_weight=None, token_weight=None."
+        )
+    if declared == "sequence" and weights_tokens:
+        raise ValueError(
+            f"token_weight must be None: {trainer_class.__name__} declares loss_reduction='sequence', a loss with one "
+            "term per sequence."
+        )

@@ -8,19 +8,18 @@ from trl import GRPOTrainer
 
 class WeightedInputs(dict[str, Any]):
     """
-    A copy of one micro-batch whose advantages carry the weights, and which knows whether the loss has read them.
+    A copy of one micro-batch whose advantages carry the weights. It records whether the loss has read them.
 
-    A TRL that reads an entry before the weights are in it, or from elsewhere, must not train something else in
-    silence.
+    A loss that reads an entry before the weights are in it, or from elsewhere, would train something else in silence.
     """
 
     def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__(inputs)
         self._pending: set[str] = {"advantages"}
-        self._complete = False
+        self._counts_reads = False
 
     def peek(self, key: str) -> Any:
-        """An entry, or `None`, without counting as a reader: for the weights themselves."""
+        """An entry, or `None`, without counting as a reader."""
         return super().get(key)
 
     def scale_advantages(self, weights: Tensor) -> None:
@@ -39,28 +38,32 @@ class WeightedInputs(dict[str, Any]):
         super().__setitem__("old_per_token_logps", old - weights.log())
         self._pending.add("old_per_token_logps")
 
-    def complete(self) -> None:
-        """All weights are in; a `RuntimeError` if they were: the loss has asked for log-probabilities twice."""
-        if self._complete:
+    def count_reads(self) -> None:
+        """
+        Count reads from now on: the loss has its log-probabilities, and the weights go in.
+
+        Raises:
+            `RuntimeError`: the loss has asked for log-probabilities before.
+        """
+        if self._counts_reads:
             raise RuntimeError(
                 "The loss asked for the policy's log-probabilities twice, and would have weighted its tokens twice. "
-                "trl_lambda does not support this TRL or this subclass of its trainer."
+                "A subclass with a second term should compute it by calling the model itself."
             )
-        self._complete = True
+        self._counts_reads = True
 
     def check_consumed(self, trainer_class: type) -> None:
         """
-        Raise a `RuntimeError` if the loss was computed without reading the weighted entries after they were complete;
-        it names a class that may have passed on a copy of the inputs.
+        Raise a `RuntimeError` if the loss was computed without reading the weighted entries. It names a class that may
+        have passed on a copy of the inputs.
         """
-        if not self._pending and self._complete:
+        if not self._pending and self._counts_reads:
             return
         entries = ", ".join(sorted(self._pending)) or "inputs"
-        methods = ("compute_loss", "_compute_loss")
         between = [
             f"{cls.__name__}.{name}"
             for cls in trainer_class.__mro__
-            for name in methods
+            for name in ("compute_loss", "_compute_loss")
             if name in vars(cls) and not cls.__module__.startswith(("trl.", "transformers.", "trl_lambda."))
         ]
         cause = "trl_lambda does not support this TRL or this combination of options."
@@ -74,7 +77,7 @@ class WeightedInputs(dict[str, Any]):
         )
 
     def _note(self, key: str) -> None:
-        if self._complete:
+        if self._counts_reads:
             self._pending.discard(key)
 
     def __getitem__(self, key: str) -> Any:
@@ -90,7 +93,7 @@ def left_in_loss(
     trainer: GRPOTrainer, inputs: WeightedInputs, advantages: Tensor, logps: Tensor, mask: Tensor
 ) -> Tensor:
     """
-    The own tokens that TRL's correction for vLLM and its off-policy mask leave in the loss, (B, T).
+    Own tokens that TRL's vLLM correction and off-policy mask leave in the loss, (B, T).
 
     Unweighted advantages are (B, 1) or (B, T), log-probabilities and the mask of own tokens (B, T).
     """

@@ -1,48 +1,38 @@
 """
-What a response may be preferred for beside its length: one function of log-probabilities and mask each.
+Statistics of a response beside its length: one function of log-probabilities, entropies and mask each.
 
-    "mean_logp"   1/|o_i| Σ_t ln π_it
-    "min_logp"    min_t ln π_it
+    "mean_logp"      1/|o_i| Σ_t ln π_it
+    "min_logp"       min_t ln π_it
+    "mean_entropy"   1/|o_i| Σ_t H_it
 
-π is the sampling policy's probability of the token, over the policy's own tokens. A feature is added by a function
-here and its entry in `FEATURES`.
+π and H belong to the sampling policy, over its own tokens. λ may weigh the first two (`FEATURES`).
 """
-
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from .tensors import group_mean, one_where_zero
+from .rows import ResponseRows, group_mean, one_where_zero
+
+FEATURES = ("mean_logp", "min_logp")
+# What TRL's scoring pass alone does not give: log-probabilities, and for the last one entropies.
+SCORED_STATISTICS = (*FEATURES, "mean_entropy")
 
 
-def mean_logp(logps: Tensor, mask: Tensor) -> Tensor:
-    """Mean log-probability of the own tokens; (B, T), (B, T) -> (B,), 0 for a row without tokens."""
-    return (logps * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+def score_statistic(name: str, logps: Tensor, entropies: Tensor | None, mask: Tensor) -> Tensor:
+    """One of `SCORED_STATISTICS` of every response; (B, T) each -> (B,), 0 for a row without tokens."""
+    if name == "min_logp":
+        return logps.masked_fill(mask == 0, 0).amin(dim=1)
+    values = logps if name == "mean_logp" else entropies
+    assert values is not None  # the caller computes entropies where they are asked for
+    return values.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def min_logp(logps: Tensor, mask: Tensor) -> Tensor:
-    """Least log-probability of an own token; (B, T), (B, T) -> (B,), 0 for a row without tokens."""
-    return logps.masked_fill(mask == 0, 0).amin(dim=1)
-
-
-FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean_logp": mean_logp, "min_logp": min_logp}
-
-
-def centred_features(
-    names: tuple[str, ...], lengths: Tensor, has_tokens: Tensor, features: Mapping[str, Tensor | None]
-) -> Tensor:
+def centred_features(names: tuple[str, ...], rows: ResponseRows) -> Tensor:
     """
-    x: each feature of each response, (P, G, K), minus its mean over the group's rows with tokens; 0 for a row without.
+    x: each feature of each response minus its mean over the group's rows with tokens, (P, G, K); 0 without tokens.
 
-    `names` are `"length"`, which is ln|o|, and names in `features`, whose raw values are (P, G), as `lengths` and the
-    bool `has_tokens` are. A feature that is not given raises a `ValueError`.
+    `names` are `"length"`, which is ln|o|, and names of `rows.statistics`.
     """
-    raw = []
-    for name in names:
-        values = one_where_zero(lengths).log() if name == "length" else features.get(name)
-        if values is None:
-            raise ValueError(f"features are required for {name}: the policy's log-probabilities.")
-        raw.append(values.to(lengths))
-    x, present = torch.stack(raw, dim=-1), has_tokens.unsqueeze(-1)
+    raw = [one_where_zero(rows.lengths).log() if name == "length" else rows.statistic(name) for name in names]
+    x, present = torch.stack([values.to(rows.lengths) for values in raw], dim=-1), rows.has_tokens.unsqueeze(-1)
     return (x - group_mean(x, present)) * present

@@ -2,16 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .features import FEATURES, centred_features
-from .sides import check_side, sides
-from .tensors import group_mean, listing, one_where_zero
+from .rows import ResponseRows, group_mean, listing, one_where_zero
+from .sides import SIDES, sides
 
 SCOPES = ("batch", "prompt")
 # λ·x of a response is held inside ± this: a weight between e⁻² and e² before the token mass is restored.
@@ -24,41 +22,55 @@ class LengthWeight(ABC):
     """
     One member f of the unified loss ``Σ_i f_i Σ_t ℓ_it / Σ_i |o_i|``.
 
-    A subclass is called by name with those of these arguments that its `__call__` names, in float64:
+    A subclass implements `__call__(self, rows, lam)`. `rows` is a [`~trl_lambda.weights.ResponseRows`] in float64,
+    `lam` a tensor with one λ per feature, or `None` without λ. It returns positive weights, (P, G). Rows without
+    tokens, dtype and positivity are handled around the call.
 
-        lengths      (P, G): own tokens |o_i| of P prompts with G responses each. Without `has_tokens` among the
-                     arguments a row without tokens is shown with its group's mean length.
+    Instead, `__call__` may name any of these arguments, as a function passed to the trainer may:
+
+        lengths      (P, G): own tokens |o_i|. A row without tokens has its group's mean length.
         advantages   (P, G): A_i, unweighted
-        lam          λ, a tensor of one element, or None
-        has_tokens   (P, G), bool; who names it sees rows without tokens as lengths of 0
-        dim          the dimensions that sums go over: (0, 1) in scope "batch", (1,) in scope "prompt". A member that
-                     does not name it is called once per prompt in scope "prompt".
+        lam          λ, a tensor of one element
         mean_logp, min_logp   (P, G): mean and least log-probability of the own tokens under the sampling policy
-        features     all of these, name -> (P, G)
+        mean_entropy (P, G): mean entropy of the sampling policy over the own tokens, nats
+        rewards      (P, G): the weighted sum of the reward functions
+        step         optimizer steps so far
 
-    and returns positive weights, (P, G). `**kwargs` get lengths and advantages. Rows without tokens, scope, dtype and
-    positivity are not its business.
+    In scope "prompt" it is then called once per prompt, with P = 1. `mean_logp` and `min_logp` come from TRL's old
+    log-probabilities. Where TRL computes none, and for `mean_entropy`, they cost one forward pass without gradient
+    per generation batch.
 
-    Class attributes: `name`, as in `aggregation`; `formula` and `source` for the model card; `has_lambda`, whether it
-    reads λ; `has_scope`, whether μ and Σ|o| depend on `aggregation_scope`.
+    Class attributes:
+        name: as in `length_weight`.
+        formula, source: for the model card.
+        has_lambda: whether it reads λ.
+        has_scope: whether μ and Σ|o| depend on `length_weight_scope`.
+        needs: the statistics that `rows.statistic` is asked for.
     """
 
     name = ""
     formula = ""
-    source = ""
+    source = "the user's"
+    arxiv = ""
     has_lambda = False
     has_scope = True
+    needs: tuple[str, ...] = ()
 
     @property
     def lambda_features(self) -> tuple[str, ...]:
         """What λ weighs, one λ each; empty without λ."""
         return ("length",) if self.has_lambda else ()
 
+    @property
+    def lambda_side(self) -> str:
+        """The side of λ, one of `SIDES`."""
+        return getattr(self, "side", "both")
+
     def check(self, group_size: int) -> None:  # noqa: B027  most members have nothing to check
         """Raise a `ValueError` if a parameter is out of its range for groups of `group_size` responses."""
 
     @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
+    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -66,20 +78,21 @@ class LambdaGRPO(LengthWeight):
     """
     f_i = G · softmax_i(h_i^(λ·s_i)), h_i = 1 + r·z_i, z_i = (|o_i| - μ)/σ; μ, σ, G of the group (arXiv 2510.06870).
 
-    s_i = 1 as in the paper (side "both"); the other sides are this project's: see `sides`.
+    s_i = 1 in the paper (side "both"). The other sides are this project's.
     """
 
     length_scale: float = field(default=1 / 9, metadata={"symbol": "r"})
-    side: str = field(default="both", metadata={"symbol": "side", "option": "lambda_side"})
+    side: str = field(default="both", metadata={"config": "lambda_side"})
 
-    name = "lambda"
+    name = "lambda_grpo"
     formula = "λ-GRPO: G · softmax of h^λ"
     source = "arXiv 2510.06870"
+    arxiv = "2510.06870"
     has_lambda = True
 
     def check(self, group_size: int) -> None:
         """h_i > 0 for every response needs r·√(G-1) < 1, since |z_i| <= √(G-1)."""
-        check_side(self.side)
+        _check_side(self.side)
         if not (math.isfinite(self.length_scale) and self.length_scale > 0):
             raise ValueError(f"length_scale={self.length_scale} must be finite and > 0.")
         if self.length_scale * math.sqrt(group_size - 1) >= 1:
@@ -88,23 +101,21 @@ class LambdaGRPO(LengthWeight):
                 f"stays positive only for length_scale < 1/√(G-1) = {1 / math.sqrt(group_size - 1):g}."
             )
 
-    def __call__(
-        self, lengths: Tensor, lam: Tensor, has_tokens: Tensor, dim: Any, advantages: Tensor | None = None
-    ) -> Tensor:
-        count = has_tokens.sum(dim=1, keepdim=True).clamp(min=1)
-        mean = lengths.sum(dim=1, keepdim=True) / count
-        deviation = (lengths - mean) * has_tokens
+    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+        assert lam is not None
+        count = rows.has_tokens.sum(dim=1, keepdim=True).clamp(min=1)
+        deviation = (rows.lengths - rows.lengths.sum(dim=1, keepdim=True) / count) * rows.has_tokens
         std = (deviation.square().sum(dim=1, keepdim=True) / count).sqrt()
         log_h = (1 + self.length_scale * deviation / (std + _SIGMA_EPSILON)).log()
         # The softmax of g = h^λ is taken of g_i - g_top = g_top · ((h_i/h_top)^λ - 1), so that equal lengths cancel
         # exactly, in value and gradient, however large h^λ is. g_top is held at the square root of the float range:
         # a softmax with gaps of that size is one-hot.
         if self.side != "both":
-            log_h = log_h * sides(advantages, has_tokens, self.side)  # log of h^s: the rest is the same
-        top = (lam.detach() * log_h).masked_fill(~has_tokens, -torch.inf).argmax(dim=1, keepdim=True)
+            log_h = log_h * sides(rows.advantages, rows.has_tokens, self.side)  # log of h^s: the rest is the same
+        top = (lam.detach() * log_h).masked_fill(~rows.has_tokens, -torch.inf).argmax(dim=1, keepdim=True)
         log_top = log_h.gather(1, top)
-        g_top = (lam * log_top).clamp(max=math.log(torch.finfo(lengths.dtype).max) / 2).exp()
-        exp = (g_top * torch.expm1(lam * (log_h - log_top))).exp() * has_tokens
+        g_top = (lam * log_top).clamp(max=math.log(torch.finfo(log_h.dtype).max) / 2).exp()
+        exp = (g_top * torch.expm1(lam * (log_h - log_top))).exp() * rows.has_tokens
         return exp * count / one_where_zero(exp.sum(dim=1, keepdim=True))
 
 
@@ -113,15 +124,13 @@ class Power(LengthWeight):
     """
     f_i = p_i · S / Σ_j |o_j|·p_j over the scope, which keeps the token mass S = Σ|o|.
 
-    Side "both": p_i = (|o_i|/μ)^λ. The other sides look at the sign s_i of the advantage (`sides`) and, in each group,
-    at how far a response's features are from their mean: p_i = exp(s_i · clamp(Σ_k λ_k·x_ik, ±2)), with x of length
-    ln|o_i|, the others as in `features.FEATURES`. A response with A = 0 has p = 1.
+    Side "both": p_i = (|o_i|/μ)^λ. The other sides use the sign s_i of the advantage and, in each group, the distance
+    of a response's features from their mean: p_i = exp(s_i · clamp(Σ_k λ_k·x_ik, ±2)), with x = ln|o_i| for length
+    and `features.FEATURES` for the others. A response with A = 0 has p = 1.
     """
 
-    side: str = field(default="both", metadata={"symbol": "side", "option": "lambda_side"})
-    features: tuple[str, ...] = field(
-        default=("length",), metadata={"symbol": "features", "option": "lambda_features"}
-    )
+    side: str = field(default="both", metadata={"config": "lambda_side"})
+    features: tuple[str, ...] = field(default=("length",), metadata={"config": "lambda_features"})
 
     name = "power"
     formula = "(length/μ)^λ, token mass preserved: λ = -1 is GRPO, λ = 0 the token mean"
@@ -129,43 +138,38 @@ class Power(LengthWeight):
     has_lambda = True
 
     @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(name for name in self.features if name != "length")
+
+    @property
     def lambda_features(self) -> tuple[str, ...]:
         return tuple(self.features)
 
     def check(self, group_size: int) -> None:
-        check_side(self.side)
-        known, chosen = ("length", *FEATURES), self.features
-        if isinstance(chosen, str) or not chosen or not all(name in known for name in chosen):
-            raise ValueError(f"lambda_features={chosen!r} must be a list of {listing(known)}.")
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"lambda_features={list(chosen)} names a feature twice.")
-        if self.side == "both" and tuple(chosen) != ("length",):
+        _check_side(self.side)
+        known, chosen = ("length", *FEATURES), list(self.features)
+        if not chosen or not all(name in known for name in chosen) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"lambda_features={chosen!r} must be a list of {listing(known)}, each at most once.")
+        if self.side == "both" and chosen != ["length"]:
             raise ValueError(
-                f"lambda_features={list(chosen)} needs a lambda_side other than 'both', whose weight is a power of "
-                "the length alone. Use 'signed', 'positive' or 'negative'."
+                f"lambda_features={chosen!r} needs lambda_side='signed', 'positive' or 'negative': with side 'both' "
+                "the weight is a power of the length alone."
             )
 
-    def __call__(
-        self,
-        lengths: Tensor,
-        lam: Tensor,
-        has_tokens: Tensor,
-        dim: Any,
-        advantages: Tensor | None = None,
-        features: Mapping[str, Tensor | None] | None = None,
-    ) -> Tensor:
-        tokens = lengths.sum(dim=dim, keepdim=True)
+    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+        assert lam is not None
+        tokens = rows.total(rows.lengths)
         if self.side == "both":
-            count = has_tokens.sum(dim=dim, keepdim=True).clamp(min=1)
-            log_ratio = (one_where_zero(lengths) * count / one_where_zero(tokens)).log()
-            exponent = (lam * log_ratio).masked_fill(~has_tokens, -torch.inf)
-            top = exponent.detach().amax(dim=dim, keepdim=True)
+            count = rows.total(rows.has_tokens).clamp(min=1)
+            log_ratio = (one_where_zero(rows.lengths) * count / one_where_zero(tokens)).log()
+            exponent = (lam * log_ratio).masked_fill(~rows.has_tokens, -torch.inf)
+            top = exponent.detach().amax(dim=rows.dim, keepdim=True)
             powers = (exponent - top.masked_fill(top == -torch.inf, 0)).exp()
         else:
-            x = centred_features(self.features, lengths, has_tokens, features or {})  # (P, G, K)
+            x = centred_features(self.features, rows)  # (P, G, K)
             preference = (x * lam.reshape(-1)).sum(dim=-1).clamp(-PREFERENCE_BOUND, PREFERENCE_BOUND)
-            powers = (sides(advantages, has_tokens, self.side) * preference).exp()
-        mass = (lengths * powers).sum(dim=dim, keepdim=True)
+            powers = (sides(rows.advantages, rows.has_tokens, self.side) * preference).exp()
+        mass = rows.total(rows.lengths * powers)
         return powers * tokens / mass.clamp(min=torch.finfo(mass.dtype).tiny)
 
 
@@ -174,19 +178,20 @@ class Balanced(LengthWeight):
     """
     f_i = m_group/m_sign(A_i): right and wrong responses of a group each count for their number, whatever their length.
 
-    Balanced Aggregation (arXiv 2605.04077), as its abstract reads. m_group is the mean length of the group's responses
-    with A ≠ 0, m_sign that of those with the same sign; f = 1 where A = 0. The token mass of the group is kept.
+    Balanced Aggregation (arXiv 2605.04077), as its readers report it. m_group is the mean length of the group's
+    responses with A ≠ 0, m_sign that of those with the same sign; f = 1 where A = 0. The group's token mass is kept.
     """
 
     name = "balanced"
     formula = "Balanced Aggregation: mean length of the group / mean length of the same sign of A"
     source = "arXiv 2605.04077"
+    arxiv = "2605.04077"
 
-    def __call__(self, lengths: Tensor, has_tokens: Tensor, dim: Any, advantages: Tensor | None = None) -> Tensor:
-        sign = sides(advantages, has_tokens, "signed")
-        mean, weights = group_mean(lengths, sign != 0), torch.ones_like(lengths)
-        for rows in (sign > 0, sign < 0):
-            weights = torch.where(rows, mean / one_where_zero(group_mean(lengths, rows)), weights)
+    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+        sign = sides(rows.advantages, rows.has_tokens, "signed")
+        mean, weights = group_mean(rows.lengths, sign != 0), torch.ones_like(rows.lengths)
+        for of_sign in (sign > 0, sign < 0):
+            weights = torch.where(of_sign, mean / one_where_zero(group_mean(rows.lengths, of_sign)), weights)
         return weights
 
 
@@ -197,10 +202,11 @@ class GRPO(LengthWeight):
     name = "grpo"
     formula = "GRPO: mean over sequences of each sequence's mean"
     source = "arXiv 2402.03300"
+    arxiv = "2402.03300"
     has_scope = False
 
-    def __call__(self, lengths: Tensor, has_tokens: Tensor) -> Tensor:
-        return (lengths.sum() / lengths.numel()) / one_where_zero(lengths)
+    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+        return rows.mean_length / one_where_zero(rows.lengths)
 
 
 @dataclass(frozen=True)
@@ -210,31 +216,35 @@ class DAPO(LengthWeight):
     name = "dapo"
     formula = "DAPO: token mean"
     source = "arXiv 2503.14476"
+    arxiv = "2503.14476"
 
-    def __call__(self, lengths: Tensor, has_tokens: Tensor, dim: Any) -> Tensor:
-        return torch.ones_like(lengths)
+    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+        return torch.ones_like(rows.lengths)
 
 
 @dataclass(frozen=True)
 class DrGRPO(LengthWeight):
     """f_i = μ/max_completion_length, μ = S/N over the batch (arXiv 2503.20783)."""
 
-    max_completion_length: int | None = field(default=None, metadata={"symbol": "divisor"})
+    max_completion_length: int | None = field(
+        default=None, metadata={"symbol": "divisor", "config": "max_completion_length"}
+    )
 
     name = "dr_grpo"
     formula = "Dr. GRPO: divided by a constant length"
     source = "arXiv 2503.20783"
+    arxiv = "2503.20783"
     has_scope = False
 
     def check(self, group_size: int) -> None:
         if self.max_completion_length is None or self.max_completion_length <= 0:
             raise ValueError(
-                f"max_completion_length={self.max_completion_length} must be > 0 for aggregation='dr_grpo'."
+                f"max_completion_length={self.max_completion_length} must be > 0 for length_weight='dr_grpo'."
             )
 
-    def __call__(self, lengths: Tensor, has_tokens: Tensor) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
         assert self.max_completion_length is not None  # `check` has seen to it
-        return (lengths.sum() / lengths.numel() / self.max_completion_length).expand_as(lengths)
+        return (rows.mean_length / self.max_completion_length).expand_as(rows.lengths)
 
 
 # The one table: a member is added here.
@@ -243,9 +253,6 @@ LENGTH_WEIGHTS: dict[str, type[LengthWeight]] = {
 }
 
 
-def make_length_weight(name: str, options: Mapping[str, Any]) -> LengthWeight:
-    """The member of that name with those of `options`, by field name, that are parameters of it."""
-    if name not in LENGTH_WEIGHTS:
-        raise ValueError(f"aggregation={name!r} is unknown; accepted: {listing(LENGTH_WEIGHTS)}.")
-    member = LENGTH_WEIGHTS[name]
-    return member(**{f.name: options[f.name] for f in fields(member) if f.name in options})  # type: ignore[arg-type]
+def _check_side(side: str) -> None:
+    if side not in SIDES:
+        raise ValueError(f"lambda_side={side!r} is unknown; accepted: {listing(SIDES)}.")

@@ -1,5 +1,5 @@
 """
-Whose lengths λ weighs: s_i, read off the sign of the advantage.
+The side of λ: s_i, read off the sign of the advantage.
 
     "both"       1
     "signed"     sign(A_i)
@@ -9,7 +9,7 @@ Whose lengths λ weighs: s_i, read off the sign of the advantage.
 
 from torch import Tensor
 
-from .tensors import group_mean, listing
+from .rows import group_mean
 
 SIDES = ("both", "signed", "positive", "negative")
 # A group whose advantages differ by less than this part of the largest has equal rewards and rounding.
@@ -18,17 +18,22 @@ _ROUNDING, _FAINT = 1e-5, 1e-2
 
 def sides(advantages: Tensor | None, has_tokens: Tensor, side: str) -> Tensor:
     """
-    s of every response, (P, G), in the dtype of A; A and the bool `has_tokens` are (P, G), and all sides but "both"
-    require A, or raise a `ValueError`.
+    s of every response, (P, G), in the dtype of A. A and the bool `has_tokens` are (P, G).
 
-    A row without tokens has s = 0, and so have a group of equal rewards and a row whose reward is its group's mean:
+    s is 0 for a row without tokens, for a group of equal rewards, and for a row whose reward is its group's mean:
     their advantages are rounding around 0, next to nothing beside those of other groups. Where all groups of a batch
     have equal rewards nothing tells rounding from advantages, and its sign counts.
+
+    Raises:
+        `ValueError`: a side other than "both", and A is `None`: missing, or one per token.
     """
     if side == "both":
         return has_tokens.float()
     if advantages is None:
-        raise ValueError(f"advantages are required by side={side!r} and aggregation='balanced': one per response.")
+        raise ValueError(
+            "This weight needs one advantage per response, because it depends on the advantage's sign. The batch has "
+            "none, or one per token. Use lambda_side='both', positive_weight=1 and a length_weight without a sign."
+        )
     magnitude = advantages.abs() * has_tokens
     largest = magnitude.amax(dim=1, keepdim=True)
     differ = advantages_differ(advantages, has_tokens)
@@ -45,9 +50,3 @@ def advantages_differ(advantages: Tensor, has_tokens: Tensor) -> Tensor:
     largest = (advantages.abs() * has_tokens).amax(dim=1, keepdim=True)
     spread = ((advantages - group_mean(advantages, has_tokens)).abs() * has_tokens).amax(dim=1, keepdim=True)
     return spread > _ROUNDING * largest
-
-
-def check_side(side: str) -> None:
-    """Raise a `ValueError` for an unknown side."""
-    if side not in SIDES:
-        raise ValueError(f"lambda_side={side!r} is unknown; accepted: {listing(SIDES)}.")

@@ -1,0 +1,180 @@
+"""
+How λ learns: one object per run that says where λ's gradient comes from.
+
+    "fixed"        λ stays at `lambda_init`.
+    "descent"      dL/dλ of the policy loss by autograd, arXiv 2510.06870. For side "both" only.
+    "regression"   ∇ ½|λ - κw|²: λ follows κ times w, the ridge regression of A on what λ weighs (this project's).
+    "target"       a controller that holds the mean completion length at a set point (this project's): `Target`.
+
+The last two see lengths, features and advantages of the whole generation batch, which every process has alike. Their
+gradient needs no reduction and is the same on every process to the last bit.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..generation_batch import GenerationBatch
+from ..trl_seam.contract import SCORE_FUNCTION_LOSS_TYPES
+from ..weights import ResponseRows
+from ..weights.features import centred_features
+from ..weights.sides import advantages_differ
+
+# Parts of the sums of "regression" that stay from one generation batch to the next.
+_DECAY = 0.9
+# Ridge of "regression", relative to each feature's own sum of squares; for several features, which are correlated.
+_RIDGE = 0.1
+
+
+class Learning:
+    """
+    Where λ's gradient comes from. This base class is a λ that does not learn.
+
+    Class attributes:
+        name: as in `lambda.json` and the model card.
+        is_learnable: whether λ has a gradient at all.
+        uses_loss: whether autograd makes it, from the policy loss.
+        has_momentum: whether λ's parameter group keeps the momentum of its optimizer.
+    """
+
+    name = "fixed"
+    is_learnable = False
+    uses_loss = False
+    has_momentum = True
+
+    def observe(self, batch: GenerationBatch, mean_length: float) -> None:
+        """
+        Take in a new generation batch of training, the same on every process.
+
+        Args:
+            batch ([`GenerationBatch`]): its rows.
+            mean_length (`float`): mean length of the sampled answers in own tokens, those that TRL masks included.
+        """
+
+    def gradient(self, lam: torch.Tensor) -> torch.Tensor:
+        """Gradient of λ for the next optimizer step, the shape of `lam`."""
+        raise TypeError(f"{self.name}: autograd makes λ's gradient")
+
+    def learning_rate(self, base: float) -> float:
+        """Learning rate of λ's parameter group, from `lambda_learning_rate`."""
+        return base
+
+    def metrics(self) -> dict[str, float]:
+        """Values to log now, by metric name."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its statistics, as JSON holds them. Floats survive exactly."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the statistics from `state_dict`."""
+
+
+Fixed = Learning
+
+
+class Descent(Learning):
+    """
+    dL/dλ of the policy loss (arXiv 2510.06870).
+
+    Args:
+        loss_type (`str`): TRL's. It warns about a surrogate whose value is meaningless.
+    """
+
+    name = "descent"
+    is_learnable = True
+    uses_loss = True
+
+    def __init__(self, loss_type: str) -> None:
+        if loss_type in SCORE_FUNCTION_LOSS_TYPES:
+            warnings.warn(
+                f"loss_type={loss_type!r} with a learnable λ: only the gradient of this surrogate in the policy is "
+                "meaningful, and λ descends on its value. λ's sign then follows the responses' log-likelihood, not "
+                "their advantage alone. Use loss_type='dapo' or 'sapo', or lambda_learnable=False.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+class Regression(Learning):
+    """
+    A critic of few features: ``w = (M + ρ·diag M)⁻¹ b``, ``M = Σ x xᵀ``, ``b = Σ x a`` over the rows of all groups
+    with a signal, a and x centred in the group, both sums decayed by 0.9 per generation batch; ρ = 0.1 for several
+    features and 0 for one.
+
+    w is shrunk by the part of it that is noise, ``max(0, 1 - K·σ²/bᵀw)`` with ``σ² = (Σa² - bᵀw)/n`` and
+    ``n = Σ_groups (G - 1)``. For one feature that is ``1 - se²/β²``. The gradient is ``λ - κw``. For side "negative",
+    where λ > 0 makes a wrong answer with a large x count more, it is ``λ + κw``.
+
+    Args:
+        features (`tuple[str, ...]`): what λ weighs, K names.
+        gain (`float`): κ.
+        side (`str`): the side of λ.
+    """
+
+    name = "regression"
+    is_learnable = True
+
+    def __init__(self, features: tuple[str, ...], gain: float, side: str) -> None:
+        size = len(features)
+        self._features = features
+        self._gain = -gain if side == "negative" else gain
+        # Σ x xᵀ, Σ x a and Σ a² in one matrix: it is decayed, saved and restored as a whole.
+        self._sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+        self._count = 0.0
+
+    def observe(self, batch: GenerationBatch, mean_length: float) -> None:
+        if batch.advantages is None:
+            raise ValueError(
+                "λ with a lambda_side learns from one advantage per response, and the batch has one per token. Use "
+                "lambda_side='both' or lambda_learnable=False."
+            )
+        self._sums *= _DECAY
+        self._count *= _DECAY
+        lengths, advantages = batch.lengths.cpu().double(), batch.advantages.cpu().double()  # MPS has no float64
+        statistics = {name: values.cpu().double() for name, values in batch.statistics.items()}
+        rows = ResponseRows(lengths, lengths.sum(), statistics=statistics)
+        signal = advantages_differ(advantages, rows.has_tokens) & rows.has_tokens
+        count = signal.sum(dim=1, keepdim=True)
+        a = (advantages - (advantages * signal).sum(dim=1, keepdim=True) / count.clamp(min=1)) * signal
+        x = centred_features(self._features, rows) * signal.unsqueeze(-1)
+        columns = torch.cat([x, a.unsqueeze(-1)], dim=-1).flatten(0, 1)
+        self._sums += columns.T @ columns
+        self._count += float((count - 1).clamp(min=0).sum())
+
+    def slopes(self) -> torch.Tensor:
+        """w, shrunk, (K,); zeros while no batch has had a signal."""
+        x, b, total = self._sums[:-1, :-1], self._sums[:-1, -1], self._sums[-1, -1]
+        diagonal = x.diagonal()
+        if self._count <= 0 or not bool((diagonal > 0).any()):
+            return torch.zeros_like(b)
+        ridge = _RIDGE if len(self._features) > 1 else 0.0
+        # A feature that has not varied yet has no slope: its row and column are 0.
+        w = torch.linalg.solve(x + torch.diag(ridge * diagonal + (diagonal <= 0).double()), b)
+        explained = float(b @ w)
+        if explained <= 0:
+            return torch.zeros_like(b)
+        noise = max(float(total) - explained, 0.0) / self._count
+        return w * max(0.0, 1.0 - len(self._features) * noise / explained)
+
+    def gradient(self, lam: torch.Tensor) -> torch.Tensor:
+        return lam.detach() - (self._gain * self.slopes()).to(lam)
+
+    def metrics(self) -> dict[str, float]:
+        x, b, total = self._sums[:-1, :-1], self._sums[:-1, -1], float(self._sums[-1, -1])
+        w = self.slopes()
+        metrics = {"lambda/r2": float(2 * b @ w - w @ x @ w) / total if total > 0 else math.nan}
+        if "length" in self._features:
+            k = self._features.index("length")
+            metrics["lambda/slope"] = float(b[k] / x[k, k]) if x[k, k] > 0 else math.nan
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self._sums.tolist(), "count": self._count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums, self._count = torch.tensor(state["sums"], dtype=torch.float64), float(state["count"])

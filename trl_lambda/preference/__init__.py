@@ -1,1 +1,0 @@
-"""λ: its value, its parameter group, its step, and its state on disk."""
