@@ -84,39 +84,39 @@ mutations: $(STAMP) ## break one line at a time and see which test catches it; w
 	$(BIN)/python tests/tools/mutations.py --write
 
 arena: $(STAMP) ## the studies of what learns better, hours on two cores; goes on where it stopped
-	$(BIN)/python -m recipes.arena.comparison.study tune choose main one_step
-	$(BIN)/python -m recipes.arena.comparison.planned
-	$(BIN)/python -m recipes.arena.analysis.report
-	$(BIN)/python -m recipes.arena.analysis.planned
+	$(BIN)/python -m recipes.studies.arena.study tune choose main one_step
+	$(BIN)/python -m recipes.studies.arena.planned
+	$(BIN)/python -m recipes.studies.arena.analysis.report
+	$(BIN)/python -m recipes.studies.arena.analysis.planned
 
 arena-smoke: $(STAMP) ## the same in small, minutes, in runs/arena_smoke
-	$(BIN)/python -m recipes.arena.comparison.study tune choose main one_step --smoke
-	$(BIN)/python -m recipes.arena.comparison.planned --smoke
-	$(BIN)/python -m recipes.arena.analysis.report --results runs/arena_smoke
-	$(BIN)/python -m recipes.arena.analysis.planned --results runs/planned_smoke
+	$(BIN)/python -m recipes.studies.arena.study tune choose main one_step --smoke
+	$(BIN)/python -m recipes.studies.arena.planned --smoke
+	$(BIN)/python -m recipes.studies.arena.analysis.report --results runs/arena_smoke
+	$(BIN)/python -m recipes.studies.arena.analysis.planned --results runs/planned_smoke
 
 alignment: $(STAMP) ## which weights point where learning goes: minutes per task; goes on where it stopped
-	$(BIN)/python -m recipes.arena.alignment.study
-	$(BIN)/python -m recipes.arena.alignment.study --planned
+	$(BIN)/python -m recipes.studies.alignment.study
+	$(BIN)/python -m recipes.studies.alignment.study --planned
 
-bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/bench/results.csv, writes the tables
-	$(BIN)/python -m recipes.bench.overhead
-	$(BIN)/python -m recipes.bench.weights_alone
-	$(BIN)/python -m recipes.bench.head_memory
-	$(BIN)/python -m recipes.bench.two_processes
-	$(BIN)/python -m recipes.bench.import_time
-	$(BIN)/python -m recipes.bench.table --write recipes/bench/README.md
-	$(BIN)/python -m recipes.bench.table --write docs/cost.md --overhead-only
+bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/studies/cost/results.csv, writes the tables
+	$(BIN)/python -m recipes.studies.cost.overhead
+	$(BIN)/python -m recipes.studies.cost.weights_alone
+	$(BIN)/python -m recipes.studies.cost.head_memory
+	$(BIN)/python -m recipes.studies.cost.two_processes
+	$(BIN)/python -m recipes.studies.cost.import_time
+	$(BIN)/python -m recipes.studies.cost.table --write recipes/studies/cost/README.md
+	$(BIN)/python -m recipes.studies.cost.table --write docs/cost.md --overhead-only
 
 gpu: $(if $(BARE),.gpu-site/.installed,$(STAMP)) ## all that wants a GPU, under 25 minutes (TINY=1: every line on a CPU; PARTS=; OUT=; BARE=1: no network)
-	$(if $(BARE),PYTHONPATH=.gpu-site $(PYTHON),$(BIN)/python) -m recipes.bench.gpu \
+	$(if $(BARE),PYTHONPATH=.gpu-site $(PYTHON),$(BIN)/python) -m recipes.studies.cost.gpu \
 		$(if $(TINY),--tiny) $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT))
 
 gpu-wheels: ## what `make gpu BARE=1` needs beside torch, transformers, accelerate and peft, in .gpu-wheels (LEAN=1: without pyarrow and pandas)
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp \
 		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 \
 		--platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
-		--dest .gpu-wheels --requirement recipes/bench/gpu_wheels$(if $(LEAN),_lean).txt
+		--dest .gpu-wheels --requirement recipes/studies/cost/gpu_wheels$(if $(LEAN),_lean).txt
 
 .gpu-site/.installed: $(wildcard .gpu-wheels/*.whl)
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target .gpu-site .gpu-wheels/*.whl

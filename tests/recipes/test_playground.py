@@ -1,20 +1,23 @@
-"""The playground: its data, its reward, its base model."""
+"""The playground: its tasks, data, reward and base models, and that its recipe learns."""
 
+import itertools
 import json
 import random
 import re
-from pathlib import Path
+from functools import cache
 
 import pytest
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from recipes.playground.knights_and_knaves import is_consistent, is_true, solutions
 from recipes.playground.make_base_model import (
     BASE_MODELS,
     CHARACTERS,
     MODEL_DIR,
     choose,
+    is_usable,
     make_tokenizer,
     save_tokenizer,
     training_batches,
@@ -22,55 +25,73 @@ from recipes.playground.make_base_model import (
 from recipes.playground.make_data import DATA_DIR, write_data
 from recipes.playground.measure import measure, within_group_correlation
 from recipes.playground.rewards import exact_answer
-from recipes.playground.tasks import SPLIT_SIZES, TASKS, Problem, make_splits, running_sum
+from recipes.playground.tasks import (
+    SLIP,
+    SPLIT_SIZES,
+    TASKS,
+    Problem,
+    checked_sum,
+    idle_filler,
+    make_splits,
+    running_sum,
+    slippery_chain,
+)
+from recipes.studies.shared.recipe import train_recipe
 
 
-@pytest.fixture(scope="module")
+@cache
+def loaded(task: str):
+    folder = BASE_MODELS[task].folder
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
 def tokenizer():
-    return AutoTokenizer.from_pretrained(MODEL_DIR)
+    return loaded("demo")[1]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(MODEL_DIR)
+def drawn(task, count: int, seed: int = 0) -> list[Problem]:
+    rng = random.Random(seed)
+    return [task(rng) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def rows():
-    dataset = load_dataset(str(DATA_DIR / "running_sum"))
-    return {split: list(dataset[split]) for split in dataset}
+def numbers_of(text: str) -> tuple[int, ...]:
+    """The multiset of numbers in a text, read without the playground's own key."""
+    return tuple(sorted(int(number) for number in re.findall(r"\d+", text)))
 
 
-def numbers_of(prompt: str) -> tuple[int, ...]:
-    """The multiset of numbers in a prompt, read without the package's own key."""
-    return tuple(sorted(int(number) for number in re.findall(r"\d+", prompt)))
+def identity(task: str, row: dict):
+    """What makes a problem itself, read off its row: sums do not depend on the order of their terms."""
+    if task == "lookup_agent":
+        return row["prompt"][0]["content"], row["table"]
+    return row["prompt"] if task == "knights_and_knaves" else numbers_of(row["prompt"])
 
 
-def test_data_files_are_reproduced_byte_for_byte(tmp_path: Path):
+# ---- Data ----
+
+
+def test_data_files_are_reproduced_byte_for_byte_and_load_as_a_dataset(tmp_path):
     written = write_data(tmp_path)
     committed = sorted(path.relative_to(DATA_DIR) for path in DATA_DIR.rglob("*.jsonl"))
     assert sorted(path.relative_to(tmp_path) for path in written) == committed
-    for path in committed:
-        assert (tmp_path / path).read_bytes() == (DATA_DIR / path).read_bytes()
-
-
-def test_another_seed_gives_other_problems():
-    sizes = {"train": 8}
-    assert make_splits("running_sum", seed=1, sizes=sizes) != make_splits("running_sum", seed=2, sizes=sizes)
-
-
-def test_load_dataset_reads_the_folder(rows):
+    assert all((tmp_path / path).read_bytes() == (DATA_DIR / path).read_bytes() for path in committed)
+    rows = load_dataset(str(DATA_DIR / "running_sum"))
     assert {split: len(rows[split]) for split in rows} == SPLIT_SIZES
-    for split in rows:
-        assert set(rows[split][0]) == {"prompt", "solution"}
-        for row in rows[split]:
-            assert re.fullmatch(r"A\d\d(\+\d\d){1,3}=", row["prompt"])
-            assert row["solution"] == str(sum(numbers_of(row["prompt"])))
+    for row in itertools.chain(*rows.values()):
+        assert set(row) == {"prompt", "solution"} and re.fullmatch(r"A\d\d(\+\d\d){1,3}=", row["prompt"])
+        assert row["solution"] == str(sum(numbers_of(row["prompt"])))
 
 
-def test_no_problem_occurs_twice_within_or_across_splits(rows):
-    keys = [numbers_of(row["prompt"]) for split in rows for row in rows[split]]
-    assert len(set(keys)) == len(keys) == sum(SPLIT_SIZES.values())
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_never_share_a_problem_and_the_base_model_can_read_each(task):
+    splits = make_splits(task)
+    seen = [identity(task, problem.row()) for problems in splits.values() for problem in problems]
+    assert len(set(seen)) == len(seen) and min(map(len, splits.values())) >= 256 and make_splits(task) == splits
+    assert make_splits(task, seed=1, sizes={"train": 64}) != make_splits(task, seed=2, sizes={"train": 64})
+    for problem in drawn(TASKS[task], 300):
+        assert set(problem.prompt + problem.short + problem.long) <= set(BASE_MODELS[task].characters)
+        assert problem.prompt[0] == "ABCDEF"[list(TASKS).index(task)] and problem.prompt[-1] == "="
+        assert exact_answer([problem.short], [problem.solution]) == [1.0]
 
 
 def test_splits_are_alike_although_small_problems_repeat_sooner(monkeypatch):
@@ -82,80 +103,112 @@ def test_splits_are_alike_although_small_problems_repeat_sooner(monkeypatch):
     monkeypatch.setitem(TASKS, "uneven", task)
     for problems in make_splits("uneven", sizes={"train": 500, "test": 500}).values():
         assert 30 < sum(problem.key < 100 for problem in problems) < 70
+    with pytest.raises(ValueError, match="task is 'sums'; accepted: running_sum, "):
+        make_splits("sums")
 
 
-def test_the_order_of_the_numbers_is_not_a_new_problem():
-    rng = random.Random(0)
-    problems = [running_sum(rng) for _ in range(2000)]
-    for problem in problems:
-        assert problem.key == numbers_of(problem.prompt)
+# ---- Tasks ----
 
 
-def test_both_styles_are_right_and_the_steps_add_up():
-    rng = random.Random(3)
-    for problem in (running_sum(rng) for _ in range(200)):
+def test_sums_are_right_in_both_styles_and_their_steps_add_up():
+    for problem in drawn(running_sum, 500):
+        assert problem.key == numbers_of(problem.prompt) and len(problem.long) > len(problem.short)
         assert exact_answer([problem.short, problem.long], [problem.solution] * 2) == [1.0, 1.0]
-        assert len(problem.long) > len(problem.short)
         for step in problem.long.split(";"):
             left, right, result = map(int, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step).groups())
             assert left + right == result
+    for problem in (*drawn(slippery_chain, 200), *drawn(idle_filler, 200)):
+        assert problem.solution == f"{sum(numbers_of(problem.prompt)):03d}"
 
 
-def test_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="task is 'sums'; accepted: running_sum, "):
-        make_splits("sums")
+def test_a_chain_is_wrong_more_often_the_more_links_it_has():
+    right: dict[int, list[float]] = {}
+    for problem in drawn(slippery_chain, 8000):
+        links = len(re.split("[;=]", problem.long))
+        right.setdefault(links, []).append(exact_answer([problem.long], [problem.solution])[0])
+    assert sorted(right) == [2, 3, 4, 5, 6]
+    for links, rewards in right.items():
+        # Slips of opposite sign may cancel: a little above (1 - SLIP)^links.
+        assert (1 - SLIP) ** links - 0.05 < sum(rewards) / len(rewards) < (1 - SLIP) ** links + 0.13
+
+
+def test_fillers_are_idle_and_checks_repeat_the_same_steps():
+    problems = drawn(idle_filler, 2000)
+    assert {text.count(".") for p in problems for text in (p.short, p.long)} == set(range(21))
+    assert exact_answer([p.long for p in problems], [p.solution for p in problems]) == [1.0] * 2000
+    problems = drawn(checked_sum, 3000)
+    for problem in problems:
+        assert int(problem.solution) == sum(numbers_of(problem.prompt)) % 10
+        assert len(set(problem.long.split("?"))) == 1
+        total = None
+        for step in problem.long.split("?")[0].split(";"):
+            left, right, result = map(int, re.fullmatch(r"(\d)\+(\d)=(\d)", step).groups())
+            assert (left + right) % 10 == result and total in (None, left)
+            total = result
+        assert str(total) == problem.solution
+    assert {len(p.short) for p in problems} == {1} and max(len(p.long) for p in problems) == 47
+
+
+@pytest.mark.parametrize(
+    ("statement", "true_for"),
+    [("aK", ["KK", "KN"]), ("bN", ["KN", "NN"]), ("aK&bK", ["KK"]), ("aN|bK", ["KK", "NK", "NN"]),
+     ("a~b", ["KK", "NN"]), ("b^a", ["KN", "NK"])],
+)  # fmt: skip
+def test_statements(statement, true_for):
+    assert [kinds for kinds in ("KK", "KN", "NK", "NN") if is_true(statement, kinds)] == true_for
+
+
+def test_knights_and_knaves_have_one_solution_and_searches_refute_only_what_is_wrong():
+    # "b is a knave" and "we are of one kind": were a a knave, b would be a knight, whose statement would be false.
+    assert solutions(["bN", "a~b"]) == ["KN"]
+    for problem in drawn(TASKS["knights_and_knaves"], 300):
+        statements = problem.prompt[1:-1].split(";")
+        cases = map("".join, itertools.product("KN", repeat=len(statements)))
+        assert [kinds for kinds in cases if is_consistent(statements, kinds)] == [problem.solution]
+        search, answer = problem.long.split("=")
+        *refuted, found = search.split("-")
+        assert found == answer == problem.solution and found not in refuted
+        assert all(len(case) == len(found) for case in refuted)
+
+
+# ---- The reward ----
+
+
+def said(content, role="assistant", **more) -> dict:
+    return {"role": role, "content": content, **more}
 
 
 @pytest.mark.parametrize(
     ("completion", "reward"),
     [
-        ("164", 1.0),
-        (" 164\n", 1.0),
-        ("47+86=133;133+31=164", 1.0),
-        ("47+86=999;999+31=164", 1.0),  # only the answer counts
-        ([{"role": "assistant", "content": "133+31=164"}], 1.0),
-        ([{"role": "user", "content": "165"}, {"role": "assistant", "content": "164"}], 1.0),
-        ([{"role": "tool", "content": "165"}, {"role": "assistant", "content": "164"}], 1.0),
-        ([{"role": "assistant", "content": ""}, {"role": "tool", "content": "164"}], 0.0),  # cut off: nobody answered
-        ([{"role": "assistant", "content": "164", "tool_calls": [{"type": "function"}]}], 0.0),  # it asks again
-        ([{"role": "assistant", "content": [{"type": "text", "text": "164"}]}], 1.0),
-        ("165", 0.0),
-        ("47+86=164;164+31=195", 0.0),  # right number, not at the end
-        ("47+86=133;133+31=", 0.0),
-        ("164;", 0.0),
-        ("164+", 0.0),
-        ("1164", 0.0),
-        ("0164", 0.0),
-        ("16", 0.0),
-        ("-164", 0.0),
-        ("164.0", 0.0),
-        ("164=165", 0.0),
-        ("", 0.0),
-        ("=", 0.0),
-        ("+;=;+", 0.0),
-        ("é😀", 0.0),
-        (None, 0.0),
-        ([], 0.0),
-        ([{"role": "assistant", "content": None}], 0.0),
+        *((text, 1.0) for text in ("164", " 164\n", "47+86=133;133+31=164", "47+86=999;999+31=164")),
+        *((text, 0.0) for text in ("165", "47+86=164;164+31=195", "47+86=133;133+31=", "164;", "164+", "1164")),
+        *((text, 0.0) for text in ("0164", "16", "-164", "164.0", "164=165", "", "=", "+;=;+", "é😀", None)),
+        ([said("133+31=164")], 1.0),
+        ([said("165", "user"), said("164")], 1.0),
+        ([said("165", "tool"), said("164")], 1.0),
+        ([said(""), said("164", "tool")], 0.0),  # cut off: nobody answered
+        ([said("164", tool_calls=[{"type": "function"}])], 0.0),  # it asks again
+        ([said([{"type": "text", "text": "164"}])], 1.0),
+        ([said([{"type": "image"}])], 0.0),
+        ([said(None)], 0.0),
         ([{"role": "assistant"}], 0.0),
-        ([{"role": "assistant", "content": [{"type": "image"}]}], 0.0),
+        ([], 0.0),
     ],
 )
 def test_exact_answer(completion, reward):
     # The neighbour keeps its own reward: solutions are matched by position.
-    assert exact_answer(prompts=["A47+86+31="] * 2, completions=[completion, "7"], solution=["164", "7"]) == [
-        reward,
-        1.0,
-    ]
+    rewards = exact_answer(prompts=["A47+86+31="] * 2, completions=[completion, "7"], solution=["164", "7"])
+    assert rewards == [reward, 1.0]
 
 
-def test_exact_answer_refuses_lists_that_do_not_match():
+def test_exact_answer_refuses_lists_that_do_not_match_and_never_matches_nothing():
     with pytest.raises(ValueError, match="solution has 1 entries for 2 completions"):
         exact_answer(["1", "2"], ["1"])
-
-
-def test_an_empty_solution_is_never_matched():
     assert exact_answer([""], [""]) == [0.0]
+
+
+# ---- Models ----
 
 
 def test_within_group_correlation_ignores_differences_between_groups():
@@ -171,83 +224,76 @@ def test_choose_takes_the_nearest_that_carries_a_length_signal():
     good = {"accuracy_sampled": 0.36, "length_reward_correlation": 0.3, "share_long": 0.5}
     nearer_without_signal = {**good, "accuracy_sampled": 0.30, "length_reward_correlation": 0.1}
     nearer_of_one_style = {**good, "accuracy_sampled": 0.31, "share_long": 0.9}
-    spec = BASE_MODELS["demo"]
-    assert choose([nearer_without_signal, good, nearer_of_one_style], spec) is good
+    assert choose([nearer_without_signal, good, nearer_of_one_style], BASE_MODELS["demo"]) is good
     with pytest.raises(RuntimeError, match="no checkpoint is usable"):
-        choose([nearer_without_signal], spec)
+        choose([nearer_without_signal], BASE_MODELS["demo"])
 
 
 def test_training_batches_leave_out_held_out_problems_and_prompts(tokenizer):
-    rng = random.Random(5)
     first = next(training_batches(tokenizer, random.Random(5), set()))
     texts = tokenizer.batch_decode(first["input_ids"], skip_special_tokens=True)
     held_out = {numbers_of(text.split("=")[0]) for text in texts}
-    second = next(training_batches(tokenizer, rng, held_out))
+    second = next(training_batches(tokenizer, random.Random(5), held_out))
     for ids, labels in zip(second["input_ids"], second["labels"], strict=True):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        prompt, _, completion = text.partition("=")
+        prompt, _, completion = tokenizer.decode(ids, skip_special_tokens=True).partition("=")
         assert numbers_of(prompt) not in held_out
         assert tokenizer.decode(labels[labels != -100]) == completion + tokenizer.eos_token
 
 
-def test_tokenizer_is_one_token_per_character_and_pads_on_the_left(tokenizer):
+def test_the_tokenizer_is_one_token_per_character_pads_on_the_left_and_is_saved_as_made(tokenizer, tmp_path):
     texts = ["A47+86=", "A47+86+31="]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert batch["attention_mask"].tolist() == [[0] * 3 + [1] * 7, [1] * 10]
-    assert batch["input_ids"][0, :3].tolist() == [tokenizer.pad_token_id] * 3
+    assert batch["input_ids"][0, :3].tolist() == [tokenizer.pad_token_id] * 3 != [tokenizer.eos_token_id] * 3
     assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == texts
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert len(tokenizer) == len(set(tokenizer.get_vocab().values())) == 24  # nothing was added on loading
     assert tokenizer("A4 xé?")["input_ids"] == tokenizer("A4?")["input_ids"]  # unknown characters are left out
-
-
-def test_the_saved_tokenizer_is_the_one_that_was_made(tokenizer, tmp_path: Path):
     made = make_tokenizer()
     save_tokenizer(made, tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (MODEL_DIR / name).read_bytes()
-    assert made(CHARACTERS)["input_ids"] == tokenizer(CHARACTERS)["input_ids"]
     assert made.decode(made(CHARACTERS)["input_ids"]) == CHARACTERS
 
 
-def test_base_model_files(model, tokenizer):
-    assert 0.8e6 < model.num_parameters() < 1.3e6
-    assert model.dtype == torch.float32
-    assert (MODEL_DIR / "model.safetensors").stat().st_size < 6e6
-    assert model.config.vocab_size == len(tokenizer)
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_a_base_model_is_what_its_figures_say(name):
+    """512 samples of 128 problems: three standard errors of the mean over problems are below 0.09."""
+    spec, (model, tokenizer) = BASE_MODELS[name], loaded(name)
+    recorded = json.loads((spec.folder / "measured.json").read_text())
+    figures = recorded["tasks"][spec.task]
+    # The choice was made on the validation split; the test split may lie a little outside.
+    low, high = spec.accuracy_range
+    assert low <= figures["accuracy_sampled"] <= high + 0.1
+    (chosen,) = (entry for entry in recorded["validation_history"] if entry["step"] == recorded["chosen_step"])
+    assert is_usable(chosen, spec)
+    assert model.num_parameters() == recorded["parameters"] and model.dtype == torch.float32
+    assert model.config.vocab_size == len(tokenizer) and model.config.attention_dropout == 0.0
     for config in (model.config, model.generation_config):
         assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    assert model.config.attention_dropout == 0.0
-
-
-def test_base_model_is_right_part_of_the_time_and_more_often_at_length(model, tokenizer):
-    problems = make_splits("running_sum")["test"][:128]
-    figures = measure(model, tokenizer, problems, num_samples=8, seed=11)
-    assert 0.2 <= figures["accuracy_sampled"] <= 0.4
-    assert figures["length_reward_correlation"] > 0.1
-    assert 0.25 <= figures["share_long"] <= 0.75
-    recorded = json.loads((MODEL_DIR / "measured.json").read_text())["tasks"]["running_sum"]
-    # 1024 samples of 128 problems: three standard errors of the mean over problems are below 0.08.
-    for key in ("accuracy_sampled", "share_long"):
-        assert figures[key] == pytest.approx(recorded[key], abs=0.08)
-
-
-def test_measure_leaves_the_global_random_state_alone(model, tokenizer):
-    problems = make_splits("running_sum")["test"][:4]
-    torch.manual_seed(0)
     state = torch.random.get_rng_state()
-    first = measure(model, tokenizer, problems, num_samples=2, seed=1)
+    found = measure(model, tokenizer, make_splits(spec.task)["test"][:128], num_samples=4, seed=11)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert measure(model, tokenizer, problems, num_samples=2, seed=1) == first
+    assert found["accuracy_sampled"] == pytest.approx(figures["accuracy_sampled"], abs=0.09)
+    assert found["mean_length"] == pytest.approx(figures["mean_length"], rel=0.15)
 
 
 def test_the_readme_gives_the_measured_figures():
     readme = (MODEL_DIR.parent / "README.md").read_text()
     recorded = json.loads((MODEL_DIR / "measured.json").read_text())["tasks"]["running_sum"]
-    demo, _, _ = readme.partition("## The six tasks")
-    table = re.findall(r"^\| .+ \| ([\d.]+) \|$", demo, re.MULTILINE)
+    table = re.findall(r"^\| .+ \| ([\d.]+) \|$", readme.partition("## The six tasks")[0], re.MULTILINE)
     assert len(table) == 7 and set(map(float, table)) <= set(recorded.values())
     columns = ("accuracy_sampled", "accuracy_greedy", "mean_length", "length_reward_correlation")
     for task in TASKS:
         recorded = json.loads((MODEL_DIR.parent / "models" / task / "measured.json").read_text())["tasks"][task]
         assert f"| `{task}` | {' | '.join(f'{recorded[name]:.3f}' for name in columns)} |" in readme
+
+
+def test_the_demo_learns_and_lambda_ends_positive():
+    """Half of the recipe: held-out accuracy rises, and λ goes to where longer answers are right more often."""
+    command = ["recipes/train.py", "--config", "recipes/configs/playground/demo.yaml", "--max_steps", "50"]
+    history = train_recipe(command)
+    before, after = (entry["eval_reward"] for entry in history if "eval_reward" in entry)
+    # One sample of 512 problems has a standard error of 0.02; seeds 0 to 3 gained 0.07 to 0.2 by then.
+    assert after > before + 0.05
+    lambdas = [entry["lambda/value"] for entry in history if "lambda/value" in entry]
+    assert len(lambdas) == 50 and 0 < lambdas[0] < 0.02 and lambdas[-1] > 0.08

@@ -18,10 +18,13 @@ from support import build, build_model, build_tokenizer, config, prompt, train, 
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.arena.alignment import study as alignment
-from recipes.arena.alignment.batches import own_tokens, sample_batches, token_logps
-from recipes.arena.alignment.measure import RULE_COLUMNS
-from recipes.arena.alignment.policy_gradient import (
+from recipes.playground.make_base_model import BASE_MODELS
+from recipes.playground.rewards import exact_answer
+from recipes.playground.tasks import make_splits
+from recipes.studies.alignment import study as alignment
+from recipes.studies.alignment.batches import own_tokens, sample_batches, token_logps
+from recipes.studies.alignment.measure import RULE_COLUMNS
+from recipes.studies.alignment.policy_gradient import (
     Batch,
     Products,
     cosine_ratios,
@@ -33,9 +36,9 @@ from recipes.arena.alignment.policy_gradient import (
     weighted_gradient,
     without_each,
 )
-from recipes.arena.alignment.settled import settled_lambda, settled_lambdas
-from recipes.arena.alignment.summary import pooled_error, summary_rows
-from recipes.arena.alignment.weights import (
+from recipes.studies.alignment.settled import settled_lambda, settled_lambdas
+from recipes.studies.alignment.summary import pooled_error, summary_rows
+from recipes.studies.alignment.weights import (
     CONTROLS,
     STEPPING,
     all_weights,
@@ -44,11 +47,8 @@ from recipes.arena.alignment.weights import (
     same_direction,
     slope_sides,
 )
-from recipes.arena.comparison.arms import ARMS, BASELINES, LEARNED, Arm
-from recipes.arena.comparison.ledger import Ledger
-from recipes.playground.make_base_model import BASE_MODELS
-from recipes.playground.rewards import exact_answer
-from recipes.playground.tasks import make_splits
+from recipes.studies.shared.arms import ARMS, BASELINES, LEARNED, Arm
+from recipes.studies.shared.ledger import Ledger
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.weights import SIDES
 

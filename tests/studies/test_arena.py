@@ -13,13 +13,13 @@ import torch
 from launch import HANG
 from trl import GRPOConfig
 
-from recipes.arena import large
-from recipes.arena.comparison.arms import ARMS, BASELINES, CONSTANT_WEIGHT, FIRST_ROUND
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import RunSpec, run, training_figures, training_problems
-from recipes.arena.comparison.study import KEY, LEARNING_RATES, TASK_ARMS, TASKS, Plan, choose_rates
 from recipes.playground.make_base_model import make_model, make_tokenizer, save_tokenizer
 from recipes.playground.tasks import LONG_TASKS, make_splits
+from recipes.studies.arena import large
+from recipes.studies.arena.study import KEY, LEARNING_RATES, TASK_ARMS, TASKS, Plan, choose_rates
+from recipes.studies.shared.arms import ARMS, BASELINES, CONSTANT_WEIGHT, FIRST_ROUND
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import RunSpec, run, training_figures, training_problems
 from trl_lambda import LambdaGRPOConfig
 from trl_lambda.weights import length_weights, probability_weights
 
@@ -167,7 +167,7 @@ def test_rates_are_chosen_by_mean_reward_and_only_from_a_full_grid():
 
 KILLED_AFTER_A_ROW = """
 import os, signal
-from recipes.arena.comparison import ledger, study
+from recipes.studies.arena import ledger, study
 
 append = ledger.Ledger.append
 ledger.Ledger.append = lambda *row: (append(*row), os.kill(os.getpid(), signal.SIGKILL))
@@ -186,7 +186,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     killed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=HANG)
     before = Ledger(runs, KEY).rows()
     assert killed.returncode == -signal.SIGKILL and len(before) == 1
-    command = [sys.executable, "-m", "recipes.arena.comparison.study", *arguments]
+    command = [sys.executable, "-m", "recipes.studies.arena.study", *arguments]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     rows = Ledger(runs, KEY).rows()
     assert rows[:1] == before and len(rows) == 2

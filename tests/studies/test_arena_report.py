@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes.arena.analysis import report
-from recipes.arena.analysis.comparisons import Arena, Comparison, compare_all
-from recipes.arena.analysis.curves import draw_curves, draw_lambda_paths, smooth
-from recipes.arena.analysis.forest import draw_forest, draw_lengths
-from recipes.arena.analysis.paired_statistics import (
+from recipes.studies.arena.analysis import report
+from recipes.studies.arena.analysis.comparisons import Arena, Comparison, compare_all
+from recipes.studies.arena.analysis.curves import draw_curves, draw_lambda_paths, smooth
+from recipes.studies.arena.analysis.forest import draw_forest, draw_lengths
+from recipes.studies.arena.analysis.runs import paired_differences, read_runs
+from recipes.studies.arena.analysis.tables import difference_cell, make_tables, mean_and_error, replace_tables
+from recipes.studies.shared.arms import ARMS, BASELINES
+from recipes.studies.shared.paired_statistics import (
     bootstrap_interval,
     holm,
     paired_t_p,
@@ -23,9 +26,6 @@ from recipes.arena.analysis.paired_statistics import (
     sign_flip_p,
     student_quantile,
 )
-from recipes.arena.analysis.runs import paired_differences, read_runs
-from recipes.arena.analysis.tables import difference_cell, make_tables, mean_and_error, replace_tables
-from recipes.arena.comparison.arms import ARMS, BASELINES
 
 TASKS = ("running_sum", "slippery_chain")
 STUDIED = ("grpo", "dapo", "bnpo", "softmax", "power_adamw", "tr", "ar")

@@ -1,4 +1,4 @@
-"""`recipes/bench/`: each bench runs in its smallest form, and what is counted rather than timed holds its bound."""
+"""`recipes/studies/cost/`: each bench runs in its smallest form, and what is counted rather than timed holds its bound."""
 
 import csv
 import sys
@@ -6,18 +6,18 @@ from collections import Counter
 
 import pytest
 import torch
-
-from recipes.bench import head_memory, import_time, overhead, table, two_processes, weights_alone
-from recipes.bench.measure.counters import counting
-from recipes.bench.measure.memory import buffered_bytes, loss_bytes, peak_during, run_child, storage_bytes
-from recipes.bench.measure.rows import CIRCUMSTANCES, COLUMNS, append, quartiles, read, row
-from recipes.bench.measure.stepping import PHASES, REST, WHOLE, Stepper, time_pairs
-from recipes.bench.measure.traffic import count_parts
-from recipes.bench.measure.trainers import BASELINE, build_trainer
-from recipes.bench.measure.workload import MODELS, Workload
-from trl_lambda.metrics.loss_metrics import LossMetrics, Surrogate
 from trl_lambda.preference.lambda_parameter import LambdaParameter
 from trl_lambda.trl_seam.generation_batch import GenerationBatch
+
+from recipes.studies.cost import head_memory, import_time, overhead, table, two_processes, weights_alone
+from recipes.studies.cost.measure.counters import counting
+from recipes.studies.cost.measure.memory import buffered_bytes, loss_bytes, peak_during, run_child, storage_bytes
+from recipes.studies.cost.measure.rows import CIRCUMSTANCES, COLUMNS, append, quartiles, read, row
+from recipes.studies.cost.measure.stepping import PHASES, REST, WHOLE, Stepper, time_pairs
+from recipes.studies.cost.measure.traffic import count_parts
+from recipes.studies.cost.measure.trainers import BASELINE, build_trainer
+from recipes.studies.cost.measure.workload import MODELS, Workload
+from trl_lambda.metrics.loss_metrics import LossMetrics, Surrogate
 from trl_lambda.trl_seam.weighted_inputs import WeightedInputs
 
 SMALL = Workload(rows=4, group=4, completion=8)
@@ -26,7 +26,7 @@ SMALL = Workload(rows=4, group=4, completion=8)
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
     """One trainer of each kind on the same completions."""
-    arms = (BASELINE, "lambda", "TR", "unified")
+    arms = (BASELINE, "lambda_grpo", "tr_grpo", "unified")
     return {arm: build_trainer(arm, SMALL, str(tmp_path_factory.mktemp("out"))) for arm in arms}
 
 
@@ -96,7 +96,7 @@ def test_the_counter_sees_the_accelerators_collectives(trainers):
     assert counts.calls == []  # one process: nothing goes out
 
 
-@pytest.mark.parametrize("arm", ["lambda", "TR", "unified"])
+@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
 def test_the_loss_waits_for_the_device_no_more_than_trls(counts, arm):
     mine, base = counts[arm]["loss"], counts[BASELINE]["loss"]
     assert mine.reads.total() - mine.argument_checks == base.reads.total()
@@ -106,17 +106,17 @@ def test_the_loss_waits_for_the_device_no_more_than_trls(counts, arm):
 
 def test_a_step_has_one_reduction_of_one_number_more(counts):
     base = counts[BASELINE]["step"].collectives
-    assert counts["lambda"]["step"].collectives == counts["unified"]["step"].collectives == [*base, ("reduce", 1)]
-    assert counts["TR"]["step"].collectives == base
+    assert counts["lambda_grpo"]["step"].collectives == counts["unified"]["step"].collectives == [*base, ("reduce", 1)]
+    assert counts["tr_grpo"]["step"].collectives == base
 
 
-@pytest.mark.parametrize("arm", ["lambda", "TR", "unified"])
+@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
 def test_a_log_has_one_gather_more(counts, arm):
     step, logged = (counts[arm][part].collectives for part in ("step", "step with log"))
     assert [method for method, _ in logged] == [*(method for method, _ in step), "gather"]
 
 
-@pytest.mark.parametrize("arm", ["lambda", "TR", "unified"])
+@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
 def test_a_generation_batch_has_one_gather_more(counts, arm):
     mine, base = counts[arm]["generation"], counts[BASELINE]["generation"]
     (extra,) = (Counter(mine.collectives) - Counter(base.collectives)).elements()
@@ -126,7 +126,7 @@ def test_a_generation_batch_has_one_gather_more(counts, arm):
     assert mine.writes.total() == base.writes.total()
 
 
-@pytest.mark.parametrize("arm", ["lambda", "TR", "unified"])
+@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
 def test_off_the_cpu_the_weights_read_nothing(trainers, arm, monkeypatch):
     """On tensors without memory a read raises: the hooks in the loss get by without any, metrics among them."""
     trainer = trainers[arm]
@@ -158,7 +158,7 @@ def test_a_view_counts_for_the_storage_it_keeps():
 
 def test_the_buffer_holds_lengths_and_rows_more(trainers):
     rows = SMALL.rows
-    more = buffered_bytes(trainers["lambda"]) - buffered_bytes(trainers[BASELINE])
+    more = buffered_bytes(trainers["lambda_grpo"]) - buffered_bytes(trainers[BASELINE])
     assert more == rows * 8  # row numbers; lengths and advantages are held once, beside the buffer
 
 
@@ -183,18 +183,18 @@ def test_a_loss_that_is_weighed_leaves_no_gradient(trainers):
 
 def test_a_child_that_fails_says_why():
     with pytest.raises(RuntimeError, match="No module named"):
-        run_child("recipes.bench.no_such_bench", [])
+        run_child("recipes.studies.cost.no_such_bench", [])
 
 
 # ---- Pairs and rows ----
 
 
 def test_pairs_alternate_and_every_phase_is_timed(trainers):
-    base, ours = (Stepper(trainers[arm]) for arm in (BASELINE, "lambda"))
+    base, ours = (Stepper(trainers[arm]) for arm in (BASELINE, "lambda_grpo"))
     order = []
     for name, stepper in (("base", base), ("ours", ours)):
         stepper.run = lambda steps, name=name, run=stepper.run: (order.append(name), run(steps))
-    taken = time_pairs(base, {"lambda": ours}, pairs=3, steps=2)["lambda"]
+    taken = time_pairs(base, {"lambda_grpo": ours}, pairs=3, steps=2)["lambda_grpo"]
     assert order[2:] == ["ours", "base"] * 2 + ["base", "ours"] * 2 + ["ours", "base"] * 2
     for side in (0, 1):
         for seconds in (pair[side] for pair in taken):
@@ -217,8 +217,8 @@ def test_rows_keep_median_and_quartiles(tmp_path):
 
 
 def test_overhead(monkeypatch, tmp_path, capsys):
-    rows = run_main(overhead, monkeypatch, tmp_path / "results.csv", "--arms", "lambda", "--device", "cpu")
-    metrics = {measured["metric"] for measured in rows if measured["arm"] == "lambda"}
+    rows = run_main(overhead, monkeypatch, tmp_path / "results.csv", "--arms", "lambda_grpo", "--device", "cpu")
+    metrics = {measured["metric"] for measured in rows if measured["arm"] == "lambda_grpo"}
     assert {"loss forward", "backward", "loss and backward", "optimizer", "whole step", "peak memory"} <= metrics
     text = table.markdown(tmp_path / "results.csv")
     assert "| lambda |" in text and "GRPOTrainer" in text
@@ -280,7 +280,7 @@ def test_gather_at_two_processes(monkeypatch, tmp_path):
     value = {(r["arm"], r["metric"]): float(r["value"]) for r in rows}
     for part, more in (("loss", 0), ("step", 1), ("step with log", 2), ("generation", 1)):
         metric = f"{part}: calls of torch.distributed"
-        assert value["lambda", metric] == value[BASELINE, metric] + more, part
+        assert value["lambda_grpo", metric] == value[BASELINE, metric] + more, part
 
 
 def test_import_time(monkeypatch, tmp_path):
@@ -296,12 +296,12 @@ def test_import_time(monkeypatch, tmp_path):
 
 def test_the_table_takes_the_last_figure_and_is_written_between_its_marks(monkeypatch, tmp_path):
     path, readme = tmp_path / "results.csv", tmp_path / "README.md"
-    ratios = [row("overhead", "lambda", "tiny", "whole step", [value, value], "ratio") for value in (1.5, 1.01)]
+    ratios = [row("overhead", "lambda_grpo", "tiny", "whole step", [value, value], "ratio") for value in (1.5, 1.01)]
     base = row("overhead", BASELINE, "tiny", "whole step", [300.0, 300.0], "ms")
     head = [
         row("head", "full logits", "2k", "peak of the loss", [2048.0], "MiB"),
         row("head", "full logits", "32k", "peak of the loss", "does not fit", ""),
-        row("head", "lambda", "32k", "peak of the loss", [1024.0], "MiB"),
+        row("head", "lambda_grpo", "32k", "peak of the loss", [1024.0], "MiB"),
     ]
     append(path, [base, *ratios, *head], "cpu")
     readme.write_text("before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n")

@@ -1,4 +1,4 @@
-"""`recipes.budget`: its methods, its plan, its tables and its command."""
+"""`recipes.studies.tokens.study`: its methods, its plan, its tables and its command."""
 
 import json
 import math
@@ -9,14 +9,13 @@ import pytest
 from trl import GRPOConfig
 from trl.rewards import get_soft_overlong_punishment
 
-from recipes import budget
-from recipes.arena.analysis import budget as analysis
-from recipes.arena.analysis.budget_rows import split_name
-from recipes.arena.analysis.budget_tuning import kept_settings
-from recipes.arena.analysis.frontier import frontier_table
-from recipes.arena.analysis.paired_statistics import student_quantile
-from recipes.arena.comparison.run import make_trainer
 from recipes.playground.rewards import exact_answer, short_right_answers
+from recipes.studies.shared.paired_statistics import student_quantile
+from recipes.studies.shared.run import make_trainer
+from recipes.studies.tokens import study as budget
+from recipes.studies.tokens.frontier import frontier_table
+from recipes.studies.tokens.rows import split_name
+from recipes.studies.tokens.tuning import kept_settings
 from trl_lambda import LambdaGRPOConfig
 
 PLAN = budget.Plan()
@@ -192,7 +191,7 @@ def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch,
     options = [json.loads(r["options"]) for r in budget.Ledger(tmp_path / "budget.csv", ("seed",)).rows()]
     assert options == [{"loss_type": "dapo"}, {"aggregation": "power", "length_target": 8.0}]
     assert "| idle_filler | TRL's dapo | – | 1 |" in capsys.readouterr().out
-    page = (tmp_path / "BUDGET.md").read_text()
+    page = (tmp_path / "README.md").read_text()
     assert "| idle_filler | length_target | 8 | 1 |" in page
     assert {"budget_frontier.png", "budget_steps.png"} <= {path.name for path in tmp_path.iterdir()}
     budget.main()

@@ -14,16 +14,16 @@ from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from recipes.arena.comparison import run, study
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import RunSpec
-from recipes.bench import gpu, table
-from recipes.bench.gpu_parts import correctness, probe, schedule, syncs
-from recipes.bench.gpu_parts.correctness import Deviation, OutOfBounds, check
-from recipes.bench.gpu_parts.schedule import Context, Part, run_part
-from recipes.bench.measure import clock, memory, rows
-from recipes.bench.measure.rows import COLUMNS, append, read, row
-from recipes.bench.measure.trainers import ARMS, BASELINE, measured_arms
+from recipes.studies.cost import gpu, table
+from recipes.studies.cost.gpu_parts import correctness, probe, schedule, syncs
+from recipes.studies.cost.gpu_parts.correctness import Deviation, OutOfBounds, check
+from recipes.studies.cost.gpu_parts.schedule import Context, Part, run_part
+from recipes.studies.cost.measure import clock, memory, rows
+from recipes.studies.cost.measure.rows import COLUMNS, append, read, row
+from recipes.studies.cost.measure.trainers import ARMS, BASELINE, measured_arms
+from recipes.studies.shared import run
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import RunSpec
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +37,7 @@ def context(folder: Path) -> Context:
 
 def test_every_line_runs_on_a_cpu_with_the_device_set_aside(tmp_path):
     out = tmp_path / "gpu.csv"
-    command = [sys.executable, "-m", "recipes.bench.gpu", "--tiny", "--out", str(out), "--minutes", "600"]
+    command = [sys.executable, "-m", "recipes.studies.cost.gpu", "--tiny", "--out", str(out), "--minutes", "600"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     with open(out, newline="") as file:
@@ -114,16 +114,16 @@ def test_a_study_out_of_time_begins_no_run(tmp_path):
 
 @pytest.mark.parametrize("value", [2.0, math.nan])
 def test_a_deviation_beyond_its_bound_raises(value):
-    check([Deviation("lambda", "fp32", "loss", 0.5, 1.0)])
+    check([Deviation("lambda_grpo", "fp32", "loss", 0.5, 1.0)])
     with pytest.raises(OutOfBounds, match="lambda, fp32, loss"):
-        check([Deviation("lambda", "fp32", "loss", 0.5, 1.0), Deviation("lambda", "fp32", "loss", value, 1.0)])
+        check([Deviation("lambda_grpo", "fp32", "loss", 0.5, 1.0), Deviation("lambda_grpo", "fp32", "loss", value, 1.0)])
 
 
 def test_deviations_are_relative_and_of_every_weight():
     side = {"lambdas": [0.1, 0.2], "weights": {"a": torch.ones(3), "b": torch.ones(1)}, "loss": torch.tensor([2.0])}
     side |= {"gradient": torch.ones(4), "lambda_gradient": torch.zeros(0)}
     other = side | {"loss": torch.tensor([2.2]), "weights": {"a": torch.ones(3), "b": torch.tensor([3.0])}}
-    found = {d.metric: d.value for d in correctness.compared("lambda", "fp32", other, side, 1.0)}
+    found = {d.metric: d.value for d in correctness.compared("lambda_grpo", "fp32", other, side, 1.0)}
     expected = {"loss": 0.1, "gradient": 0.0, "λ over steps": 0.0, "weights at the end": 1.0}
     assert found == pytest.approx(expected, abs=1e-6)
 
@@ -170,7 +170,7 @@ def test_a_read_of_ours_in_the_loss_fails_the_step(monkeypatch, tmp_path):
         loss.item()
         return loss
 
-    monkeypatch.setattr(correctness, "measured_arms", lambda: [BASELINE, "lambda"])
+    monkeypatch.setattr(correctness, "measured_arms", lambda: [BASELINE, "lambda_grpo"])
     list(correctness.no_waiting(context(tmp_path)))
     monkeypatch.setattr(LambdaGRPOTrainer, "compute_loss", reading)
     with pytest.raises(OutOfBounds, match="device reads other than GRPOTrainer's"):
@@ -181,9 +181,9 @@ def test_a_read_of_ours_in_the_loss_fails_the_step(monkeypatch, tmp_path):
 def test_accelerate_takes_the_command_of_an_engine(engine):
     command = probe.launcher(engine, "cuda")
     assert command[1:3] == ["-m", "accelerate.commands.launch"]
-    args = launch_command_parser().parse_args([*command[3:], "-m", "recipes.bench.gpu_parts.probe"])
+    args = launch_command_parser().parse_args([*command[3:], "-m", "recipes.studies.cost.gpu_parts.probe"])
     assert Path(args.config_file).is_file() and args.num_processes == 1 and args.mixed_precision == "no"
-    assert args.module and args.training_script == "recipes.bench.gpu_parts.probe"
+    assert args.module and args.training_script == "recipes.studies.cost.gpu_parts.probe"
 
 
 def test_a_probe_that_fails_says_why(tmp_path):
@@ -220,10 +220,10 @@ def test_a_machine_without_git_has_rows_too(monkeypatch):
 
 def test_arms_that_the_package_does_not_have_are_left_out(monkeypatch):
     arms = measured_arms()
-    assert arms[:5] == [BASELINE, "GRPOTrainer again", "lambda", "TR", "unified"]
+    assert arms[:5] == [BASELINE, "GRPOTrainer again", "lambda_grpo", "tr_grpo", "unified"]
     assert not [arm for arm in arms if "token_metrics" in arm]
     assert "lambda, token_metrics=False" in measured_arms(token_metrics=False)
-    monkeypatch.setitem(ARMS, "of tomorrow", (ARMS["lambda"][0], {"no_such_field": 1}))
+    monkeypatch.setitem(ARMS, "of tomorrow", (ARMS["lambda_grpo"][0], {"no_such_field": 1}))
     assert measured_arms() == arms
 
 
@@ -234,8 +234,8 @@ def test_the_tables_say_that_there_is_no_gpu_row_or_show_them(tmp_path):
     shown = readme.partition("<!-- gpu: begin -->\n")[2].partition("<!-- gpu: end -->")[0]
     assert shown == table.gpu_markdown(table.GPU_RESULTS)
     append(path, [row("gpu b: cost", BASELINE, "1.5b", "whole step", [900.0], "ms")], "cpu")
-    append(path, [row("gpu b: cost", "lambda", "1.5b", "whole step", [1.002, 1.004], "ratio")], "cpu")
-    append(path, [row("gpu a: correctness", "lambda", "fp32", "loss, bound 0.0001", 1e-6, "relative")], "cpu")
+    append(path, [row("gpu b: cost", "lambda_grpo", "1.5b", "whole step", [1.002, 1.004], "ratio")], "cpu")
+    append(path, [row("gpu a: correctness", "lambda_grpo", "fp32", "loss, bound 0.0001", 1e-6, "relative")], "cpu")
     text = table.gpu_markdown(path)
     assert "| lambda | 1.003 (1.002 – 1.004) | – |" in text and "`GRPOTrainer` takes 900 ms a step" in text
     assert "| lambda | fp32 | loss, bound 0.0001 | 1e-06 relative |" in text
@@ -245,7 +245,7 @@ def test_the_measured_memory_replaces_the_estimate(tmp_path):
     path, recipe, readme = tmp_path / "gpu.csv", tmp_path / "gsm8k.yaml", tmp_path / "README.md"
     recipe.write_text("# Memory:   about 11 GB, estimated: 3.1 GB weights,\n#           1 GB more\nseed: 0\n")
     readme.write_text("| `gsm8k.yaml` | GSM8K | one GPU | 11 GB | `x` |\n| `other.yaml` | a | b | 11 GB | `x` |\n")
-    append(path, [row("gpu c: LoRA recipe", "lambda", "", "reserved by the allocator", 12.5, "GiB")], "cpu")
+    append(path, [row("gpu c: LoRA recipe", "lambda_grpo", "", "reserved by the allocator", 12.5, "GiB")], "cpu")
     with pytest.raises(ValueError, match="no GPU row"):
         table.write_recipe_memory(path, recipe, readme)
     path.write_text(path.read_text().replace(",cpu,", ",cuda,"))
@@ -284,5 +284,5 @@ def test_the_wheels_are_what_the_bare_machine_lacks():
     assert {line.split("==")[0] for line in lean if not line.startswith("#")} == wanted - set(there)
     assert pinned["trl"] == importlib.metadata.version("trl")
     make = (ROOT / "Makefile").read_text()
-    assert "--requirement recipes/bench/gpu_wheels$(if $(LEAN),_lean).txt" in make and "--python-version 3.12" in make
+    assert "--requirement recipes/studies/cost/gpu_wheels$(if $(LEAN),_lean).txt" in make and "--python-version 3.12" in make
     assert "--no-deps --only-binary=:all:" in make

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.arena.analysis import planned as page_of
-from recipes.arena.analysis.questions import CLAIMS, FAMILY, IDLE, MATTERS, answer, budget, verdict
-from recipes.arena.analysis.runs import METRICS, Run, read_runs
-from recipes.arena.analysis.tables import replace_tables
-from recipes.arena.comparison import planned, preference_tuning
-from recipes.arena.comparison.arms import ARMS, CONTROLS, find_arm
-from recipes.arena.comparison.held_power import HeldPower, held_positive3
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.study import KEY
+from recipes.studies.arena import planned, preference_tuning
+from recipes.studies.arena.analysis import planned as page_of
+from recipes.studies.arena.analysis.questions import CLAIMS, FAMILY, IDLE, MATTERS, answer, budget, verdict
+from recipes.studies.arena.analysis.runs import METRICS, Run, read_runs
+from recipes.studies.arena.analysis.tables import replace_tables
+from recipes.studies.arena.held_power import HeldPower, held_positive3
+from recipes.studies.arena.study import KEY
+from recipes.studies.shared.arms import ARMS, CONTROLS, find_arm
+from recipes.studies.shared.ledger import Ledger
 from trl_lambda.weights import weigh_responses
 from trl_lambda.weights.length_weight import Power
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.arena.alignment.policy_gradient import Batch
-from recipes.arena.comparison.run import GENERATIONS, MAX_COMPLETION_LENGTH, PROMPTS
 from recipes.playground.rewards import exact_answer
 from recipes.playground.tasks import make_splits
+from recipes.studies.alignment.policy_gradient import Batch
+from recipes.studies.shared.run import GENERATIONS, MAX_COMPLETION_LENGTH, PROMPTS
 
 SAMPLING_SEED = 7000  # plus the run's seed: not what training draws with
 BATCHES_AT_ONCE = 8  # sampled in one call

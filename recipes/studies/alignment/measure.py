@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from recipes.arena.alignment.batches import token_logps
-from recipes.arena.alignment.policy_gradient import (
+from recipes.studies.alignment.batches import token_logps
+from recipes.studies.alignment.policy_gradient import (
     METRICS,
     Batch,
     cosine_ratios,
@@ -18,8 +18,8 @@ from recipes.arena.alignment.policy_gradient import (
     jackknife_error,
     without_each,
 )
-from recipes.arena.alignment.settled import settled_lambdas
-from recipes.arena.alignment.weights import Weight, all_weights, lambda_gradient, same_direction, slope_sides
+from recipes.studies.alignment.settled import settled_lambdas
+from recipes.studies.alignment.weights import Weight, all_weights, lambda_gradient, same_direction, slope_sides
 
 RULE_COLUMNS = ("lambda_gradient", "lambda_gradient_se", "slope_raw", "slope_raw_se", "slope_adam", "slope_adam_se")
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-
-from recipes.arena.alignment.factors import response_features
-from recipes.arena.alignment.policy_gradient import Batch, group_advantages
-from recipes.arena.alignment.weights import Weight
 from trl_lambda.preference.rules import Regression
 from trl_lambda.trl_seam.generation_batch import GenerationBatch
+
+from recipes.studies.alignment.factors import response_features
+from recipes.studies.alignment.policy_gradient import Batch, group_advantages
+from recipes.studies.alignment.weights import Weight
 
 
 def settled_lambda(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> torch.Tensor:

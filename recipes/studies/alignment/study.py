@@ -1,5 +1,5 @@
 """
-Which weights point where learning goes, and when? `python -m recipes.arena.alignment.study` writes
+Which weights point where learning goes, and when? `python -m recipes.studies.alignment.study` writes
 `results/alignment.csv`.
 
 At the base model and along runs of `dapo`, batches of 64 completions are sampled from the model as it is, and the
@@ -37,18 +37,18 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PrinterCallback, Qwen2ForCausalLM, TrainerCallback
 
-from recipes.arena.alignment.batches import sample_batches, token_logps
-from recipes.arena.alignment.measure import measure
-from recipes.arena.alignment.settled import critic_r2
-from recipes.arena.alignment.summary import plot
-from recipes.arena.alignment.weights import BASE, Weight, all_weights
-from recipes.arena.comparison.arms import ARMS
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import RunSpec, environment, make_trainer
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.tasks import TASKS, environment_of
+from recipes.studies.alignment.batches import sample_batches, token_logps
+from recipes.studies.alignment.measure import measure
+from recipes.studies.alignment.settled import critic_r2
+from recipes.studies.alignment.summary import plot
+from recipes.studies.alignment.weights import BASE, Weight, all_weights
+from recipes.studies.shared.arms import ARMS
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import RunSpec, environment, make_trainer
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent / "results"
 KEY = ("task", "checkpoint", "seed", "learning_rate", "batches", "weight")
 BASE_CHECKPOINT = "base"
 DEFAULT_TASKS = ("running_sum", "slippery_chain", "checked_sum")

@@ -16,22 +16,21 @@ from typing import Any
 
 import torch
 
-from recipes.arena.alignment.factors import response_weights, token_weights
-from recipes.arena.alignment.policy_gradient import Batch, group_advantages
-from recipes.arena.comparison.arms import ARMS, Arm, find_arm
+from recipes.studies.alignment.factors import response_weights, token_weights
+from recipes.studies.alignment.policy_gradient import Batch, group_advantages
+from recipes.studies.shared.arms import ARMS, Arm, find_arm
 from trl_lambda import LambdaGRPOConfig
-from trl_lambda.weights import LEARNABLE_AGGREGATIONS
+from trl_lambda.weights import LENGTH_WEIGHTS
 
 BASE = "dapo"  # λ = 0
 UNDERSTOOD = frozenset({
-    "loss_type", "epsilon", "epsilon_high", "importance_sampling_level", "aggregation", "aggregation_scope",
-    "lambda_init", "lambda_learnable", "lambda_learning_rate", "lambda_adam_eps", "lambda_side", "lambda_features",
-    "lambda_rule", "lambda_gain", "positive_weight", "length_scale", "token_regulation",
-    "regulation_alpha", "regulation_slope", "regulation_center", "regulation_min", "regulation_max",
-    "regulation_inside_clip",
+    "loss_type", "epsilon", "epsilon_high", "importance_sampling_level", "length_weight", "length_weight_kwargs",
+    "length_weight_scope", "lambda_init", "lambda_learnable", "lambda_learning_rate", "lambda_side",
+    "lambda_features", "lambda_gain", "positive_weight", "token_weight", "token_weight_kwargs",
+    "token_weight_inside_clip",
 })  # fmt: skip
 # How λ moves, not where it starts.
-STEPPING = {"lambda_learning_rate", "lambda_adam_eps", "lambda_rule", "lambda_gain"}
+STEPPING = {"lambda_learning_rate", "lambda_gain"}
 
 
 def _default(field: Field) -> Any:
@@ -40,13 +39,13 @@ def _default(field: Field) -> Any:
 
 DEFAULTS = {field.name: _default(field) for field in fields(LambdaGRPOConfig) if field.name in UNDERSTOOD}
 # How far below and above λ's start the slope of the alignment in λ is taken; of about equal effect in both families.
-SLOPE_STEP = {"lambda": 2.0, "power": 0.5}
+SLOPE_STEP = {"lambda_grpo": 2.0, "power": 0.5}
 # More of λ's axis, for the families without a token weight.
-GRID = {"lambda": (-4.0, -2.0, 2.0, 4.0), "power": (-2.0, -1.0, -0.5, 0.5, 1.0)}
+GRID = {"lambda_grpo": (-4.0, -2.0, 2.0, 4.0), "power": (-2.0, -1.0, -0.5, 0.5, 1.0)}
 CONTROLS = {
     "power_tr_-1": Arm(
         "GRPO × TR",
-        {"aggregation": "power", "lambda_init": -1.0, "lambda_learnable": False, "token_regulation": "sigmoid"},
+        {"length_weight": "power", "lambda_init": -1.0, "lambda_learnable": False, "token_weight": "tr_grpo"},
     ),
     "ar_0.6": find_arm("ar_0.6"),
 }
@@ -73,16 +72,16 @@ class Weight:
     @property
     def learnable(self) -> bool:
         """Whether λ is learned by descent on the policy loss, and `lambda_init` only where it starts."""
-        return self._learned and self.options["lambda_side"] == "both"
+        return self._learned and self.options["lambda_side"] in (None, "both")
 
     @property
     def follows(self) -> bool:
         """Whether λ follows a regression."""
-        return self._learned and self.options["lambda_side"] != "both"
+        return self._learned and not self.learnable
 
     @property
     def _learned(self) -> bool:
-        return self.options["aggregation"] in LEARNABLE_AGGREGATIONS and self.options["lambda_learnable"]
+        return LENGTH_WEIGHTS[self.options["length_weight"] or BASE].has_lambda and self.options["lambda_learnable"]
 
     @property
     def start(self) -> torch.Tensor | float:
@@ -148,23 +147,19 @@ def make_weight(name: str, arm: Arm) -> Weight:
     unknown = set(arm.options) - UNDERSTOOD
     if unknown:
         raise ValueError(f"arm {name!r} sets {sorted(unknown)}, whose effect on the gradient alignment cannot tell.")
-    options = {**DEFAULTS, **({"aggregation": None} if arm.trl else {}), **arm.options}
+    options = {**DEFAULTS, **({"length_weight": None} if arm.trl else {}), **arm.options}
     weight = Weight(name, options)
-    if options["importance_sampling_level"] != "token" and options["token_regulation"] is not None:
+    if options["importance_sampling_level"] != "token" and options["token_weight"] is not None:
         raise ValueError(f"arm {name!r} weighs tokens that share one ratio; alignment knows a ratio per token only.")
-    if weight.learnable and (options["regulation_inside_clip"] or options["loss_type"] != "dapo"):
+    if weight.learnable and (options["token_weight_inside_clip"] or options["loss_type"] != "dapo"):
         raise ValueError(f"arm {name!r} learns λ from another value than v·A, the only one alignment knows.")
-    if weight.follows and options["lambda_rule"] == "target":
-        raise ValueError(
-            f"arm {name!r} holds a length, which no batch by itself tells: alignment cannot settle its λ."
-        )
     return weight
 
 
 def all_weights(arms: Mapping[str, Arm] = ARMS, *, beside: bool = True) -> list[Weight]:
     """
     Every arm, λ = 0 first, then λ's axis around every arm that learns by descent, the controls, and the arms whose λ
-    follows a regression, at its start and settled.
+    follows a regression, at its start and settled. Arms that cannot run again are left out.
 
     Args:
         arms (`Mapping[str, Arm]`): by name, `BASE` among them.
@@ -173,12 +168,12 @@ def all_weights(arms: Mapping[str, Arm] = ARMS, *, beside: bool = True) -> list[
     Returns:
         `list[Weight]`: of distinct names; some have the same direction.
     """
-    weights = {name: make_weight(name, arms[name]) for name in (BASE, *arms)}
+    weights = {name: make_weight(name, arms[name]) for name in (BASE, *arms) if not arms[name].removed}
     for weight in [weight for weight in weights.values() if weight.learnable]:
         if _family_head(weight, weights.values()) is not weight:
             continue
-        plain = weight.options["token_regulation"] is None
-        for lam in sorted({*_sides(weight), *(GRID[weight.options["aggregation"]] if plain else ())}):
+        plain = weight.options["token_weight"] is None
+        for lam in sorted({*_sides(weight), *(GRID[weight.options["length_weight"]] if plain else ())}):
             options = {**weight.options, "lambda_init": lam, "lambda_learnable": False}
             weights.setdefault(_beside(weight, lam), Weight(_beside(weight, lam), options))
     if beside:
@@ -198,7 +193,7 @@ def slope_sides(weight: Weight, weights: Iterable[Weight]) -> tuple[Weight, Weig
 
 
 def _sides(weight: Weight) -> tuple[float, float]:
-    start, step = weight.options["lambda_init"], SLOPE_STEP[weight.options["aggregation"]]
+    start, step = weight.options["lambda_init"], SLOPE_STEP[weight.options["length_weight"]]
     return start - step, start + step
 
 

@@ -1,10 +1,10 @@
 """
 The arena with longer answers: 19 million parameters for a GPU, 1.1 million (the size called 0.8M) for two cores.
 
-    python -m recipes.arena.large base tune choose main                       # a GPU
-    python -m recipes.arena.large base main --size 0.8M --seeds 6             # two cores, about an hour
+    python -m recipes.studies.arena.large base tune choose main                       # a GPU
+    python -m recipes.studies.arena.large base main --size 0.8M --seeds 6             # two cores, about an hour
 
-`base` makes the base models, the other parts are those of `recipes.arena.comparison.study`; rows go to
+`base` makes the base models, the other parts are those of `recipes.studies.arena.study`; rows go to
 `results_large/` and `results_0.8M/`. The small size has no `tune`: all its arms have one learning rate.
 """
 
@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.planned import FIRST_SEED
-from recipes.arena.comparison.run import RunSpec
-from recipes.arena.comparison.study import KEY, TEST_SEEDS, Plan, do_parts, execute
 from recipes.playground.make_base_model import SEED, BaseModel, make
 from recipes.playground.tasks import LONG_TASKS
+from recipes.studies.arena.planned import FIRST_SEED
+from recipes.studies.arena.study import TEST_SEEDS, Plan, do_parts
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import RunSpec
+from recipes.studies.shared.workers import KEY, execute
 
 RESULTS = Path(__file__).parent / "results_large"
 MODELS = Path("runs") / "arena_large"

@@ -1,7 +1,7 @@
 """
-The runs of the arena's second round, as `recipes/arena/PLAN.md` lists them:
+The runs of the arena's second round, as `recipes/studies/arena/PLAN.md` lists them:
 
-    python -m recipes.arena.comparison.planned [PART ...]
+    python -m recipes.studies.arena.planned [PART ...]
 
 Without a part it does all of them, in the order of their importance, so that a study that is cut short has answered
 the first questions. Rows go to `results/planned.csv`, those of the learning rates to `results/planned_rates.csv`. What
@@ -15,14 +15,16 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import stdev
 
-from recipes.arena.comparison.arms import find_arm
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import RunSpec
-from recipes.arena.comparison.study import KEY, RESULTS, execute
+from recipes.studies.arena.study import RESULTS
+from recipes.studies.shared.arms import find_arm
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import RunSpec
+from recipes.studies.shared.workers import KEY, execute
 
 SMOKE_RESULTS = Path("runs") / "planned_smoke"
 FIRST_SEED = 400
@@ -109,6 +111,9 @@ def reproduce(count: int, results: Path, workers: int, seed: int = 0) -> list[st
     """
     Run some rows of `planned.csv` again.
 
+    On the processor that a row names every digit must agree. Another one rounds otherwise and so samples other
+    completions: its run is another draw, and its mean reward must lie within 4 standard deviations of the arm's seeds.
+
     Args:
         count (`int`): how many, chosen at random.
         results (`Path`): folder of the rows.
@@ -116,7 +121,7 @@ def reproduce(count: int, results: Path, workers: int, seed: int = 0) -> list[st
         seed (`int`): of the choice.
 
     Returns:
-        `list[str]`: one line per row, which says what differs, if anything.
+        `list[str]`: one line per row with its verdict.
 
     Raises:
         ValueError: an arm's options are no longer those of its rows.
@@ -137,13 +142,25 @@ def reproduce(count: int, results: Path, workers: int, seed: int = 0) -> list[st
         again = Ledger(Path(folder) / "again.csv", KEY)
         execute(specs, again, workers)
         found = {again.key_of(row): row for row in again.rows()}
+    cell = ("study", "task", "arm")
     lines = []
     for row in chosen:
-        new = found[again.key_of(row)]
-        different = [name for name in COMPUTED if new[name] != row[name]]
-        verdict = f"differs in {', '.join(different)}" if different else "the same, bit for bit"
+        seeds = [float(other["auc"]) for other in rows if all(other[name] == row[name] for name in cell)]
+        verdict = compare_rows(row, found[again.key_of(row)], stdev(seeds) if len(seeds) > 1 else 0.0)
         lines.append(f"{row['study']} {row['task']} {row['arm']} {row['seed']}: {verdict}")
     return lines
+
+
+def compare_rows(row: Mapping[str, str], new: Mapping[str, str], spread: float) -> str:
+    """The verdict on a row that was run again; `spread` is the standard deviation of `auc` over the arm's seeds."""
+    different = [name for name in COMPUTED if new[name] != row[name]]
+    if not different:
+        return "the same, bit for bit"
+    gap = float(new["auc"]) - float(row["auc"])
+    shown = f"differs in {', '.join(different)}, mean reward by {gap:+.4f} (sd over seeds {spread:.4f})"
+    if new["hardware"] == row["hardware"]:
+        return shown
+    return f"{'within' if abs(gap) <= 4 * spread else 'BEYOND'} the spread of another processor: {shown}"
 
 
 def main() -> None:

@@ -1,110 +1,56 @@
 """
-What was tried for λ's rule "regression", on the tuning seeds 0 to 11 and the validation split.
+What was tried for a λ that follows the regression, on the tuning seeds 0 to 11 and the validation split.
 
-    python -m recipes.arena.comparison.preference_tuning --seeds 4
+    python -m recipes.studies.arena.preference_tuning --seeds 4
+    python -m recipes.studies.arena.preference_tuning --show
 
-Each variant is an arm and constants of `trl_lambda`, by module and name. Rows go to
-`recipes/arena/results/preference_tuning.csv`; a run that is there already is not made again. The figures are read with
-`--show`.
+Rows go to `results/preference_tuning.csv`. A run that is there already is not made again. Eight variants of the rows
+changed a constant or a removed option of the package and cannot run again: see `preference_tuning.md`.
 """
 
 import argparse
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from recipes.arena.comparison.arms import ARMS, Arm
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import LAMBDA_EVERY, RunSpec, run
-from trl_lambda.preference import making, rules
-from trl_lambda.weights import length_weight
+from recipes.studies.shared.arms import Arm
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import LAMBDA_EVERY, RunSpec, run
 
-RESULTS = Path(__file__).parent.parent / "results" / "preference_tuning.csv"
+RESULTS = Path(__file__).parent / "results" / "preference_tuning.csv"
 KEY = ("task", "arm", "seed", "max_steps", "steps_per_generation")
 LEARNING_RATE = 3e-4
-_THREE = ["length", "mean_logp", "min_logp"]
-_POSITIVE3 = {"aggregation": "power", "lambda_side": "positive", "lambda_features": _THREE}
-
-_TR = {"token_regulation": "sigmoid"}
-_AR = {"token_regulation": "linear", "regulation_alpha": 0.6}
-
-# name -> (options, constants of `rules` and `length_weight`)
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
-    "dapo": ({"aggregation": "dapo"}, {}),
-    "positive_weight_3": ({"aggregation": "dapo", "positive_weight": 3.0}, {}),
-    "positive3": (_POSITIVE3, {}),
-    "positive3, κ = 1": ({**_POSITIVE3, "lambda_gain": 1.0}, {}),
-    "positive3, κ = 4": ({**_POSITIVE3, "lambda_gain": 4.0}, {}),
-    "positive3, λ's rate 0.3": ({**_POSITIVE3, "lambda_learning_rate": 0.3}, {}),
-    "positive3, ridge 0.01": (_POSITIVE3, {"_RIDGE": 0.01}),
-    "positive3, decay 0.8": (_POSITIVE3, {"_DECAY": 0.8}),
-    "positive3, decay 0.95": (_POSITIVE3, {"_DECAY": 0.95}),
-    "positive3, clamp 1": (_POSITIVE3, {"PREFERENCE_BOUND": 1.0}),
-    "positive3, clamp 4": (_POSITIVE3, {"PREFERENCE_BOUND": 4.0}),
-    "positive3, κ fading": (_POSITIVE3, {"fading": 1.0}),
-    "positive3, mean held": ({}, {}),
-    "positive3, λ's rate 1": ({**_POSITIVE3, "lambda_learning_rate": 1.0}, {}),
-    "positive3, clip 4": ({**_POSITIVE3, "lambda_max_grad_norm": 4.0}, {}),
-    "positive3, λ = κw at once": (_POSITIVE3, {"at_once": 1.0}),
-    "positive3 × TR": ({**_POSITIVE3, **_TR}, {}),
-    "positive3 × AR": ({**_POSITIVE3, **_AR}, {}),
-    "positive3 × positive_weight_3": ({**_POSITIVE3, "positive_weight": 3.0}, {}),
-    "length and min_logp": ({**_POSITIVE3, "lambda_features": ["length", "min_logp"]}, {}),
-    "length and mean_logp": ({**_POSITIVE3, "lambda_features": ["length", "mean_logp"]}, {}),
-    "positive": ({"aggregation": "power", "lambda_side": "positive"}, {}),
-    "signed": ({"aggregation": "power", "lambda_side": "signed"}, {}),
-}
 TASKS = ("running_sum", "slippery_chain", "idle_filler")
+_POSITIVE = {"length_weight": "power", "lambda_side": "positive"}
+_POSITIVE3 = {**_POSITIVE, "lambda_features": ["length", "mean_logp", "min_logp"]}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dapo": {"length_weight": "dapo"},
+    "positive_weight_3": {"length_weight": "dapo", "positive_weight": 3.0},
+    "positive3": _POSITIVE3,
+    "positive3, κ = 1": {**_POSITIVE3, "lambda_gain": 1.0},
+    "positive3, κ = 4": {**_POSITIVE3, "lambda_gain": 4.0},
+    "positive3, λ's rate 0.3": {**_POSITIVE3, "lambda_learning_rate": 0.3},
+    "positive3, λ's rate 1": {**_POSITIVE3, "lambda_learning_rate": 1.0},
+    "positive3, mean held": {"length_weight": "recipes.studies.arena.held_power.held_positive3"},
+    "positive3 × TR": {**_POSITIVE3, "token_weight": "tr_grpo"},
+    "positive3 × AR": {**_POSITIVE3, "token_weight": "ar", "token_weight_kwargs": {"alpha": 0.6}},
+    "positive3 × positive_weight_3": {**_POSITIVE3, "positive_weight": 3.0},
+    "length and min_logp": {**_POSITIVE3, "lambda_features": ["length", "min_logp"]},
+    "length and mean_logp": {**_POSITIVE3, "lambda_features": ["length", "mean_logp"]},
+    "positive": _POSITIVE,
+    "signed": {**_POSITIVE, "lambda_side": "signed"},
+}
 
 
-HELD = "positive3, mean held"
+class TuningSpec(RunSpec):
+    """A run of the tuning; `arm` is a variant's name."""
 
-
-class Fading(rules.Regression):
-    """κ falls on a straight line to 0 over the generation batches of a run of 100 optimizer steps."""
-
-    batches = 25
-
-    def observe(self, batch: Any, mean_reward: float) -> None:
-        self._initial = getattr(self, "_initial", self._gain)
-        self._gain = max(self._gain - self._initial / self.batches, 0.0)
-        super().observe(batch, mean_reward)
-
-
-class AtOnce(rules.Regression):
-    """λ is where it is drawn to from the next optimizer step on, past its optimizer."""
-
-    def gradient(self, lam: Any) -> Any:
-        with torch.no_grad():
-            lam -= super().gradient(lam)
-        return torch.zeros_like(lam)
-
-
-_RULES: dict[str, type[rules.Regression]] = {"fading": Fading, "at_once": AtOnce}
-
-
-@contextmanager
-def constants(values: dict[str, float]) -> Iterator[None]:
-    """The package with other constants, or with another rule."""
-    changes: list[tuple[Any, str, Any]] = []
-    for name, value in values.items():
-        if name in _RULES:
-            changes.append((making, "Regression", _RULES[name]))
-        else:
-            changes.append((rules if hasattr(rules, name) else length_weight, name, value))
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    for module, name, value in changes:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+    @property
+    def definition(self) -> Arm:
+        return Arm(self.arm, VARIANTS[self.arm])
 
 
 def tune(tasks: tuple[str, ...], variants: tuple[str, ...], seeds: range, max_steps: int, results: Path) -> None:
@@ -114,16 +60,11 @@ def tune(tasks: tuple[str, ...], variants: tuple[str, ...], seeds: range, max_st
     for seed in seeds:
         for variant in variants:
             for task in tasks:
-                spec = RunSpec("preference", task, variant, seed, LEARNING_RATE, max_steps, split="validation")
-                if tuple(str(getattr(spec, name)) for name in KEY) in done:
-                    continue
-                options, changed = VARIANTS[variant]
-                own = "recipes.arena.comparison.held_power.held_positive3" if variant == HELD else None
-                ARMS[variant] = Arm(variant, options, length_weight=own)
-                with constants(changed):
+                spec = TuningSpec("preference", task, variant, seed, LEARNING_RATE, max_steps, split="validation")
+                if ledger.key_of(vars(spec)) not in done:
                     row = run(spec)
-                ledger.append(row | {"constants": str(changed)})
-                print(f"{task} {variant} {seed}: {row['auc']:.4f} in {row['seconds']} s", flush=True)
+                    ledger.append(row | {"constants": "{}"})
+                    print(f"{task} {variant} {seed}: {row['auc']:.4f} in {row['seconds']} s", flush=True)
 
 
 def show(results: Path) -> list[str]:

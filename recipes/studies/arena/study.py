@@ -1,5 +1,5 @@
 """
-The runs of the arena's first round: `python -m recipes.arena.comparison.study PART [PART ...]`, with the parts
+The runs of the arena's first round: `python -m recipes.studies.arena.study PART [PART ...]`, with the parts
 
 - `tune`: every arm at every learning rate of the grid, on seeds and held-out problems of its own;
 - `choose`: write `learning_rates.json`, each arm's rate with the highest mean reward over tasks and tuning seeds;
@@ -15,28 +15,20 @@ goes on where it stopped; equal specs give equal rows on the same machine.
 import argparse
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from multiprocessing import connection
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
+from recipes.studies.shared.arms import FIRST_ROUND, LEARNED
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import RunSpec
+from recipes.studies.shared.workers import KEY, execute, never
 
-from recipes.arena.comparison.arms import FIRST_ROUND, LEARNED
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import RunSpec, run
-
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parent / "results"
 SMOKE_RESULTS = Path("runs") / "arena_smoke"
-# The arm's options are part of what a run is: an arm that was changed under its name is run again.
-KEY = ("study", "task", "arm", "options", "seed", "max_steps", "steps_per_generation", "learning_rate")
 LEARNING_RATES = (1.5e-4, 3e-4, 6e-4)
 TUNING_SEEDS = (101,)
 TUNING_TASKS = ("running_sum", "slippery_chain")
@@ -104,70 +96,6 @@ class Plan:
 SMOKE = Plan(("grpo", "dapo", "softmax", "power", "tr"), TASKS[:2], (0, 1), 20, TASKS[:1])
 
 
-def _never() -> bool:
-    return False
-
-
-def execute(specs: list[RunSpec], ledger: Ledger, workers: int, time_is_up: Callable[[], bool] = _never) -> int:
-    """
-    Run the specs that have no row yet, and append their rows as they come.
-
-    Args:
-        specs (`list[RunSpec]`): in the order in which they are started.
-        ledger (`Ledger`): where the rows go.
-        workers (`int`): processes, one thread each.
-        time_is_up (`Callable`): once it is true no further run is started, and those that are running end.
-
-    Returns:
-        `int`: how many were run.
-    """
-    done = ledger.done()
-    keys = [ledger.key_of({**vars(spec), "options": json.dumps(spec.definition.key)}) for spec in specs]
-    todo = [spec for spec, key in zip(specs, keys, strict=True) if key not in done]
-    # Read by torch when a worker starts.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    # Workers live to the end: replacing them deadlocks (max_tasks_per_child, python/cpython#115634).
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    progress = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="arena", unit="run", smoothing=0.05)
-    count, waiting = 0, iter(todo)
-    running: set[Future[dict[str, Any]]] = set()
-    with pool, progress:
-        while True:
-            while len(running) < workers and not time_is_up() and (spec := next(waiting, None)) is not None:
-                running.add(pool.submit(run, spec))
-            if not running:
-                return count
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                row = future.result()
-                ledger.append(row)
-                progress.set_postfix_str(f"{row['task']} {row['arm']} reward {row['auc']:.3f}")
-                progress.update()
-                count += 1
-
-
-def _start_worker() -> None:
-    """One thread, no line of its own from every trainer that is built, and an end when the study is killed."""
-    import warnings
-
-    import torch
-    import transformers
-
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-    threading.Thread(target=_follow_parent, daemon=True).start()
-
-
-def _follow_parent() -> None:
-    """A pool's worker does not notice that its parent was killed: it would wait for work, for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-    os._exit(1)
-
-
 def choose_rates(rows: list[dict[str, str]], plan: Plan) -> dict[str, float]:
     """
     Choose each arm's learning rate: the highest training reward, averaged over tuning tasks and seeds.
@@ -199,7 +127,7 @@ def choose_rates(rows: list[dict[str, str]], plan: Plan) -> dict[str, float]:
 
 
 def do_parts(
-    parts: list[str], plan: Plan, results: Path, workers: int, time_is_up: Callable[[], bool] = _never
+    parts: list[str], plan: Plan, results: Path, workers: int, time_is_up: Callable[[], bool] = never
 ) -> None:
     """Do some parts of a plan, in their order; see `execute`."""
     tuning, runs = Ledger(results / "tuning.csv", KEY), Ledger(results / "runs.csv", KEY)

@@ -1,18 +1,12 @@
 """
-The playground's recipe with vLLM's completions beside the same with `generate`'s, four seeds each: `vllm_seeds.csv`.
+The playground's recipe with vLLM's completions, and the same with `generate`'s: four seeds each, `vllm_seeds.csv`.
 
     make .vllm/.installed
-    .venv/bin/python -m recipes.playground.vllm_seeds  # goes on where it stopped
+    .venv/bin/python -m recipes.studies.arena.vllm_seeds  # goes on where it stopped
 
 One thread each, one run after the other.
 """
 
-import csv
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from importlib.metadata import distributions
 from pathlib import Path
@@ -20,15 +14,17 @@ from statistics import fmean
 
 import torch
 
-from recipes.bench.measure.rows import circumstances
+from recipes.studies.cost.measure.rows import circumstances
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.recipe import ROOT, train_recipe
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-TABLE = Path(__file__).with_suffix(".csv")
+TABLE = Path(__file__).parent / "results" / "vllm_seeds.csv"
 SEEDS = range(4)
 LAUNCHERS = {
     "generate": ["recipes/train.py"],
     "vllm": ["-m", "recipes.playground.vllm_cpu", "--use_vllm", "--vllm_mode", "colocate"],
 }
+CONFIG = "recipes/configs/playground/demo.yaml"
 DIFFERENCE = "sampling/sampling_logp_difference"
 
 
@@ -53,20 +49,12 @@ def summarize(history: list[dict]) -> dict[str, float]:
 
 def run(sampler: str, seed: int) -> dict:
     """Train in a process of its own and return the row."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
     own = [str(ROOT / ".vllm")] if sampler == "vllm" else []
-    environment["PYTHONPATH"] = os.pathsep.join([*own, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *LAUNCHERS[sampler], "--config", "recipes/configs/playground.yaml"]
-        command += ["--seed", str(seed), "--output_dir", folder, "--plot", "false", "--disable_tqdm", "true"]
-        start = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{sampler}, seed {seed}:\n{done.stderr[-6000:]}")
-        seconds = time.perf_counter() - start
-        history = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+    command = [*LAUNCHERS[sampler], "--config", CONFIG, "--seed", str(seed)]
+    history = train_recipe(command, pythonpath=own)
     row = {name: f"{value:.4g}" for name, value in summarize(history).items()}
-    row |= {"seconds": f"{seconds:.0f}", "vllm_cpu": vllm_version() if sampler == "vllm" else ""}
+    row |= {"seconds": f"{time.perf_counter() - start:.0f}", "vllm_cpu": vllm_version() if sampler == "vllm" else ""}
     return {"sampler": sampler, "seed": seed, **row, **circumstances("cpu")}
 
 
@@ -79,20 +67,13 @@ def vllm_version() -> str:
 def main() -> None:
     """Run what the table does not have yet, in pairs, and append each row as soon as there is one."""
     torch.set_num_threads(1)  # what the trainings use, and the rows say
-    rows = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
-    done = {(row["sampler"], int(row["seed"])) for row in rows}
+    ledger = Ledger(TABLE, ("sampler", "seed"))
     for seed in SEEDS:
         for sampler in LAUNCHERS:
-            if (sampler, seed) in done:
-                continue
-            row = run(sampler, seed)
-            with TABLE.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")
-                if not rows:
-                    writer.writeheader()
-                rows.append(row)
-                writer.writerow(row)
-            print(row, flush=True)
+            if (sampler, str(seed)) not in ledger.done():
+                row = run(sampler, seed)
+                ledger.append(row)
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

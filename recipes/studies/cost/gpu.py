@@ -1,14 +1,14 @@
 """
-Everything that wants a GPU, in one command of under 25 minutes: `make gpu`, or
+Everything that needs a GPU, in one command of about 35 minutes: `make gpu`, or
 
-    python -m recipes.bench.gpu                         # all parts, rows to recipes/bench/gpu.csv
-    python -m recipes.bench.gpu --parts correctness cost
-    python -m recipes.bench.gpu --tiny                  # the device set aside: every line on a CPU, in minutes
+    python -m recipes.studies.cost.gpu  # all parts, rows to recipes/studies/cost/gpu.csv
+    python -m recipes.studies.cost.gpu --parts correctness cost
+    python -m recipes.studies.cost.gpu --tiny  # every line on a CPU, in minutes
 
 Part a is correctness against a CPU (4 minutes), b cost beside `GRPOTrainer` at 1.5 billion parameters (8), c the LoRA
-recipe end to end (5), d learning with the large arena (7). Each row is on disk when it is measured, with hardware and
-versions. A part whose time is up begins nothing new and says so in a row; a step that fails says how, the rest runs,
-and the exit status is 1.
+recipe end to end (5), d learning with the large arena (7), e SmolLM2-135M with LoRA (10). Each row is on disk when it
+is measured, with hardware and versions. A part whose time is up begins nothing new and says so in a row. A step that
+fails says how, the rest runs, and the exit status is 1.
 """
 
 import argparse
@@ -20,17 +20,18 @@ from pathlib import Path
 import torch
 import transformers
 
-from recipes.bench.gpu_parts import correctness, cost, learning, lora_recipe
-from recipes.bench.gpu_parts.schedule import Context, Part, run_part
-from recipes.bench.measure.rows import ROOT
-from recipes.bench.table import GPU_RESULTS
+from recipes.studies.cost.gpu_parts import correctness, cost, learning, recipe, smollm2
+from recipes.studies.cost.gpu_parts.schedule import Context, Part, run_part
+from recipes.studies.cost.measure.rows import ROOT
+from recipes.studies.cost.table import GPU_RESULTS
 
 TINY_RESULTS = ROOT / "runs" / "gpu_tiny.csv"
 PARTS: dict[str, Part] = {
     "correctness": correctness.PART,
     "cost": cost.PART,
-    "recipe": lora_recipe.PART,
+    "recipe": recipe.PART,
     "learning": learning.PART,
+    "smollm2": smollm2.PART,
 }
 
 

@@ -1,8 +1,8 @@
 """
 Peak memory of the loss against length: full logits, TRL's fused head, and λ and TR on that head.
 
-    python -m recipes.bench.head_memory                                        # a CPU, next to no model, 2k and 8k
-    python -m recipes.bench.head_memory --device cuda --shape qwen2.5-1.5b     # one GPU
+    python -m recipes.studies.cost.head_memory  # a CPU, next to no model, 2k and 8k
+    python -m recipes.studies.cost.head_memory --device cuda --shape qwen2.5-1.5b  # one GPU
 
 Each figure is the peak of one loss and its backward pass over what was held before, in a process of its own, so that
 one that takes too much ends alone. `full
@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from recipes.bench.measure.memory import available_bytes, limit_address_space, peak_during, run_child
-from recipes.bench.measure.rows import append, bench_parser, row
-from recipes.bench.measure.trainers import ARMS, BASELINE, Completions, build_trainer
-from recipes.bench.measure.workload import MODELS, Workload
+from recipes.studies.cost.measure.memory import available_bytes, limit_address_space, peak_during, run_child
+from recipes.studies.cost.measure.rows import append, bench_parser, row
+from recipes.studies.cost.measure.trainers import ARMS, BASELINE, Completions, build_trainer
+from recipes.studies.cost.measure.workload import MODELS, Workload
 
 BENCH = "head"
 FULL, ROWS = "full logits", 4
-MEASURED = (FULL, BASELINE, "lambda", "TR", "unified")
+MEASURED = (FULL, BASELINE, "lambda_grpo", "tr_grpo", "unified")
 LENGTHS = {"2k": 2048, "8k": 8192, "32k": 32768}
 
 
@@ -86,7 +86,7 @@ def measure(arm: str, workload: Workload, length: str, tokens: int, repeats: int
         return too_much
     options = ["--workload", json.dumps(dataclasses.asdict(workload)), "--tokens", str(tokens), "--child", arm]
     options += ["--threads", str(torch.get_num_threads()), "--device", workload.device]
-    seen = [run_child("recipes.bench.head_memory", options) for _ in range(repeats)]
+    seen = [run_child("recipes.studies.cost.head_memory", options) for _ in range(repeats)]
     if not all(one["peak"] for one in seen):
         return too_much
     return [row(BENCH, arm, setting, "peak of the loss", [one["peak"] / 2**20 for one in seen], "MiB")]

@@ -1,7 +1,7 @@
 """
 Seconds that `import trl_lambda` takes beyond TRL's trainer, in fresh processes.
 
-    python -m recipes.bench.import_time
+    python -m recipes.studies.cost.import_time
 """
 
 import json
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from recipes.bench.measure.rows import ROOT, append, bench_parser, row
+from recipes.studies.cost.measure.rows import ROOT, append, bench_parser, row
 
 BENCH = "import"
 _CHILD = """

@@ -1,12 +1,12 @@
 """
 What λ-GRPO and TR-GRPO cost beside `GRPOTrainer(loss_type="dapo")`: time by phase, memory, traffic, in one run.
 
-    python -m recipes.bench.overhead                                                  # the tiny model on a CPU
-    python -m recipes.bench.overhead --logging-steps 10                               # with GRPOConfig's own logging
-    python -m recipes.bench.overhead --shape "hidden 24" --rows 48 --completion 96 --pairs 60 --threads 1
-    python -m recipes.bench.overhead --shape qwen2.5-1.5b --device cuda               # bf16, 8 x 1024 tokens, one GPU
-    python -m recipes.bench.overhead --shape qwen2.5-1.5b --device cuda --lora
-    python -m recipes.bench.overhead --shape qwen2.5-7b --device cuda --share-model
+    python -m recipes.studies.cost.overhead  # the tiny model on a CPU
+    python -m recipes.studies.cost.overhead --logging-steps 10  # with GRPOConfig's own logging
+    python -m recipes.studies.cost.overhead --shape "hidden 24" --rows 48 --completion 96 --pairs 60 --threads 1
+    python -m recipes.studies.cost.overhead --shape qwen2.5-1.5b --device cuda  # bf16, 8 x 1024 tokens, one GPU
+    python -m recipes.studies.cost.overhead --shape qwen2.5-1.5b --device cuda --lora
+    python -m recipes.studies.cost.overhead --shape qwen2.5-7b --device cuda --share-model
 
 All trainers live in one process, hold the same weights and the same prepared completions, and step in turns with the
 baseline; the ratios are of neighbouring steps. `GRPOTrainer again` is the baseline a second time: its distance from 1
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from recipes.bench.measure.memory import memory_rows
-from recipes.bench.measure.rows import append, bench_parser, row
-from recipes.bench.measure.stepping import (
+from recipes.studies.cost.measure.memory import memory_rows
+from recipes.studies.cost.measure.rows import append, bench_parser, row
+from recipes.studies.cost.measure.stepping import (
     CPU_TIME,
     LOSS,
     PHASES,
@@ -34,9 +34,9 @@ from recipes.bench.measure.stepping import (
     time_pairs,
     time_scoring,
 )
-from recipes.bench.measure.traffic import traffic_rows
-from recipes.bench.measure.trainers import ARMS, BASELINE, build_trainer, measured_arms
-from recipes.bench.measure.workload import MODELS, Workload
+from recipes.studies.cost.measure.traffic import traffic_rows
+from recipes.studies.cost.measure.trainers import ARMS, BASELINE, build_trainer, measured_arms
+from recipes.studies.cost.measure.workload import MODELS, Workload
 
 BENCH = "overhead"
 # What a tiny model on a CPU trains (the demo's batch), and what the shapes of real ones do.

@@ -1,21 +1,19 @@
 """
 Print results.csv as tables. Where a figure has been measured twice on one machine, the later counts.
 
-    python -m recipes.bench.table
-    python -m recipes.bench.table --write recipes/bench/README.md      # between its `bench: begin` and `bench: end`
-    python -m recipes.bench.table --write docs/cost.md --overhead-only  # the first tables alone
-    python -m recipes.bench.table --gpu --write recipes/bench/README.md    # gpu.csv, between the marks `gpu`
-    python -m recipes.bench.table --recipe-memory                      # the LoRA recipe's memory, from gpu.csv
+    python -m recipes.studies.cost.table
+    python -m recipes.studies.cost.table --write recipes/studies/cost/README.md  # between its `bench:` marks
+    python -m recipes.studies.cost.table --write docs/cost.md --overhead-only  # the first tables alone
+    python -m recipes.studies.cost.table --gpu --write recipes/studies/cost/README.md  # gpu.csv, `gpu:` marks
 """
 
 import argparse
-import math
-import re
 from pathlib import Path
 
-from recipes.bench.gpu_parts import cost, lora_recipe
-from recipes.bench.measure.rows import RESULTS, ROOT, read
-from recipes.bench.measure.trainers import BASELINE
+from recipes.studies.cost.gpu_parts import cost
+from recipes.studies.cost.measure.rows import RESULTS, read
+from recipes.studies.cost.measure.trainers import BASELINE
+from recipes.studies.shared.markdown import markdown_table
 
 GPU_RESULTS = RESULTS.with_name("gpu.csv")
 _TIMES = ("loss forward", "backward", "optimizer", "whole step")
@@ -76,11 +74,6 @@ def number(row: dict[str, str] | None, scale: float = 1.0) -> str:
         return row["value"]
 
 
-def _table(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def overhead(results: Results) -> list[str]:
     """Ratios to `GRPOTrainer`, and traffic, by setting."""
     return beside_the_baseline(results, "overhead", _TIMES, _PEAKS)
@@ -101,12 +94,12 @@ def beside_the_baseline(results: Results, bench: str, times: tuple[str, ...], pe
             [arm, *(ratio(results.get(bench, group, arm, metric, "ratio")) for metric in (*times, *peaks))]
             for arm in arms
         ]
-        parts.append(f"{caption}\n\n" + _table(["ratio to `GRPOTrainer`", *times, *peaks], body))
+        parts.append(f"{caption}\n\n" + markdown_table(["ratio to `GRPOTrainer`", *times, *peaks], body))
         traffic = [
             [arm, *(number(results.get(bench, group, arm, metric, "count")) for metric in _TRAFFIC)]
             for arm in (BASELINE, *arms)
         ]
-        parts.append(_table(["", *_TRAFFIC.values()], traffic))
+        parts.append(markdown_table(["", *_TRAFFIC.values()], traffic))
     return parts
 
 
@@ -123,7 +116,7 @@ def by_size(results: Results, bench: str, metric: str, unit: str, scale: float, 
         }
         arms, settings = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
         body = [[arm, *(cells.get((arm, setting), "–") for setting in settings)] for arm in arms]
-        parts.append(f"{title} ({hardware})\n\n" + _table(["", *settings], body))
+        parts.append(f"{title} ({hardware})\n\n" + markdown_table(["", *settings], body))
     return parts
 
 
@@ -134,7 +127,7 @@ def single(results: Results, bench: str) -> list[str]:
         for row in results.rows.values()
         if row["bench"] == bench
     ]
-    return [_table(["", "setting", "figure", "median"], body)] if body else []
+    return [markdown_table(["", "setting", "figure", "median"], body)] if body else []
 
 
 def markdown(path: Path = RESULTS) -> str:
@@ -150,7 +143,7 @@ def markdown(path: Path = RESULTS) -> str:
 
 
 def gpu_markdown(path: Path) -> str:
-    """The tables of the rows of `recipes.bench.gpu`, or a line that says that there are none."""
+    """The tables of the rows of `recipes.studies.cost.gpu`, or a line that says that there are none."""
     if not path.exists():
         return "No GPU row yet: `make gpu` writes them.\n"
     results = Results(read(path))
@@ -162,29 +155,6 @@ def gpu_markdown(path: Path) -> str:
         else:
             parts += [f"{bench}\n\n{table}" for table in single(results, bench)]
     return "\n\n".join(parts) + "\n"
-
-
-def write_recipe_memory(path: Path, recipe: Path, readme: Path) -> None:
-    """
-    Put the measured memory of the LoRA recipe in the place of the estimate, in its file and in the recipes' table.
-
-    Raises:
-        ValueError: if there is no such row of a GPU, or no such line.
-    """
-    rows = read(path) if path.exists() else []
-    peaks = [row for row in rows if row["metric"] == lora_recipe.RESERVED and row["device"] == "cuda"]
-    if not peaks:
-        raise ValueError(f"{path} has no GPU row of the recipe's memory.")
-    gigabytes = f"{math.ceil(float(peaks[-1]['value']) * 2**30 / 1e9)} GB"
-    measured = f"about {gigabytes}, measured on one {peaks[-1]['hardware']} (`make gpu`); by estimate, in parts:"
-    said = r"about \d+ GB, (estimated:|measured on one .*? in parts:)"
-    text, found = re.subn(said, measured, _text(recipe), count=1)
-    line = rf"(\| `{re.escape(recipe.name)}` .*?\| )\d+ GB( \|)"
-    table, listed = re.subn(line, rf"\g<1>{gigabytes}\2", _text(readme))
-    if not (found and listed):
-        raise ValueError(f"{recipe} or {readme} does not say how much memory the recipe takes.")
-    recipe.write_text(text, encoding="utf-8")
-    readme.write_text(table, encoding="utf-8")
 
 
 def _text(path: Path) -> str:
@@ -213,13 +183,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, help="a Markdown file with the two marks")
     parser.add_argument("--overhead-only", action="store_true", help="only what a step costs beside GRPOTrainer")
     parser.add_argument("--gpu", action="store_true", help="the rows of `make gpu`")
-    parser.add_argument("--recipe-memory", action="store_true", help="write the LoRA recipe's measured memory")
     args = parser.parse_args(arguments)
-    path = args.results or (GPU_RESULTS if args.gpu or args.recipe_memory else RESULTS)
+    path = args.results or (GPU_RESULTS if args.gpu else RESULTS)
     try:
-        if args.recipe_memory:
-            write_recipe_memory(path, lora_recipe.RECIPE, ROOT / "recipes" / "README.md")
-            return
         if args.gpu:
             text = gpu_markdown(path)
         elif args.overhead_only:

@@ -1,8 +1,8 @@
 """
 The generation side at two processes: the one gather of a generation batch, and what it is part of, timed in pairs.
 
-    python -m recipes.bench.two_processes                    # two processes on a CPU, gloo
-    python -m recipes.bench.two_processes --device cuda      # two GPUs, NCCL
+    python -m recipes.studies.cost.two_processes                    # two processes on a CPU, gloo
+    python -m recipes.studies.cost.two_processes --device cuda      # two GPUs, NCCL
 
 Both processes build `GRPOTrainer` and the λ trainer on prepared completions. Timed are the gather of B lengths and the
 reduction of one number by themselves, the scoring of a generation batch and an optimizer step; counted are the
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from recipes.bench.measure.clock import seconds_of
-from recipes.bench.measure.rows import ROOT, append, bench_parser, row
-from recipes.bench.measure.stepping import WHOLE, Stepper, time_pairs, time_scoring
-from recipes.bench.measure.traffic import count_parts
-from recipes.bench.measure.trainers import BASELINE, build_trainer
-from recipes.bench.measure.workload import Workload
+from recipes.studies.cost.measure.clock import seconds_of
+from recipes.studies.cost.measure.rows import ROOT, append, bench_parser, row
+from recipes.studies.cost.measure.stepping import WHOLE, Stepper, time_pairs, time_scoring
+from recipes.studies.cost.measure.traffic import count_parts
+from recipes.studies.cost.measure.trainers import BASELINE, build_trainer
+from recipes.studies.cost.measure.workload import Workload
 
-BENCH, ARM, PROCESSES = "generation", "lambda", 2
+BENCH, ARM, PROCESSES = "generation", "lambda_grpo", 2
 BATCHES = (64, 1024, 16384)
 
 
@@ -73,7 +73,7 @@ def launch(workload: Workload, pairs: int, threads: int | None) -> list[dict[str
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-        command += ["-m", "recipes.bench.two_processes", "--child", str(result), "--pairs", str(pairs)]
+        command += ["-m", "recipes.studies.cost.two_processes", "--child", str(result), "--pairs", str(pairs)]
         command += ["--workload", json.dumps(dataclasses.asdict(workload))]
         command += ["--threads", str(threads)] if threads else []
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)

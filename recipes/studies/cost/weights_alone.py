@@ -1,8 +1,8 @@
 """
 `trl_lambda.weights` alone: time and bytes moved from 10^3 to 10^8 tokens, beside the floor.
 
-    python -m recipes.bench.weights_alone                     # a CPU, eager and compiled
-    python -m recipes.bench.weights_alone --device cuda
+    python -m recipes.studies.cost.weights_alone                     # a CPU, eager and compiled
+    python -m recipes.studies.cost.weights_alone --device cuda
 
 The floor reads every input once and writes every output once; its time is that of copying input to output, which moves
 just these bytes. Bytes moved are counted and not timed: eager, the inputs and outputs of every operator that touches
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.bench.measure.clock import seconds_of
-from recipes.bench.measure.rows import append, bench_parser, row
-from trl_lambda.weights import length_weights, probability_weights
+from recipes.studies.cost.measure.clock import seconds_of
+from recipes.studies.cost.measure.rows import append, bench_parser, row
+from trl_lambda.weights import length_weights, token_weights
 
 BENCH = "weights"
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -62,9 +62,9 @@ def cases(device: str) -> dict[str, tuple[Function, Callable[[int, str], torch.T
     """Name -> the function measured and what makes its input of a size."""
     lam = torch.full((1,), 0.5, device=device)
     return {
-        "sigmoid, per token": (lambda x: probability_weights(x, regulation="sigmoid"), logps_of),
-        "linear, per token": (lambda x: probability_weights(x, regulation="linear"), logps_of),
-        "lambda, per completion": (lambda x: length_weights(x, lam, aggregation="lambda"), lengths_of),
+        "tr_grpo, per token": (lambda x: token_weights(x, token_weight="tr_grpo"), logps_of),
+        "ar, per token": (lambda x: token_weights(x, token_weight="ar"), logps_of),
+        "lambda_grpo, per completion": (lambda x: length_weights(x, lam, length_weight="lambda_grpo"), lengths_of),
     }
 
 

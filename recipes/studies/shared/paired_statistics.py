@@ -50,8 +50,8 @@ def bootstrap_interval(
     With 12 values the percentile and the BCa interval are too narrow, as they take the resamples' spread for the
     mean's, and Student's interval is too narrow for skewed values. This one is second-order accurate, at the price of
     width on the side of the long tail. `scipy.stats.bootstrap` has the other two and not this one.
-    `tests/test_arena_report.py` counts the coverage. Student's interval takes its place below `STUDENT_BELOW` values,
-    and where so many values are equal that a limit would be infinite.
+    A test counts the coverage. Student's interval takes its place below `STUDENT_BELOW` values, and where so many
+    values are equal that a limit would be infinite.
 
     Args:
         differences (array of n `float`, n ≥ 2): arm minus baseline, one for each seed.
@@ -213,6 +213,22 @@ def resolvable_difference(sd: float, n: int, *, alpha: float = 0.05, power: floa
     if sd < 0 or n < 2 or not 0 < alpha < power < 1:
         raise ValueError(f"need sd ≥ 0, n ≥ 2, 0 < alpha < power < 1; got {sd=}, {n=}, {alpha=}, {power=}")
     return sd / math.sqrt(n) * _noncentrality(n - 1, alpha, power)
+
+
+def mean_and_band(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+    """
+    Return the mean of curves and half the width of its pointwise 95 % band.
+
+    Args:
+        curves (`list` of arrays): one per seed; longer ones are cut to the shortest.
+
+    Returns:
+        `tuple`: mean, and Student's t times the standard error; None of a single curve.
+    """
+    values = np.stack([curve[: min(map(len, curves))] for curve in curves])
+    n = len(values)
+    band = student_quantile(0.975, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else None
+    return values.mean(axis=0), band
 
 
 @functools.lru_cache(maxsize=1024)

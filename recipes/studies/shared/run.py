@@ -4,7 +4,6 @@ import json
 import math
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -24,13 +23,14 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.arena.comparison.arms import Arm, find_arm
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.playground.measure import sample
 from recipes.playground.rewards import exact_answer
 from recipes.playground.tasks import environment_of, make_splits
+from recipes.studies.shared.arms import REMOVED, Arm, find_arm
+from recipes.studies.shared.machine import commit, processor
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda.weights.custom import import_function
+from trl_lambda.weights.own_functions import import_path
 
 PROMPTS, GENERATIONS = 8, 8  # of one generation batch
 # Where a completion is cut: half as long again as the longest answer taught, so that verbosity has room to grow.
@@ -106,8 +106,13 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
 
     Returns:
         `GRPOTrainer`: TRL's own for an arm of TRL, else a `LambdaGRPOTrainer`.
+
+    Raises:
+        ValueError: the arm cannot run again.
     """
     arm = spec.definition
+    if arm.removed:
+        raise ValueError(f"arm {spec.arm!r} {REMOVED}.")
     classes: tuple[Any, Any] = (GRPOConfig, GRPOTrainer) if arm.trl else (LambdaGRPOConfig, LambdaGRPOTrainer)
     config_class, trainer_class = classes
     options = dict(
@@ -130,8 +135,7 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         disable_tqdm=True,
     )
     args = config_class(folder, **(options | arm.options))
-    rewards = [import_function(path, "rewards")(**arguments) for path, arguments in arm.rewards.items()]
-    own = {} if arm.length_weight is None else {"length_weight": import_function(arm.length_weight, "length_weight")}
+    rewards = [import_path(path, "rewards")(**arguments) for path, arguments in arm.rewards.items()]
     return trainer_class(
         model=Qwen2ForCausalLM.from_pretrained(spec.base_model),
         reward_funcs=[exact_answer, *rewards],
@@ -140,7 +144,6 @@ def make_trainer(spec: RunSpec, folder: str) -> GRPOTrainer:
         processing_class=AutoTokenizer.from_pretrained(spec.base_model),
         callbacks=[LambdaPath()],
         environment_factory=environment_of(spec.task),
-        **own,
     )
 
 
@@ -268,23 +271,12 @@ def training_figures(
 @cache
 def environment() -> dict[str, str]:
     """Commit, versions and hardware, as columns."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except FileNotFoundError:
-        commit = ""
-    cpu = next((line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), "")
     return {
-        "commit": commit,
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
-        "hardware": f"{cpu or platform.processor() or platform.machine()}, {torch.get_num_threads()} thread"
+        "hardware": f"{processor()}, {torch.get_num_threads()} thread"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
     }
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arena.analysis.budget_rows import BASELINE, Rows, cells, split_name
-from recipes.arena.analysis.paired_statistics import student_quantile
-from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
+from recipes.studies.shared.paired_statistics import student_quantile
+from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
+from recipes.studies.tokens.rows import BASELINE, Rows, cells, split_name
 
 STYLES = (
     ("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#E69F00", "v"), ("#009E73", "D"), ("#CC79A7", "X"),

@@ -1,4 +1,4 @@
-"""Tables and pictures of `recipes.budget`: accuracy and tokens of every way of saving tokens, paired with dapo."""
+"""Tables and pictures: accuracy and tokens of every way of saving tokens, paired with dapo."""
 
 import math
 import statistics
@@ -8,7 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arena.analysis.budget_rows import (
+from recipes.studies.shared.markdown import replace_tables
+from recipes.studies.shared.paired_statistics import mean_and_band, student_quantile
+from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
+from recipes.studies.tokens.frontier import STYLES, draw_frontier, frontier_table
+from recipes.studies.tokens.rows import (
     BASELINE,
     Rows,
     cells,
@@ -17,11 +21,6 @@ from recipes.arena.analysis.budget_rows import (
     settled_length,
     split_name,
 )
-from recipes.arena.analysis.curves import mean_and_band
-from recipes.arena.analysis.frontier import STYLES, draw_frontier, frontier_table
-from recipes.arena.analysis.paired_statistics import student_quantile
-from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
-from recipes.arena.analysis.tables import replace_tables
 
 SPAN = 20  # optimizer steps, over which a step response is smoothed
 

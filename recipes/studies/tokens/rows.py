@@ -1,11 +1,11 @@
-"""What the tables and pictures of `recipes.budget` read from its rows."""
+"""The rows of `results/budget.csv`, as tables and pictures read them."""
 
 import statistics
 from collections import defaultdict
 
 import numpy as np
 
-from recipes.arena.analysis.paired_statistics import bootstrap_interval
+from recipes.studies.shared.paired_statistics import bootstrap_interval
 
 Rows = list[dict[str, str]]
 LAST = 20  # generation batches at the end, over which a length counts as settled

@@ -1,7 +1,7 @@
 """
-The same accuracy for fewer tokens? `python -m recipes.budget PART [PART ...]`, with the parts
+The same accuracy for fewer tokens? `python -m recipes.studies.tokens.study PART [PART ...]`, with the parts
 
-- `settle`: `length_target` and TRL's dapo on the two tasks with a promise to keep (see BUDGET.md), every test seed;
+- `settle`: `length_target` and TRL's dapo on the two tasks with a promise to keep (see README.md), every test seed;
 - `step`: step responses on tuning seeds: batches of 64 and 32 completions, 1, 2 and 4 optimizer steps per batch;
 - `own`: a target that is the length `dapo` ends with, and `dapo`, on tuning seeds: λ should have nothing to do;
 - `ladder`: every way of saving tokens at every setting, on four tasks, every test seed, `settle`'s runs among them;
@@ -9,9 +9,9 @@ The same accuracy for fewer tokens? `python -m recipes.budget PART [PART ...]`, 
 - `remedy`: what might hold the target on `checked_sum` in every seed: side "signed", or λ in [-6, 6], on tuning seeds;
 - `tune`: every setting of the rivals in `TRIED`, on tuning seeds, for `SETTINGS` to hold two of them.
 
-Rows go to `recipes/arena/results/budget.csv`, one per run; what is there is not run again. `--show` prints the tables,
-`--report` writes them into `recipes/BUDGET.md`, with the pictures. `--smoke` does it in small, in `runs/budget_smoke`.
-A run takes 10 to 25 seconds of one core.
+Rows go to `results/budget.csv`, one per run. What is there is not run again. `--show` prints the tables, `--report`
+writes them into `README.md`, with the pictures. `--smoke` does it in small, in `runs/budget_smoke`. A run takes 10 to
+25 seconds of one core.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.arena.analysis import budget as analysis
-from recipes.arena.comparison.arms import Arm
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.run import RunSpec
-from recipes.arena.comparison.study import KEY, RESULTS, execute
+from recipes.studies.shared.arms import Arm
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.run import RunSpec
+from recipes.studies.shared.workers import KEY, execute
+from recipes.studies.tokens import report
 
-PAGE = Path(__file__).parent / "BUDGET.md"
+PAGE = Path(__file__).parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
 SMOKE_FOLDER = Path("runs") / "budget_smoke"
 TUNING_SEEDS = (200, 201, 202, 203)
 TEST_SEEDS = tuple(range(500, 512))
@@ -53,7 +54,7 @@ TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
         "slippery_chain": (10, 8, 6),
     },
 }
-# The settings of each way of saving tokens, by task. A rival's come from `tune` by the rule in BUDGET.md; those of
+# The settings of each way of saving tokens, by task. A rival's come from `tune` by the rule in README.md; those of
 # `length_target`, numbers of tokens, lie between what dapo and what its rivals end with there.
 SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
     "target": {
@@ -117,10 +118,10 @@ def method(name: str) -> Arm:
     if way == "dapo":
         return Arm(WAYS[way], dapo, trl=True)
     if way == "target":
-        return Arm(WAYS[way], {"aggregation": "power", "length_target": numbers[0], **dict(*remedies)})
+        return Arm(WAYS[way], {"length_weight": "power", "length_target": numbers[0], **dict(*remedies)})
     if way == "fixed":
         fixed = {"lambda_side": "positive", "lambda_init": numbers[0], "lambda_learnable": False}
-        return Arm(WAYS[way], {"aggregation": "power", **fixed})
+        return Arm(WAYS[way], {"length_weight": "power", **fixed})
     if way == "lead":
         rewards = {"recipes.playground.rewards.short_right_answers": {"alpha": numbers[0]}}
         return Arm(WAYS[way], dapo, trl=True, rewards=rewards)
@@ -274,12 +275,12 @@ def main() -> None:
         execute(getattr(plan, part)(), ledger, args.workers)
     if args.show or args.report:
         if args.show:
-            print(analysis.tables(ledger.rows(), WAYS, PROMISED))
+            print(report.tables(ledger.rows(), WAYS, PROMISED))
         if args.report:
             page = folder / PAGE.name if args.smoke else PAGE
             if args.smoke:
                 page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-            analysis.write(ledger.rows(), WAYS, PROMISED, folder, page)
+            report.write(ledger.rows(), WAYS, PROMISED, folder, page)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Which settings of each rival `recipes.budget` keeps for its ladder: the rule of BUDGET.md, on the rows of `tune`."""
+"""The settings of each rival that the ladder keeps: the rule of README.md, on the rows of `tune`."""
 
 import statistics
 
-from recipes.arena.analysis.budget_rows import BASELINE, Rows, cells, split_name
+from recipes.studies.tokens.rows import BASELINE, Rows, cells, split_name
 
 LOSS = 5.0  # points of accuracy below dapo's that a setting with few tokens may have
 

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.arena.analysis.paired_statistics import (
+from recipes.studies.arena.analysis.runs import METRICS, Group, paired_differences, read_runs
+from recipes.studies.shared.arms import BASELINES
+from recipes.studies.shared.paired_statistics import (
     bootstrap_interval,
     holm,
     paired_t_p,
     resolvable_difference,
     sign_flip_ps,
 )
-from recipes.arena.analysis.runs import METRICS, Group, paired_differences, read_runs
-from recipes.arena.comparison.arms import BASELINES
 
 REFERENCE = "dapo"  # the arm that tables and figures show differences to
 ALPHA = 0.05

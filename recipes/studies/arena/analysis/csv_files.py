@@ -4,8 +4,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from recipes.arena.analysis.comparisons import Arena
-from recipes.arena.analysis.runs import SUMMARIZED, values_of
+from recipes.studies.arena.analysis.comparisons import Arena
+from recipes.studies.arena.analysis.runs import SUMMARIZED, values_of
 
 
 def write_summary(arena: Arena, path: Path) -> None:

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arena.analysis.comparisons import REFERENCE, Arena
-from recipes.arena.analysis.paired_statistics import student_quantile
-from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
-from recipes.arena.analysis.runs import Group, Run
-from recipes.arena.analysis.tables import task_label
-from recipes.arena.comparison.arms import ARMS, LEARNED
+from recipes.studies.arena.analysis.comparisons import REFERENCE, Arena
+from recipes.studies.arena.analysis.runs import Group, Run
+from recipes.studies.arena.analysis.tables import task_label
+from recipes.studies.shared.arms import ARMS, LEARNED
+from recipes.studies.shared.paired_statistics import mean_and_band
+from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 
 _WINDOW = 3  # generation batches
 _LAMBDA_EVERY = 5  # optimizer steps between two values of a λ curve
@@ -39,22 +39,6 @@ def smooth(curve: np.ndarray, window: int = _WINDOW) -> np.ndarray:
     reach = (window - 1) // 2
     part = slice(reach, reach + len(curve))
     return np.convolve(curve, ones)[part] / np.convolve(np.ones(len(curve)), ones)[part]
-
-
-def mean_and_band(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
-    """
-    Return the mean of curves and half the width of its pointwise 95 % band.
-
-    Args:
-        curves (`list` of arrays): one per seed; longer ones are cut to the shortest.
-
-    Returns:
-        `tuple`: mean, and Student's t times the standard error; None of a single curve.
-    """
-    values = np.stack([curve[: min(map(len, curves))] for curve in curves])
-    n = len(values)
-    band = student_quantile(0.975, n - 1) * values.std(axis=0, ddof=1) / math.sqrt(n) if n > 1 else None
-    return values.mean(axis=0), band
 
 
 def draw_curves(arena: Arena, study: str) -> Any:

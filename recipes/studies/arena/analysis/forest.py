@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arena.analysis.comparisons import REFERENCE, Arena, Comparison
-from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
-from recipes.arena.analysis.runs import place_of
-from recipes.arena.analysis.tables import SHOWN, task_label
-from recipes.arena.comparison.arms import BASELINES
+from recipes.studies.arena.analysis.comparisons import REFERENCE, Arena, Comparison
+from recipes.studies.arena.analysis.runs import place_of
+from recipes.studies.arena.analysis.tables import SHOWN, task_label
+from recipes.studies.shared.arms import BASELINES
+from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 
 
 def draw_forest(arena: Arena, study: str) -> Any | None:

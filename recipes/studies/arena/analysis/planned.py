@@ -2,10 +2,10 @@
 The second round's tables and picture, from `results/planned.csv`, `planned_rates.csv` and `planned_alignment.csv`; any
 part of them will do.
 
-    python -m recipes.arena.analysis.planned
+    python -m recipes.studies.arena.analysis.planned
 
 It replaces the tables that it knows in the arena's `README.md` and in `docs/arena.md`, and writes
-`results/planned.png`. The questions and how they are decided are in `recipes/arena/PLAN.md`. It needs
+`results/planned.png`. The questions and how they are decided are in `recipes/studies/arena/PLAN.md`. It needs
 `pip install "trl-lambda[arena]"`.
 """
 
@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from recipes.arena.alignment.summary import summary_rows
-from recipes.arena.analysis.comparisons import compare
-from recipes.arena.analysis.curves import mean_and_band
-from recipes.arena.analysis.panels import add_legend, finish_panel, new_figure
-from recipes.arena.analysis.questions import (
+from recipes.studies.alignment.summary import summary_rows
+from recipes.studies.arena.analysis.comparisons import compare
+from recipes.studies.arena.analysis.questions import (
     IDLE,
     MATTERS,
     WINDOW,
@@ -34,18 +32,21 @@ from recipes.arena.analysis.questions import (
     budget,
     verdict,
 )
-from recipes.arena.analysis.runs import paired_differences, read_runs, values_of
-from recipes.arena.analysis.tables import SHOWN, difference_cell, markdown_table, mean_and_error, replace_tables
+from recipes.studies.arena.analysis.runs import paired_differences, read_runs, values_of
+from recipes.studies.arena.analysis.tables import SHOWN, difference_cell
+from recipes.studies.shared.markdown import markdown_table, mean_and_error, replace_tables
+from recipes.studies.shared.paired_statistics import mean_and_band
+from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-PAGES = (RESULTS.parent / "README.md", RESULTS.parents[2] / "docs" / "arena.md")
+PAGES = (RESULTS.parent / "README.md", RESULTS.parents[3] / "docs" / "arena.md")
 _DRAWN = {
     "dapo": ("#000000", "-"),
     "positive_weight_3": ("#E69F00", (0, (5, 1.5))),
     "positive3": ("#0072B2", "-"),
     "positive3_x3": ("#D55E00", (0, (5, 1.5, 1, 1.5))),
 }
-# What a table's title says of a study; "main" is `recipes.arena.large`'s.
+# What a table's title says of a study; "main" is `recipes.studies.arena.large`'s.
 _STUDIES = {
     "planned": "",
     "planned_long": ", 300 steps",
@@ -337,7 +338,7 @@ def tables_of(results: Path) -> dict[str, str]:
             rates = list(csv.DictReader(file))
     groups = read_runs(results / "planned.csv")
     tables = make_tables(groups, rates, pooled_alignment(results / "planned_alignment.csv"))
-    larger = results.with_name(f"{results.name}_0.8M") / "runs.csv"  # of `recipes.arena.large`
+    larger = results.with_name(f"{results.name}_0.8M") / "runs.csv"  # of `recipes.studies.arena.large`
     return tables | {"larger": _arms_tables(read_runs(larger))} if larger.exists() else tables
 
 

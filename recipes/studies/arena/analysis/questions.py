@@ -1,13 +1,13 @@
-"""The questions of `recipes/arena/PLAN.md`, and what the rows of `planned.csv` say to them."""
+"""The questions of `recipes/studies/arena/PLAN.md`, and what the rows of `planned.csv` say to them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from recipes.arena.analysis.comparisons import ALPHA, Comparison, compare
-from recipes.arena.analysis.paired_statistics import bootstrap_interval, holm
-from recipes.arena.analysis.runs import Group, Run, paired_differences
+from recipes.studies.arena.analysis.comparisons import ALPHA, Comparison, compare
+from recipes.studies.arena.analysis.runs import Group, Run, paired_differences
+from recipes.studies.shared.paired_statistics import bootstrap_interval, holm
 
 MATTERS = ("running_sum", "slippery_chain")
 IDLE = ("idle_filler", "knights_and_knaves", "checked_sum")

@@ -1,7 +1,7 @@
 """
 Tables and figures of the arena's first round, from `results/runs.csv`. Any part of the runs will do.
 
-    python -m recipes.arena.analysis.report
+    python -m recipes.studies.arena.analysis.report
 
 It writes into the folder of results `summary.csv` (mean and standard deviation of each arm), `paired.csv` (the
 comparisons of two arms over the seeds that both have) and the figures, and replaces the tables of the arena's
@@ -13,11 +13,12 @@ import os
 import sys
 from pathlib import Path
 
-from recipes.arena.analysis.comparisons import Arena
-from recipes.arena.analysis.csv_files import write_paired, write_summary
-from recipes.arena.analysis.curves import draw_curves, draw_lambda_paths
-from recipes.arena.analysis.forest import draw_forest, draw_lengths
-from recipes.arena.analysis.tables import make_tables, replace_tables
+from recipes.studies.arena.analysis.comparisons import Arena
+from recipes.studies.arena.analysis.csv_files import write_paired, write_summary
+from recipes.studies.arena.analysis.curves import draw_curves, draw_lambda_paths
+from recipes.studies.arena.analysis.forest import draw_forest, draw_lengths
+from recipes.studies.arena.analysis.tables import make_tables
+from recipes.studies.shared.markdown import replace_tables
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 PAGE = RESULTS.parent / "first_round.md"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.arena.comparison.arms import ARMS, CONTROLS
+from recipes.studies.shared.arms import ARMS, CONTROLS
 
 METRICS = (
     "accuracy_greedy", "accuracy_sampled", "auc", "mean_length", "mean_length_right", "mean_length_wrong",

@@ -1,14 +1,12 @@
-"""The tables of `README.md`, in markdown, and how they are put between its markers."""
+"""The tables of `README.md`."""
 
 import math
-import re
 from collections.abc import Callable
 
-import numpy as np
-
-from recipes.arena.analysis.comparisons import ALPHA, REFERENCE, Arena, Comparison, resolution
-from recipes.arena.analysis.runs import METRICS, Run, values_of
-from recipes.arena.comparison.arms import BASELINES, LEARNED
+from recipes.studies.arena.analysis.comparisons import ALPHA, REFERENCE, Arena, Comparison, resolution
+from recipes.studies.arena.analysis.runs import METRICS, Run, values_of
+from recipes.studies.shared.arms import BASELINES, LEARNED
+from recipes.studies.shared.markdown import markdown_table, mean_and_error
 
 # Metric: its name in tables and figures, its unit there, the factor to that unit, and decimals.
 SHOWN: dict[str, tuple[str, str, float, int]] = {
@@ -38,50 +36,12 @@ def make_tables(arena: Arena) -> dict[str, str]:
     }
 
 
-def replace_tables(text: str, tables: dict[str, str]) -> str:
-    """
-    Put each table between its markers, `<!-- table: NAME -->` and the next `<!-- end -->`, instead of what is there.
-
-    Args:
-        text (`str`): the page. Markers of other names stay as they are.
-        tables (`dict`): name to markdown.
-
-    Returns:
-        `str`: the page; the same again if it is put in again.
-
-    Raises:
-        ValueError: if a marker of one of the tables is not closed before the next one opens.
-    """
-    for name, table in tables.items():
-        opening = f"<!-- table: {name} -->"
-        pattern = re.escape(opening) + r"\n(?:(?!<!-- table: ).)*?<!-- end -->"
-        text, count = re.subn(pattern, lambda _, new=f"{opening}\n{table}\n<!-- end -->": new, text, flags=re.DOTALL)
-        if count != text.count(opening):
-            raise ValueError(f"{opening} is not closed by <!-- end -->")
-    return text
-
-
 def task_label(study: str, task: str) -> str:
     return task if study == "main" else f"{task} (study {study})"
 
 
 def _per_task(arena: Arena, table: Callable[[str, str], str]) -> str:
     return "\n\n".join(f"**{task_label(*key)}**\n\n{table(*key)}" for key in arena.groups)
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def mean_and_error(values: np.ndarray, factor: float, decimals: int) -> str:
-    """Return mean ± standard error, the mean alone of one value, a dash of none."""
-    if not len(values):
-        return "–"
-    mean = f"{factor * values.mean():.{decimals}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {factor * values.std(ddof=1) / math.sqrt(len(values)):.{decimals}f}"
 
 
 def difference_cell(comparison: Comparison | None, n: int, factor: float, decimals: int) -> str:

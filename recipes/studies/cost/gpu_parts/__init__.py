@@ -1,1 +1,1 @@
-"""The parts of `recipes.bench.gpu`, each a list of steps that yield rows."""
+"""The parts of `recipes.studies.cost.gpu`, each a list of steps that yield rows."""

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recipes.bench.gpu_parts import probe
-from recipes.bench.gpu_parts.schedule import Context, Part, Rows
-from recipes.bench.gpu_parts.syncs import errors_in_ours
-from recipes.bench.measure.counters import counting
-from recipes.bench.measure.rows import row
-from recipes.bench.measure.trainers import BASELINE, build_trainer, measured_arms
-from recipes.bench.measure.workload import Workload
+from recipes.studies.cost.gpu_parts import probe
+from recipes.studies.cost.gpu_parts.schedule import Context, Part, Rows
+from recipes.studies.cost.gpu_parts.syncs import errors_in_ours
+from recipes.studies.cost.measure.counters import counting
+from recipes.studies.cost.measure.rows import row
+from recipes.studies.cost.measure.trainers import BASELINE, build_trainer, measured_arms
+from recipes.studies.cost.measure.workload import Workload
 
 BENCH = "gpu a: correctness"
 MINUTES = 4
@@ -158,7 +158,7 @@ def half_precision(context: Context) -> Iterator[Rows]:
     """fp16 with a gradient scaler: a step that overflows moves neither weights nor λ, the next one moves both."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {"max_steps": 3, "fp16": context.device == "cuda", "learning_rate": 1e-3}
-        trainer = build_trainer("lambda", workload_for(context), folder, settings=settings, train=False)
+        trainer = build_trainer("lambda_grpo", workload_for(context), folder, settings=settings, train=False)
         if context.device == "cpu":
             scale_on_cpu(trainer)
         callback = Overflow(trainer, at=1)
@@ -173,7 +173,9 @@ def half_precision(context: Context) -> Iterator[Rows]:
         "the step after it moves λ": last[0] != skipped[0] and math.isfinite(last[0]),
         "the step after it moves the weights": not torch.equal(last[1], skipped[1]),
     }
-    yield [row(BENCH, "lambda", "fp16, gradient scaler", fact, int(true), "holds") for fact, true in facts.items()]
+    yield [
+        row(BENCH, "lambda_grpo", "fp16, gradient scaler", fact, int(true), "holds") for fact, true in facts.items()
+    ]
     if not all(facts.values()):
         raise OutOfBounds(", ".join(fact for fact, true in facts.items() if not true))
 
@@ -194,14 +196,18 @@ def scale_on_cpu(trainer: Any) -> None:
 def under_an_engine(engine: str, context: Context) -> Iterator[Rows]:
     """Three steps with λ learned under FSDP2 or ZeRO-3 on one process, against the plain ones on the same device."""
     if engine == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        yield [row(BENCH, "lambda", engine, "not run", "deepspeed is not installed", "")]
+        yield [row(BENCH, "lambda_grpo", engine, "not run", "deepspeed is not installed", "")]
         return
-    job = {"arm": "lambda", "workload": dataclasses.asdict(workload_for(context)), "settings": {"max_grad_norm": 0.5}}
+    job = {
+        "arm": "lambda_grpo",
+        "workload": dataclasses.asdict(workload_for(context)),
+        "settings": {"max_grad_norm": 0.5},
+    }
     (mine,) = probe.launch([job], context.folder / engine, context.device, engine)
     (true,) = probe.launch([job], context.folder / "plain", context.device)
     mine["weights"] = {name.removeprefix("module."): value for name, value in mine["weights"].items()}
-    yield [row(BENCH, "lambda", engine, "runs under", mine["wrapper"], "")]
-    found = compared("lambda", f"{engine}, one process, against none", mine, true, BOUNDS["float32"])
+    yield [row(BENCH, "lambda_grpo", engine, "runs under", mine["wrapper"], "")]
+    found = compared("lambda_grpo", f"{engine}, one process, against none", mine, true, BOUNDS["float32"])
     yield [one.row() for one in found]
     if mine["wrapper"] == true["wrapper"]:
         raise OutOfBounds(f"{engine} ran under {mine['wrapper']}, as no engine does")
@@ -213,7 +219,7 @@ def compiled(context: Context) -> Iterator[Rows]:
     workload = dataclasses.asdict(workload_for(context))
     # Set aside, the compiler's back end is: a CPU may have no C++ compiler, and takes minutes with one.
     backend = "inductor" if context.device == "cuda" else "aot_eager"
-    jobs = [{"arm": arm, "workload": workload} for arm in ("lambda", "unified")]
+    jobs = [{"arm": arm, "workload": workload} for arm in ("lambda_grpo", "unified")]
     compiling = [job | {"settings": {"torch_compile": True, "torch_compile_backend": backend}} for job in jobs]
     seen = probe.launch(jobs + compiling, context.folder / "compiled", context.device)
     deviations: list[Deviation] = []

@@ -11,13 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from recipes.bench.gpu_parts.schedule import Context, Part, Rows
-from recipes.bench.measure.memory import memory_rows
-from recipes.bench.measure.stepping import CPU_TIME, WHOLE, Stepper, rounds
-from recipes.bench.measure.traffic import traffic_rows
-from recipes.bench.measure.trainers import BASELINE, measured_arms
-from recipes.bench.measure.workload import Workload
-from recipes.bench.overhead import compared, make_trainers
+from recipes.studies.cost.gpu_parts.schedule import Context, Part, Rows
+from recipes.studies.cost.measure.memory import memory_rows
+from recipes.studies.cost.measure.stepping import CPU_TIME, WHOLE, Stepper, rounds
+from recipes.studies.cost.measure.traffic import traffic_rows
+from recipes.studies.cost.measure.trainers import BASELINE, measured_arms
+from recipes.studies.cost.measure.workload import Workload
+from recipes.studies.cost.overhead import compared, make_trainers
 
 BENCH = "gpu b: cost"
 MINUTES = 8

@@ -1,5 +1,5 @@
 """
-Part d: `recipes.arena.large`, its base model and the main arms on one task, seed by seed, as far as the time goes.
+Part d: the base model and the main arms of `arena.large` on one task, seed by seed, as far as the time goes.
 
 The learning rate is the middle one of the grid for every arm: tuning is hours. Rows of the runs go to the large
 arena's own folder, or beside the CSV file that `--out` names, and a later call goes on there; here stand their means.
@@ -8,11 +8,12 @@ arena's own folder, or beside the CSV file that `--out` names, and a later call 
 import json
 from collections.abc import Iterator
 
-from recipes.arena import large
-from recipes.arena.comparison.ledger import Ledger
-from recipes.arena.comparison.study import KEY, do_parts
-from recipes.bench.gpu_parts.schedule import Context, Part, Rows
-from recipes.bench.measure.rows import RESULTS, row
+from recipes.studies.arena import large
+from recipes.studies.arena.study import do_parts
+from recipes.studies.cost.gpu_parts.schedule import Context, Part, Rows
+from recipes.studies.cost.measure.rows import RESULTS, row
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.workers import KEY
 
 BENCH = "gpu d: learning"
 MINUTES = 7

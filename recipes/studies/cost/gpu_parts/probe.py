@@ -1,5 +1,5 @@
 """
-One training on a device, in a process of its own: `python -m recipes.bench.gpu_parts.probe JOBS.json RESULT.pt`.
+One training on a device in its own process: `python -m recipes.studies.cost.gpu_parts.probe JOBS.json RESULT.pt`.
 
 A job names an arm, a dtype and perhaps more of the trainer's settings, the device and the engine. What comes back of
 each: λ after every step, the weights at the end, and one more loss with its gradient.
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from recipes.bench.measure.rows import ROOT
-from recipes.bench.measure.trainers import build_trainer
-from recipes.bench.measure.workload import Workload
+from recipes.studies.cost.measure.rows import ROOT
+from recipes.studies.cost.measure.trainers import build_trainer
+from recipes.studies.cost.measure.workload import Workload
 
 STEPS = 3
 
@@ -103,7 +103,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, device: str, engine: str | 
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [*launcher(engine, device), "-m", "recipes.bench.gpu_parts.probe", str(path), str(result)]
+    command = [*launcher(engine, device), "-m", "recipes.studies.cost.gpu_parts.probe", str(path), str(result)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     if not result.exists():
         raise RuntimeError(f"{' '.join(command[1:])} ended with {done.returncode}: {done.stderr[-400:]}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from recipes.bench.measure.rows import append, row
+from recipes.studies.cost.measure.rows import append, row
 
 Rows = list[dict[str, Any]]
 

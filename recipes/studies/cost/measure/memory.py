@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from recipes.bench.measure.rows import ROOT, row
-from recipes.bench.measure.stepping import stepping
-from recipes.bench.measure.trainers import BASELINE
-from recipes.bench.measure.workload import Workload
+from recipes.studies.cost.measure.rows import ROOT, row
+from recipes.studies.cost.measure.stepping import stepping
+from recipes.studies.cost.measure.trainers import BASELINE
+from recipes.studies.cost.measure.workload import Workload
 
 
 def storage_bytes(tensors: Iterable[Any]) -> dict[int, int]:

@@ -6,7 +6,6 @@ import functools
 import math
 import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = ROOT / "recipes" / "bench" / "results.csv"
+from recipes.studies.shared.machine import ROOT, commit, processor
+
+RESULTS = ROOT / "recipes" / "studies" / "cost" / "results.csv"
 MEASURED = ("bench", "arm", "setting", "metric", "value", "low", "high", "unit", "pairs")
 CIRCUMSTANCES = ("device", "hardware", "torch", "trl", "transformers", "python", "commit")
 COLUMNS: tuple[str, ...] = (*MEASURED, *CIRCUMSTANCES)
@@ -55,7 +55,9 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def circumstances(device: str) -> dict[str, str]:
     """Hardware, versions and commit of a measurement on `device` (`"cpu"` or `"cuda"`)."""
     versions = {name: version(name) for name in ("torch", "trl", "transformers")}
-    hardware = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    hardware = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{processor()}, {torch.get_num_threads()} thread(s)"
+    )
     return {
         "device": device,
         "hardware": hardware,
@@ -63,27 +65,6 @@ def circumstances(device: str) -> dict[str, str]:
         "python": platform.python_version(),
         "commit": commit(),
     }
-
-
-def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name where the system tells it, and how many threads torch uses."""
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} thread(s)"
-
-
-def commit() -> str:
-    """Short hash of HEAD, with a `+` where the measured code differs from it; empty without a checkout or git."""
-
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-        except FileNotFoundError:
-            return ""
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "trl_lambda", "recipes/bench/*.py")
-    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def append(path: Path, rows: Iterable[dict[str, Any]], device: str) -> None:

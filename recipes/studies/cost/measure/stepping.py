@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from recipes.bench.measure.clock import in_turn, now, seconds_of
+from recipes.studies.cost.measure.clock import in_turn, now, seconds_of
 
 PHASES = ("loss forward", "backward", "optimizer")
 LOSS = "loss and backward"  # the first two together

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from recipes.bench.measure.counters import Counts, counting
-from recipes.bench.measure.rows import row
-from recipes.bench.measure.stepping import stepping
-from recipes.bench.measure.trainers import BASELINE
-from recipes.bench.measure.workload import Workload
+from recipes.studies.cost.measure.counters import Counts, counting
+from recipes.studies.cost.measure.rows import row
+from recipes.studies.cost.measure.stepping import stepping
+from recipes.studies.cost.measure.trainers import BASELINE
+from recipes.studies.cost.measure.workload import Workload
 
 
 def count_parts(trainer: Any) -> dict[str, Counts]:

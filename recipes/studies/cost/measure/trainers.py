@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from recipes.bench.measure.rows import ROOT
-from recipes.bench.measure.workload import EOS, Workload, build_model
+from recipes.studies.cost.measure.rows import ROOT
+from recipes.studies.cost.measure.workload import EOS, Workload, build_model
 
 BASELINE = "GRPOTrainer"
 PROMPT_TOKENS = 16
@@ -23,30 +23,29 @@ PROMPT_TOKENS = 16
 _LAMBDA = ("LambdaGRPOTrainer", "LambdaGRPOConfig")
 _TR = ("TRGRPOTrainer", "TRGRPOConfig")
 _PLAIN = {"token_metrics": False}
-_SIGMOID = {"token_regulation": "sigmoid"}
+_V = {"token_weight": "tr_grpo"}
 ARMS: dict[str, tuple[tuple[str, str] | None, dict[str, Any]]] = {
     BASELINE: (None, {}),
     "GRPOTrainer again": (None, {}),  # what the machine itself scatters by
-    "lambda": (_LAMBDA, {}),
-    "TR": (_TR, {}),
-    "unified": (_LAMBDA, _SIGMOID),
+    "lambda_grpo": (_LAMBDA, {}),
+    "tr_grpo": (_TR, {}),
+    "unified": (_LAMBDA, _V),
     # With the fields that each needs: `measured_arms` leaves out those that the installed package does not have.
     "three features": (
         _LAMBDA,
         {
-            "aggregation": "power",
+            "length_weight": "power",
             "lambda_side": "positive",
-            "lambda_rule": "regression",
             "lambda_features": ["length", "mean_logp", "min_logp"],
         },
     ),
     "target": (
         _LAMBDA,
-        {"aggregation": "power", "lambda_rule": "target", "length_target": lambda workload: workload.completion / 2},
+        {"length_weight": "power", "length_target": lambda workload: workload.completion / 2},
     ),
-    "lambda, token_metrics=False": (_LAMBDA, _PLAIN),
-    "TR, token_metrics=False": (_TR, _PLAIN),
-    "unified, token_metrics=False": (_LAMBDA, _SIGMOID | _PLAIN),
+    "lambda_grpo, token_metrics=False": (_LAMBDA, _PLAIN),
+    "tr_grpo, token_metrics=False": (_TR, _PLAIN),
+    "unified, token_metrics=False": (_LAMBDA, _V | _PLAIN),
 }
 
 
