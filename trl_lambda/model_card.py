@@ -1,132 +1,151 @@
-"""The model card: TRL's own, with both papers to cite, λ as it ended and the settings of the weights."""
+"""The model card: TRL's own, with the paper whose weight was on, code that loads the run, and a settings table."""
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .card_loading import loading_section
+from .lambda_parameter import LAMBDA_FILE
 from .weights import LengthWeight, TokenWeight
-from .weights.custom import USERS
 
 if TYPE_CHECKING:
     from .lambda_grpo_trainer import LambdaGRPOTrainer
 
-LAMBDA_CITATION = """\
+PAPERS = {
+    "2510.06870": {
+        "id": "2510.06870",
+        "name": "λ-GRPO",
+        "title": "λ-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences",
+        "citation": """\
 @article{wang2025lambdagrpo,
     title        = {{$\\lambda$-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences}},
     author       = {Yining Wang and Jinman Zhao and Chuangxin Zhao and Shuhao Guan and Gerald Penn and Shinan Liu},
     year         = 2025,
     eprint       = {arXiv:2510.06870},
-}"""
-TR_CITATION = """\
+}""",
+    },
+    "2511.00066": {
+        "id": "2511.00066",
+        "name": "TR-GRPO",
+        "title": "Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large "
+        "Language Models",
+        "citation": """\
 @article{le2025tokenregulated,
     title        = {{Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large \
 Language Models}},
     author       = {Tue Le and Nghi D. Q. Bui and Linh Ngo Van and Trung Le},
     year         = 2025,
     eprint       = {arXiv:2511.00066},
-}"""
-# What TRL's card names as the source of the method: the trainer's own paper; both are cited.
-LAMBDA_PAPER = {
-    "title": "λ-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences",
-    "id": "2510.06870",
-    "citation": f"{LAMBDA_CITATION}\n{TR_CITATION}",
+}""",
+    },
 }
-TR_PAPER = {
-    "title": "Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large Language "
-    "Models",
-    "id": "2511.00066",
-    "citation": f"{TR_CITATION}\n{LAMBDA_CITATION}",
-}
-
-_FOLLOWS = "### Framework versions"  # the part of TRL's template that the settings go before
+PICTURES = ("report.png", "run.png")  # of `trl-lambda report`, and of `plot: true`
+_OPTIONS = ("positive_weight", "drop_tied_groups", "length_target", "lambda_bounds", "token_weight_inside_clip")
+_FOLLOWS = "### Framework versions"  # the part of TRL's template that the settings precede
 
 
-def weight_tags(trainer: "LambdaGRPOTrainer", tags: str | list[str] | None) -> list[str]:
-    """The tags of the card: the caller's and those of the papers whose weights are on."""
-    all_tags = {tags} if isinstance(tags, str) else set(tags or ())
-    all_tags |= {"lambda-grpo"} if trainer.args.aggregation == "lambda" else set()
-    all_tags |= {"tr-grpo"} if trainer.args.token_regulation == "sigmoid" else set()
-    return sorted(all_tags)
+def paper_of(length_weight: LengthWeight | None, token_weight: TokenWeight | None) -> dict[str, str] | None:
+    """Return the paper of the weights that are on, λ-GRPO's with both citations if both are, as TRL's `_paper`."""
+    papers = [PAPERS[weight.arxiv] for weight in (length_weight, token_weight) if weight and weight.arxiv in PAPERS]
+    if not papers:
+        return None
+    citation = "\n".join(paper["citation"] for paper in papers)
+    return papers[0] | {"name": " and ".join(paper["name"] for paper in papers), "citation": citation}
+
+
+def card_tags(trainer: "LambdaGRPOTrainer", tags: str | list[str] | None) -> list[str]:
+    """Return the caller's tags and those of the papers whose weights are on."""
+    paper = paper_of(trainer.length_weight, trainer.token_weight)
+    methods = paper["name"].replace("λ", "lambda").lower().split(" and ") if paper else []
+    return sorted({*([tags] if isinstance(tags, str) else tags or ()), *methods})
 
 
 def complete_card(trainer: "LambdaGRPOTrainer") -> None:
-    """Put the weights' settings into the card that TRL has written into `output_dir`."""
+    """Add picture, loading code and settings to the card that TRL has written into `output_dir`."""
     path = Path(str(trainer.args.output_dir)) / "README.md"
-    text, section = with_names(trainer, path.read_text(encoding="utf-8")), settings_section(trainer)
-    before, anchor, after = text.partition(_FOLLOWS)
-    section = f"{loading_section(trainer)}\n\n{section}"
-    path.write_text(f"{before.rstrip()}\n\n{section}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
+    before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition(_FOLLOWS)
+    sections = "\n\n".join([before.rstrip(), *_picture(path.parent), _loading(trainer), _settings(trainer)])
+    path.write_text(f"{sections}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 
-def with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
-    """
-    Say what is known where TRL's card says None: it has a name only for a model of the hub and a run that is pushed.
-
-    The folder that the model came from, if it came from one, and the run's own take their place.
-    """
-    base: Any = getattr(trainer.model.config, "_name_or_path", None)
-    came_from = (
-        f"is a fine-tuned version of `{Path(base).resolve().name}`"
-        if base
-        else "was trained from a model without a name"
-    )
-    card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", came_from)
+def _with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
+    """Fill in what TRL's card calls None without a hub, and name the method instead of the trainer class."""
+    base: Any = trainer.model.config._name_or_path
+    origin = f"is a fine-tuned version of `{Path(base).name}`" if base else "was trained from a model without a name"
+    card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", origin)
     if trainer.hub_model_id is None:
-        card = card.replace('model="None"', f'model="{Path(str(trainer.args.output_dir)).resolve().name}"')
+        card = card.replace('model="None"', f'model="{trainer.args.output_dir}"')
+    paper = paper_of(trainer.length_weight, trainer.token_weight)
+    for phrase in ("This model was trained with {}", "Cite {} as"):
+        card = card.replace(phrase.format(trainer._name), phrase.format(paper["name"] if paper else "GRPO"))
     return card
 
 
-def settings_section(trainer: "LambdaGRPOTrainer") -> str:
-    """Say in Markdown how the tokens of a run were weighted: a heading and a table of what had an effect."""
-    args, step = trainer.args, trainer.state.global_step
-    f, v = trainer.length_weight, trainer.token_weight
-    own = f"TRL's own, of `loss_type={args.loss_type}`"
-    rows = [("length weight (`aggregation`)", own if f is None else _what_it_is(f))]
-    if f is not None and f.has_scope:
-        rows.append(("scope of the token mean (`aggregation_scope`)", args.aggregation_scope))
+def _picture(folder: Path) -> list[str]:
+    return [f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (folder / name).is_file()][:1]
+
+
+def _loading(trainer: "LambdaGRPOTrainer") -> str:
+    """Return the code that loads the model or adapter, and λ if there is one."""
+    is_adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    package, kind = ("peft", "AutoPeftModel") if is_adapter else ("transformers", "AutoModel")
+    hub, folder = trainer.hub_model_id, str(trainer.args.output_dir)
+    code = [
+        f"from {package} import {kind}ForCausalLM",
+        "from transformers import AutoTokenizer",
+        "",
+        f"name = {hub!r}" if hub else f"name = {folder!r}  # path of this folder",
+        f"model = {kind}ForCausalLM.from_pretrained(name)",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+    ]
     if trainer.lambda_value is not None:
-        course = f"from {args.lambda_init:g}, learned" if args.lambda_learnable else "fixed"
-        values = trainer.lambda_values.items()
-        shown = ", ".join(f"{name} {value:.4f}" if len(values) > 1 else f"{value:.4f}" for name, value in values)
-        rows.append(("λ", f"{shown} at step {step} ({course})"))
+        file = f"hf_hub_download(name, {LAMBDA_FILE!r})" if hub else f"name, {LAMBDA_FILE!r}"
+        code[:0] = ["from huggingface_hub import hf_hub_download"] if hub else []
+        code = [
+            "import json",
+            "from pathlib import Path",
+            "",
+            *code,
+            f'lam = json.loads(Path({file}).read_text())["lambda"]  # go on with lambda_init=lam',
+        ]
+    return "### How to load it again\n\n```python\n" + "\n".join(code) + "\n```"
+
+
+def _settings(trainer: "LambdaGRPOTrainer") -> str:
+    """Return the settings of the weights that had an effect, as a table."""
+    args, f, v = trainer.args, trainer.length_weight, trainer.token_weight
+    changed = [field.name for field in fields(args) if getattr(args, field.name) != field.default]
+    rows = [("length weight f (`length_weight`)", f.formula or f.name if f else f"TRL's own, of {args.loss_type!r}")]
+    rows += _parameters(f)
+    if f is not None and f.has_scope:
+        rows.append(("scope of the token mean (`length_weight_scope`)", args.length_weight_scope))
+    if trainer.lambda_value is not None:
+        values = [f"{name} {value:.4f}" for name, value in trainer.lambda_values.items()]
+        value = ", ".join(values) if len(values) > 1 else f"{trainer.lambda_value:.4f}"
+        how = f"from {args.lambda_init:g}, learned" if args.lambda_learnable else "fixed"
+        rows.append(("λ", f"{value} at step {trainer.state.global_step} ({how})"))
         if args.lambda_learnable:
-            rows.append(("learning rate of λ (`lambda_learning_rate`)", f"{args.lambda_learning_rate:g}"))
-    rows += [(f"{symbol} (`{name}`)", value) for symbol, name, value in _parameters(f)]
-    if f is not None and f.has_lambda and args.lambda_learnable and args.rule_of(f) != "descent":
-        rows.append(("how λ learns (`lambda_rule`)", args.rule_of(f)))
-    if args.length_target is not None:
-        rows.append(("length target (`length_target`)", f"{args.length_target:g}"))
-    if args.positive_weight != 1:
-        rows.append(("weight of responses with A > 0 (`positive_weight`)", f"{args.positive_weight:g}"))
-    rows.append(("token weight (`token_regulation`)", "none" if v is None else _what_it_is(v)))
-    if v is not None:
-        values = ", ".join(f"{symbol} = {value}" for symbol, _, value in _parameters(v))
-        rows += [("its parameters", values)] if values else []
-        rows.append(("inside the clip", "yes" if args.regulation_inside_clip else "no"))
+            rows.append(("how λ learns", f"{trainer.lambda_learning.name}, at rate {args.lambda_learning_rate:g}"))
+    rows += [(f"`{name}`", getattr(args, name)) for name in _OPTIONS if name in changed]
+    rows += [("token weight v (`token_weight`)", v.formula or v.name if v else "none"), *_parameters(v)]
     rows.append(("surrogate (`loss_type`)", args.loss_type))
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join("| {} | {} |".format(*(str(cell).replace("|", "\\|") for cell in row)) for row in rows)
+    sources = [f"[{w.source}](https://arxiv.org/abs/{w.arxiv})" if w.arxiv else w.source for w in (f, v) if w]
     return (
-        "### How the tokens were weighted\n\n"
-        "Trained with `trl_lambda`, its authors' reading of arXiv 2510.06870 "
-        f"and arXiv 2511.00066, not a reproduction of either.\n\n| setting | value |\n|---|---|\n{table}"
+        "### How the tokens were weighted\n\nTrained with `trl_lambda`, an independent implementation of the papers. "
+        f"Source of the weights: {', '.join(sources) or 'TRL'}.\n\n"
+        f"| setting | value |\n|---|---|\n{table}"
     )
 
 
-def _what_it_is(weight: LengthWeight | TokenWeight) -> str:
-    """Formula and source of a member; a user's own need not tell either."""
-    return f"{weight.formula or weight.name} ({weight.source or USERS})"
-
-
-def _parameters(weight: object) -> list[tuple[str, str, str]]:
-    """Symbol, option and value of each parameter of a member; a user's own need not have symbols, nor numbers."""
-    if not is_dataclass(weight):
-        return []
-    parameters = []
-    for f in fields(weight):
-        value, is_text = getattr(weight, f.name), not isinstance(f.default, int | float)
-        if "option" in f.metadata and value == f.default:  # side "both", length alone: the paper's
+def _parameters(weight: LengthWeight | TokenWeight | None) -> list[tuple[str, Any]]:
+    """Return what a member is set to, without the options of λ that are at their defaults."""
+    rows = []
+    for field in fields(weight) if is_dataclass(weight) else ():
+        value, symbol = getattr(weight, field.name), field.metadata.get("symbol")
+        if "config" in field.metadata and value == field.default:
             continue
-        text = ", ".join(value) if isinstance(value, tuple) else value if is_text else f"{value:.4g}"
-        parameters.append((f.metadata.get("symbol", f.name), f.metadata.get("option", f.name), str(text)))
-    return parameters
+        value = f"{value:.4g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else value
+        rows.append(
+            (f"{symbol} (`{field.name}`)" if symbol else f"`{field.metadata.get('config', field.name)}`", value)
+        )
+    return rows
