@@ -1,11 +1,9 @@
 r"""
-From a dataset's columns on the hub to `prompt` and `solution`: one function per dataset, named by a recipe's
-`dataset_preparation`.
+Functions for `dataset_preparation`: from a hub dataset's columns to `prompt` and `solution`.
 
-A preparation is a function of one row. Its parameters are the names of the columns that it needs; what it returns
-replaces all of the row's columns. Another dataset needs another such function, in any module that can be imported
-from the current directory. Prompts are conversational and ask for `\boxed{}`, because that is where TRL's
-`accuracy_reward` looks for the answer; checking the answer is its work, with math-verify.
+A preparation is a function of one row. Its parameters are the columns that it reads, and the columns that it returns
+replace all others. Write one for another dataset in any module of the current directory. Prompts here are
+conversational and ask for `\boxed{}`, where TRL's `accuracy_reward` finds the answer and checks it with math-verify.
 """
 
 from typing import Any
@@ -59,8 +57,8 @@ def knights_and_knaves(quiz: str, names: list[str], solution: list[bool]) -> dic
     """
     Prepare `K-and-K/knights-and-knaves` (arXiv 2410.23123).
 
-    The answer asked for is a number, a digit per inhabitant, so that math-verify decides on it exactly; names in a
-    list would be compared as a set of symbols. The digits are 1 and 2 because a leading 0 would be lost.
+    The answer is a number with one digit per inhabitant, because math-verify compares numbers exactly, and lists of
+    names as sets. The digits are 1 and 2 because a leading 0 would be lost.
 
     Args:
         quiz (`str`):

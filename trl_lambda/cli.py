@@ -1,52 +1,29 @@
-"""
-`trl-lambda`, the command.
-
-    trl-lambda train --config run.yaml
-    trl-lambda report OUTPUT_DIR --html
-    trl-lambda --version
-"""
+"""The command `trl-lambda`: `train` and `report` take over what follows them."""
 
 import argparse
 import sys
 
 from . import __version__
 
-EPILOG = """\
-commands:
-  train    train a model; --config names a YAML file, --help lists the options
-  report   draw a finished or running run from its output folder
-
-Several processes: accelerate launch -m trl_lambda.training --config run.yaml
-"""
-
 
 def main(arguments: list[str] | None = None) -> None:
-    """
-    Hand the command line on to the command that it begins with.
-
-    Args:
-        arguments (`list[str]`, *optional*):
-            The command line; that of the process if not given.
-    """
+    """Run the command that `arguments` (the process's own if `None`) begin with."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="trl-lambda",
-        description="Token aggregation for TRL's GRPOTrainer.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="trl-lambda", description="Train with TRL's GRPO script, and draw a run.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("command", choices=("train", "report"), metavar="train | report")
-    command, rest = parser.parse_args(arguments[:1]).command, arguments[1:]
-    # Imported here: TRL takes seconds to import, which neither --version nor --help should.
+    commands = parser.add_subparsers(dest="command", metavar="train | report", required=True)
+    commands.add_parser("train", help="train a model: --config names a YAML file, --help lists the options")
+    commands.add_parser("report", help="draw a finished or running run from its output folder")
+    command = parser.parse_args(arguments[:1]).command
+    # Imported here: importing TRL takes seconds.
     if command == "train":
-        from .training import main as train
+        from .scripts.grpo import train
 
-        train(rest)
+        train(arguments[1:])
     else:
         from .report import main as report
 
-        report(rest)
+        report(arguments[1:])
 
 
 if __name__ == "__main__":

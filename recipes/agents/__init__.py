@@ -1,1 +1,1 @@
-"""Tools and environments: what `recipes/train.py` takes by dotted path, and those of the recipes."""
+"""Tools and environments of the recipes, and the checks and guards that `recipes/train.py` puts around any."""

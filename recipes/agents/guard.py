@@ -1,8 +1,8 @@
 """
-Tools that cannot stop a training run: whatever goes wrong in one is a failure that TRL tells the model and counts.
+A guard around tools, so that none can stop a training run. TRL tells the model of a failed call and counts it.
 
-TRL catches the exceptions of a tool. It does not catch an answer that the tokenizer or the chat template cannot take,
-one of a megabyte, `sys.exit`, or a tool that never returns.
+TRL itself catches a tool's exceptions, but not an answer that the tokenizer or the chat template rejects, an answer of
+a megabyte, `sys.exit`, or a tool that never returns.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """
-Rewards for conversations with tools, in TRL's signature. They look at the policy's last message.
+Rewards for conversations with tools, in TRL's signature. They read the policy's last message.
 
-TRL's own `accuracy_reward` looks at the *first* message of a completion, which is the one before the first call.
+TRL's own `accuracy_reward` reads the *first* message of a completion, the one before the first call.
 """
 
 import re
@@ -10,19 +10,17 @@ from typing import Any
 
 from trl.rewards import accuracy_reward
 
-TRL_FIRST_MESSAGE = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
-
 
 def last_message(completion: Any) -> str:
     """
-    The text of the policy's last message.
+    Return the text of the policy's last message.
 
     Args:
         completion (`list[dict]`):
-            A conversation as TRL gives it to rewards.
+            A conversation as TRL passes it to rewards.
 
     Returns:
-        `str`: empty where the conversation was cut off: its last message is then a tool's, or a call.
+        `str`: the text, empty where the conversation was cut off after a call or a tool's answer.
     """
     last = completion[-1] if isinstance(completion, list) and completion else {}
     is_answer = last.get("role") == "assistant" and not last.get("tool_calls")
@@ -31,7 +29,7 @@ def last_message(completion: Any) -> str:
 
 def final_accuracy(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float | None]:
     r"""
-    TRL's `accuracy_reward` of the last message: whether math-verify finds its `\boxed{}` equal to the solution.
+    Apply TRL's `accuracy_reward` to the last message: math-verify compares its `\boxed{}` with the solution.
 
     Args:
         completions (`list`):
@@ -47,11 +45,11 @@ def final_accuracy(completions: list[Any], solution: list[str], **kwargs: Any) -
 
 def answer_match(completions: list[Any], solution: list[str], **kwargs: Any) -> list[float]:
     """
-    Reward 1.0 for an answer that equals the solution up to case, punctuation and articles (SQuAD's exact match).
+    Reward an answer with 1.0 if it equals the solution up to case, punctuation and articles (SQuAD's exact match).
 
     Args:
         completions (`list`):
-            Conversations, (B,). The answer is what the last `<answer>` of the policy's last message holds.
+            Conversations, (B,). The answer stands in the last `<answer>` of the policy's last message.
         solution (`list[str]`):
             Right answers, (B,).
 

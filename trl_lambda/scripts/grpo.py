@@ -1,206 +1,232 @@
-"""One run: what is cheap to check is checked first, then the trainer is built, trains, and says what came out."""
+"""
+TRL's GRPO script with the class swapped. It takes the options of `trl grpo` in YAML and on the command line.
 
-import json
-import os
+    trl-lambda train --config run.yaml                             # launch options start processes, as in `trl grpo`
+    accelerate launch -m trl_lambda.scripts.grpo --config run.yaml
+"""
+
+import argparse
+import difflib
+import inspect
 import sys
-from collections.abc import Callable
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+import trl
+from accelerate.commands.launch import launch_command, launch_command_parser
+from datasets import load_dataset
 from packaging.version import Version
-from transformers import AutoConfig, ProgressCallback
-from trl import DatasetMixtureConfig, ModelConfig, get_peft_config, get_quantization_config
+from transformers.trainer_utils import get_last_checkpoint
+from trl import rewards
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+from trl.scripts.grpo import GRPOScriptArguments
 
 from ..lambda_grpo_config import LambdaGRPOConfig
 from ..lambda_grpo_trainer import LambdaGRPOTrainer
-from ..preference.files import read_lambda_file
 from ..report import plot_run, require_matplotlib, summarize_run
-from ..weights import LengthWeight, TokenWeight, as_length_weight, as_token_weight
-from ..weights.custom import import_function as import_weight
-from .agents import check_reward_names, check_rows, check_tokenizer, load_environment, load_tools
-from .arguments import LambdaGRPOScriptArguments, parse
-from .loading import load_splits
-from .progress import ShortProgress
-from .rewards import load_rewards
+from ..weights.own_functions import import_path
+
+MODULE = "trl_lambda.scripts.grpo"
+REWARD_FUNCS: dict[str, Any] = {  # the names and parameters of TRL's script
+    "accuracy_reward": rewards.accuracy_reward,
+    "reasoning_accuracy_reward": rewards.reasoning_accuracy_reward,
+    "think_format_reward": rewards.think_format_reward,
+    "get_soft_overlong_punishment": rewards.get_soft_overlong_punishment(1280, 256),
+}
 
 
-def check_model(model_args: ModelConfig, trust_remote_code: bool) -> None:
-    """
-    Check that the model exists, by its configuration alone, before anything large is loaded.
+@dataclass
+class LambdaGRPOScriptArguments(GRPOScriptArguments):
+    """The arguments of TRL's GRPO script, and two more."""
 
-    Raises:
-        ValueError: if no model is given, or its configuration cannot be read.
-    """
-    name = model_args.model_name_or_path
-    if not name:
-        raise ValueError("no model: set model_name_or_path to a hub name or a local folder.")
-    try:
-        AutoConfig.from_pretrained(name, revision=model_args.model_revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path is {name!r}, which cannot be loaded: {error}") from error
-
-
-def check_resume(args: LambdaGRPOConfig) -> None:
-    """
-    Check that the checkpoint to resume from is there, and λ in it, before anything large is loaded.
-
-    Raises:
-        ValueError: if it is no folder, is torn, or has no λ where the run needs one.
-    """
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint is None:
-        return
-    state = Path(checkpoint, "trainer_state.json")
-    if not state.is_file():
-        raise ValueError(f"resume_from_checkpoint is {checkpoint!r}; accepted: the folder of a checkpoint.")
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"resume_from_checkpoint is {checkpoint!r}, whose trainer_state.json is damaged ({error}); resume from an "
-            "older checkpoint."
-        ) from error
-    if args.has_lambda:
-        read_lambda_file(checkpoint)
-
-
-def load_agent(script_args: LambdaGRPOScriptArguments) -> tuple[list[Callable[..., Any]], type | None]:
-    """
-    Load the tools and the environment that the arguments name.
-
-    Raises:
-        ValueError: if one cannot be used.
-    """
-    timeout = script_args.tool_timeout
-    if timeout is not None and not script_args.tools and not script_args.environment:
-        raise ValueError("tool_timeout is set without tools and environment.")
-    tools, environment = load_tools(script_args.tools, timeout), load_environment(script_args.environment, timeout)
-    if tools or environment:
-        check_reward_names(script_args.reward_funcs)
-    return tools, environment
-
-
-def load_weights(script_args: LambdaGRPOScriptArguments) -> tuple[LengthWeight | None, TokenWeight | None]:
-    """
-    Import the user's own weights, where there are any.
-
-    Raises:
-        ValueError: if a path cannot be imported, or is of something else than a weight.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    f, v = script_args.length_weight, script_args.token_weight
-    return (
-        None if f is None else as_length_weight(import_weight(f, "length_weight")),
-        None if v is None else as_token_weight(import_weight(v, "token_weight")),
+    dataset_preparation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted path to a function of one row, such as `recipes.preparations.gsm8k`. Its parameters are "
+            "the columns it reads, and the columns it returns replace all others."
+        },
     )
+    plot: bool = field(default=False, metadata={"help": "Write run.png into output_dir. Needs matplotlib."})
 
 
-def make_trainer(
+def make_parser(script_arguments: type = LambdaGRPOScriptArguments) -> trl.TrlParser:
+    """TRL's parser over the four dataclasses. Its help begins with the options that TRL does not have."""
+    types: Any = (script_arguments, LambdaGRPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+    parser = trl.TrlParser(types, usage="trl-lambda train [--config FILE] [--OPTION VALUE]", exit_on_error=False)
+    of_trl = (GRPOScriptArguments, trl.GRPOConfig, trl.ModelConfig, trl.DatasetMixtureConfig)
+    known = {"help"} | {option.name for kind in of_trl for option in fields(kind)}
+    group = parser.add_argument_group("trl-lambda", "options that `trl grpo` does not have")
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    actions = parser._optionals._group_actions
+    group._group_actions.extend(action for action in actions if action.dest not in known)
+    parser._optionals._group_actions = [action for action in actions if action.dest in known]
+    return parser
+
+
+def parse(arguments: list[str], script_arguments: type = LambdaGRPOScriptArguments) -> list[Any]:
+    """
+    Parse a command line and the YAML file of its `--config`. A `ValueError` names an unknown or refused option.
+
+    Returns:
+        `list`: the four dataclasses, all options for `accelerate launch`, and which arguments those are.
+    """
+    if not arguments:
+        raise ValueError("no options: name model, dataset and reward, or a YAML file with --config. See --help.")
+    parser = make_parser(script_arguments)
+    *parsed, in_file, on_line = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    options = [*resolve_accelerate_config_argument(in_file), *resolve_accelerate_config_argument(on_line)]
+    launch, unknown = launch_command_parser().parse_known_args([*options, MODULE])
+    if unknown or launch.training_script != MODULE:
+        name = [*unknown, launch.training_script][0]
+        close = difflib.get_close_matches(name.removeprefix("--"), [action.dest for action in parser._actions], n=1)
+        raise ValueError(f"unknown argument {name!r}" + (f"; did you mean '--{close[0]}'?" if close else "."))
+    return [*parsed, options, on_line]
+
+
+def parse_in_script(script_arguments: type = LambdaGRPOScriptArguments) -> list[Any]:
+    """The four dataclasses of this process, whatever the file says of other processes."""
+    *parsed, _, on_line = parse(sys.argv[1:], script_arguments)
+    if on_line:
+        raise ValueError(f"{on_line[0]} goes to `accelerate launch`, before the script.")
+    return parsed
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with `error: ...` where an argument is refused. A traceback would not help there."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, argparse.ArgumentError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
+def load_reward_funcs(script_args: GRPOScriptArguments) -> list[Any]:
+    """The reward model and functions as the trainer takes them. A `ValueError` names a function that is unknown."""
+    names = script_args.reward_funcs or []
+    functions: list[Any] = [script_args.reward_model_name_or_path] if script_args.reward_model_name_or_path else []
+    for name in [names] if isinstance(names, str) else names:  # in YAML, one name need not be a list
+        if name not in REWARD_FUNCS and "." not in name:
+            raise ValueError(f"reward_funcs has {name!r}; accepted: {', '.join(REWARD_FUNCS)}, or a dotted path.")
+        functions.append(REWARD_FUNCS.get(name) or import_path(name, "reward_funcs"))
+    return functions
+
+
+def load_splits(
+    script_args: LambdaGRPOScriptArguments, dataset_args: trl.DatasetMixtureConfig, evaluate: bool
+) -> tuple[Any, Any]:
+    """The training split and, if `evaluate`, the test split, prepared. A `ValueError` asks for a missing dataset."""
+    if dataset_args.datasets:
+        if script_args.dataset_name:
+            warnings.warn("dataset_name has no effect beside datasets.", stacklevel=2)
+        dataset = trl.get_dataset(dataset_args)
+    elif script_args.dataset_name:
+        name, streaming = script_args.dataset_name, script_args.dataset_streaming
+        dataset = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+    else:
+        raise ValueError("no dataset: set dataset_name to a hub name or a local folder, or set datasets.")
+    names = [script_args.dataset_train_split, script_args.dataset_test_split][: 1 + evaluate]
+    splits: list[Any] = [dataset[name] for name in names]
+    if script_args.dataset_preparation:
+        prepare = import_path(script_args.dataset_preparation, "dataset_preparation")
+        needed = list(inspect.signature(prepare).parameters)
+        splits = [rows.map(prepare, input_columns=needed, remove_columns=rows.column_names) for rows in splits]
+    return splits[0], splits[1] if evaluate else None
+
+
+def main(
     script_args: LambdaGRPOScriptArguments,
     training_args: LambdaGRPOConfig,
-    model_args: ModelConfig,
-    mixture: DatasetMixtureConfig,
+    model_args: trl.ModelConfig,
+    dataset_args: trl.DatasetMixtureConfig,
+    *,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    **trainer_kwargs: Any,
 ) -> LambdaGRPOTrainer:
     """
-    Build the trainer from the parsed arguments; what is cheap to check is checked first.
-
-    Raises:
-        ValueError: if an argument cannot be honoured.
-        ImportError: if an optional package is needed and missing.
+    Train as the arguments say, save, and print a summary. A refused argument ends the process with one line.
+    `trainer_kwargs` go to [`LambdaGRPOTrainer`]; datasets given here replace the named ones.
     """
-    if script_args.plot:
-        require_matplotlib()
-    tools, environment = load_agent(script_args)
-    rewards = load_rewards(script_args, environment)
-    length_weight, token_weight = load_weights(script_args)
-    training_args.validate(length_weight, token_weight)
-    check_model(model_args, training_args.trust_remote_code)
-    check_resume(training_args)
-    train_dataset, eval_dataset = load_splits(script_args, mixture, training_args.eval_strategy != "no")
-    if tools or environment:
-        check_tokenizer(str(model_args.model_name_or_path), model_args.model_revision, training_args.trust_remote_code)
-        check_rows(train_dataset, environment, script_args.environment)
-    agent: dict[str, Any] = {"tools": tools} if tools else {}
-    if environment:
-        agent["environment_factory"] = environment
-    given: Any = training_args.model_init_kwargs or {}
-    training_args.model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "trust_remote_code": training_args.trust_remote_code,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        **given,
-    }
-    trainer = LambdaGRPOTrainer(
-        model=model_args.model_name_or_path,
-        reward_funcs=rewards,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        **agent,
-        length_weight=length_weight,
-        token_weight=token_weight,
-    )
-    if script_args.short_progress and not training_args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShortProgress())
+    with one_line_errors():
+        if not model_args.model_name_or_path:
+            raise ValueError("no model: set model_name_or_path to a hub name or a local folder.")
+        if script_args.plot:
+            require_matplotlib()
+        reward_funcs = load_reward_funcs(script_args)
+        if train_dataset is None and "environment_factory" not in trainer_kwargs:
+            evaluate = training_args.eval_strategy != "no"
+            train_dataset, eval_dataset = load_splits(script_args, dataset_args, evaluate)
+        checkpoint: Any = training_args.resume_from_checkpoint or None
+        if str(checkpoint).lower() == "true":
+            checkpoint = get_last_checkpoint(str(training_args.output_dir))
+            if checkpoint is None:
+                raise ValueError(f"output_dir={training_args.output_dir!r} has no checkpoint to resume from.")
+        given: Any = training_args.model_init_kwargs or {}
+        training_args.model_init_kwargs = {
+            "revision": model_args.model_revision,
+            "trust_remote_code": training_args.trust_remote_code,
+            "attn_implementation": model_args.attn_implementation,
+            "dtype": model_args.dtype,
+            **given,
+        }
+        trainer = LambdaGRPOTrainer(
+            model=model_args.model_name_or_path,
+            reward_funcs=reward_funcs,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            quantization_config=trl.get_quantization_config(model_args),
+            peft_config=trl.get_peft_config(model_args),
+            **trainer_kwargs,
+        )
+        if checkpoint is not None:
+            trainer._lambda_file.check(checkpoint)  # `train` would raise the same, with a traceback
+    trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer, script_args)
     return trainer
 
 
-def lambda_line(args: LambdaGRPOConfig, lam: float | None) -> tuple[str, str]:
-    """Say what became of λ, as a line of the summary; `lam` is λ at the end, `None` where there is none."""
-    if lam is None:
-        return "lambda", f"none (aggregation: {args.aggregation})"
-    if not args.lambda_learnable:
-        return "lambda", f"fixed at {lam:g}"
-    return "lambda", f"{args.lambda_init:.3f} -> {lam:.3f} (learned)"
-
-
 def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -> None:
-    """Save the model, the log history and the picture, say what came out, push if asked, and end the trackers."""
-    args = trainer.args
-    trainer.save_model(args.output_dir)
-    trainer.save_state()  # the log history, for `trl_lambda.report`
-    output_dir, picture = Path(str(args.output_dir)), None
+    """Save model, log history, picture and model card, print the summary, and push if asked."""
+    folder, dataset_name = Path(str(trainer.args.output_dir)), script_args.dataset_name
+    trainer.save_model(str(folder))
+    trainer.save_state()  # the log history, for `trl-lambda report`
     if script_args.plot and trainer.accelerator.is_main_process:
-        picture = plot_run(output_dir, output_dir / "run.png")  # before the card, which shows it
-    on_hub = script_args.dataset_name if not Path(script_args.dataset_name or "").exists() else None
-    trainer.create_model_card(model_name=output_dir.name, dataset_name=on_hub)
+        plot_run(folder, folder / "run.png")
+    trainer.create_model_card(model_name=folder.name, dataset_name=dataset_name)
     if trainer.accelerator.is_main_process:
-        lines = [*summarize_run(trainer.state.log_history), lambda_line(args, trainer.lambda_value)]
-        files = [
-            ("model", output_dir),
-            ("lambda", output_dir / "lambda.json"),
-            ("model card", output_dir / "README.md"),
-        ]
-        files += [("plot", picture)] if picture else []
-        files = [(name, path) for name, path in files if path.exists()]
+        written = [folder / name for name in ("", "lambda.json", "README.md", "run.png") if (folder / name).exists()]
+        lines = [*summarize_run(trainer.state.log_history), *(("written", str(path)) for path in written)]
         print(f"\nSummary of {trainer.state.global_step} optimizer steps")
-        print("\n".join(f"  {name:<34} {text}" for name, text in lines))
-        print("Files written")
-        print("\n".join(f"  {name:<34} {path}" for name, path in files), flush=True)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=on_hub)
-    if Version(transformers.__version__) >= Version("5.18.0"):  # older ones have no `end`
+        print("\n".join(f"  {name:<34} {text}" for name, text in lines), flush=True)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
+    if Version(transformers.__version__) >= Version("5.18.0"):  # ends trackers and the process group
         trainer.end()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """
-    Parse, build, train, finish; what the user can mend is told in one line, without a traceback.
+def train(arguments: list[str]) -> None:
+    """Train in this process, or in those that launch options or several GPUs ask for, as `trl grpo` does."""
+    with one_line_errors():
+        *parsed, options, on_line = parse(arguments)
+    if not options and torch.cuda.device_count() < 2:
+        main(*parsed)
+        return
+    rest = deque(on_line)  # in their order among the arguments
+    own = [argument for argument in arguments if not (rest and argument == rest[0] and rest.popleft())]
+    launch_command(launch_command_parser().parse_args(["--quiet", *options, "--module", MODULE, *own]))
 
-    Args:
-        arguments (`list[str]`, *optional*):
-            The command line after its command; that of the process if not given.
-    """
-    try:
-        script_args, training_args, model_args, mixture = parse(sys.argv[1:] if arguments is None else arguments)
-        trainer = make_trainer(script_args, training_args, model_args, mixture)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    finish(trainer, script_args)
+
+if __name__ == "__main__":
+    with one_line_errors():
+        parsed = parse_in_script()
+    main(*parsed)
