@@ -20,13 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP) ## train a tiny language model offline with a learning λ, two CPU cores, a few minutes
-	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 \
-		--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process 2 \
-		recipes/train.py --config recipes/configs/playground.yaml
+	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/python recipes/train.py --config recipes/configs/playground/demo.yaml \
+		--short_progress
 
 demo-vllm: $(STAMP) .vllm/.installed ## the demo with vLLM generating, in the training process and on a CPU
-	PYTHONPATH=.vllm $(BIN)/python -m recipes.playground.vllm_cpu --config recipes/configs/playground.yaml \
-		--use_vllm --vllm_mode colocate --output_dir runs/playground_vllm
+	PYTHONPATH=.vllm $(BIN)/python -m recipes.playground.vllm_cpu --config recipes/configs/playground/demo.yaml \
+		--use_vllm --vllm_mode colocate --short_progress --output_dir runs/playground_vllm
 
 test: lint ## lint and run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
