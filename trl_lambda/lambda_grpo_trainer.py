@@ -11,6 +11,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,14 @@ from .lambda_parameter import (
     Regression,
     Target,
 )
-from .metrics.completions_column import LengthWeightColumn
 from .metrics.dead_run import DeadRunWarning
-from .metrics.loss_metrics import Clip, LossMetrics, Tokens, lambda_metrics
+from .metrics.loss_metrics import LossMetrics, lambda_metrics
 from .model_card import card_tags, complete_card, paper_of
 from .trl_seam.contract import check_contract
 from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
 from .trl_seam.response_weights import ResponseWeights
 from .trl_seam.scoring import Scoring, own_tokens
-from .trl_seam.weighted_inputs import WeightedInputs, left_in_loss
+from .trl_seam.weighted_inputs import WeightedInputs
 from .weights import LengthWeight, TokenRows, TokenWeight, probabilities, weigh_tokens
 
 
@@ -107,14 +107,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
         statistics = [*(f.needs if f else ()), *(["rewards"] if args.drop_tied_groups else [])]
-        # A completion may hold tokens that the policy has not written; the same on every process.
-        with_turns = bool(getattr(self, "tools", None)) or getattr(self, "rollout_func", None) is not None
-        self._scoring = Scoring(self.accelerator, list(dict.fromkeys(statistics)), with_turns=with_turns)
+        self._scoring = Scoring(self.accelerator, list(dict.fromkeys(statistics)))
         self._lambda = self._make_lambda(args, f) if f is not None and f.has_lambda else None
         self._lambda_step = self._make_lambda_step(args, self._lambda) if self.lambda_is_learnable else None
-        self._lambda_file = LambdaFile(
-            self._lambda, self._settings(), is_needed=self._lambda is not None or bool(length_weight or token_weight)
-        )
+        self._lambda_file = LambdaFile(self._lambda, self._settings(), is_needed=self._is_weighted)
         self._response_weights = ResponseWeights(
             f,
             lambda: None if self._lambda is None else self._lambda.for_loss,
@@ -125,11 +121,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             loss_type=args.loss_type,
             reduction=self.loss_reduction,
         )
-        by_sign = self._response_weights.depends_on_sign
-        self._loss_metrics = LossMetrics(
-            v and v.bounds, by_sign=by_sign, with_turns=with_turns, with_ties=args.drop_tied_groups
-        )
-        self._completions_column = LengthWeightColumn()
+        self._loss_metrics = {"train": LossMetrics(), "eval": LossMetrics()}
         self._dead_run = DeadRunWarning()
 
     def _make_lambda(self, args: LambdaGRPOConfig, f: LengthWeight) -> LambdaParameter:
@@ -231,10 +223,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _observe(self, batch: GenerationBatch) -> None:
         """Show a new generation batch to the metrics and to what λ learns from."""
         self._observed = batch
-        self._loss_metrics.record_generation_batch(self._mode, batch)
-        if self.log_completions and self.length_weight is not None:
-            weights = self._response_weights.weights_of(batch, self.state.global_step)
-            self._completions_column.fill(self._logs["extra"], weights)
+        metrics = self._loss_metrics[self._mode]
+        metrics.defer(partial(metrics.add_generation_batch, batch))
         if self.model.training:
             logged = self._metrics["train"]
             self._dead_run.observe(logged)
@@ -290,21 +280,21 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if self.token_weight is not None:
             lengths = batch.lengths.flatten()[places].unsqueeze(1)
             entropies = None if entropies is None else entropies.detach()
-            tokens = TokenRows(probabilities(logps), advantages, entropies, old_logps, mask, lengths, step)
-            v = weigh_tokens(self.token_weight, tokens)  # (B, T)
+            rows = TokenRows(probabilities(logps), advantages, entropies, old_logps, mask, lengths, step)
+            v = weigh_tokens(self.token_weight, rows)  # (B, T)
             if self.args.token_weight_inside_clip:
                 inputs.scale_ratio(logps, v)
             else:
                 inputs.scale_advantages(v)
 
-        self._loss_metrics.record_length_weights(mode, f, batch, is_trls=factor is None)
+        metrics, f = self._loss_metrics[mode], f.detach()
+        metrics.defer(partial(metrics.add_masses, f, batch))
+        if factor is not None:
+            metrics.defer(partial(metrics.add_length_weights, f, batch, self._response_weights.depends_on_sign))
         if self.args.token_metrics:
-            logps = logps.detach()
-            left = left_in_loss(self, inputs, advantages, logps, mask)
-            clip = Clip.of(self)
-            self._loss_metrics.record_tokens(
-                mode, Tokens(batch, places, f.detach(), mask, left, logps, old_logps, advantages, v, clip)
-            )
+            bounds = self.token_weight and self.token_weight.bounds
+            tokens = (batch, places, f, advantages, logps.detach(), mask, v, bounds)
+            metrics.defer(partial(metrics.add_tokens, *tokens), mask.numel())
 
     # ---- 3. λ's parameter group and its step ----
 
@@ -356,14 +346,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def reduce_metrics(self, mode: str) -> None:
         """Reduce the weights' metrics since the last call over the processes, for TRL's next `log`."""
-        metrics = dict(self._loss_metrics.flush(mode, self.accelerator))
+        metrics = dict(self._loss_metrics[mode].flush(self.accelerator))
         if metrics and mode == "train" and self._lambda is not None:
             metrics |= lambda_metrics(self._lambda)
         self._metrics[mode] |= {name: [value] for name, value in metrics.items()}
-
-    def _log_completion_extra(self, column: str, values: list[Any]) -> None:
-        self._completions_column.record_column(column)
-        super()._log_completion_extra(column, values)
 
     # ---- 4. To disk and back ----
 
@@ -375,29 +361,29 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            home = "none" if self._lambda_step is None else self._lambda_step.home_of(self.optimizer)
             if self._lambda_step is not None:
                 self._lambda_step.save_own_optimizer(output_dir)
-            self._lambda_file.write(output_dir, self.state.global_step, home=home)
+            self._lambda_file.write(output_dir, self.state.global_step, home=self._lambda_home())
+
+    def _lambda_home(self) -> str:
+        """The optimizer that λ is in."""
+        step = self._lambda_step
+        return "no optimizer" if step is None else step.settle(self.optimizer, self.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         self._lambda_file.check(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
-        if checkpoint is None or self._lambda_step is None:
-            if checkpoint is not None:
-                self._lambda_file.load(checkpoint, home="none")
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        self._lambda_step.settle(self.optimizer, self.lr_scheduler)
-        self._lambda_file.load(checkpoint, self._lambda_step.home_of(self.optimizer))
+        if checkpoint is not None:
+            self._lambda_file.load(checkpoint, home=self._lambda_home())
         super()._load_optimizer_and_scheduler(checkpoint)
-        self._lambda_step.load_own_optimizer(checkpoint)
+        if checkpoint is not None and self._lambda_step is not None:
+            self._lambda_step.load_own_optimizer(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self._lambda is not None:
-            self._lambda_file.load_value(str(self.state.best_model_checkpoint))
+        self._lambda_file.load(str(self.state.best_model_checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: Any) -> None:
         if self.args.should_save:

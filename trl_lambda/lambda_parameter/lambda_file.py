@@ -12,7 +12,6 @@ import torch
 from .parameter import LambdaParameter
 
 LAMBDA_FILE = "lambda.json"
-OPTIMIZER_FILE = "lambda_optimizer.pt"  # of λ's own optimizer, where it has one
 Folder = str | os.PathLike[str]
 
 
@@ -21,8 +20,8 @@ def read_lambda_file(folder: Folder) -> dict[str, Any]:
     Read `lambda.json` from the folder of a checkpoint or a model.
 
     Returns:
-        `dict`: as written. `"lambda"` is λ, `None` without one; `"lambdas"` λ of every feature where there are
-        several; `"skipped"` a count; `"learnable"` whether λ was trained; `"settings"` the weights' settings.
+        `dict`: as written. `"lambda"` is λ, `None` without one; `"lambdas"` λ of every feature; `"skipped"` a count;
+        `"learnable"` whether λ was trained; `"settings"` the weights' settings.
 
     Raises:
         `ValueError`: the file is missing or damaged.
@@ -30,31 +29,29 @@ def read_lambda_file(folder: Folder) -> dict[str, Any]:
     path = Path(folder) / LAMBDA_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        values = [*(content.get("lambdas") or []), *([] if content["lambda"] is None else [content["lambda"]])]
-        if not torch.tensor(values, dtype=torch.float32).isfinite().all():
+        if not torch.tensor(content["lambdas"], dtype=torch.float32).isfinite().all():
             raise ValueError("λ is not a finite float32")
-        return {**content, "skipped": int(content["skipped"]), "settings": dict(content["settings"])}
-    except FileNotFoundError as error:
+        return content | {"skipped": int(content["skipped"]), "settings": dict(content["settings"])}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is missing: this folder was not written by LambdaGRPOTrainer. {_from_weights(folder)}"
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or the folder was not written by "
+            f"LambdaGRPOTrainer. {_from_weights(folder)}"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {_from_weights(folder)}") from error
 
 
 class LambdaFile:
     """
-    The files that a run's weights leave in its folders.
+    The file that a run's weights leave in its folders.
 
     Args:
         parameter ([`LambdaParameter`], *optional*): λ, if f has one.
         settings (`Mapping[str, Any]`): what the weights are, JSON values. A resumed run must have the same.
-        is_needed (`bool`): whether the weights leave a file: those with a λ and those of the user's own do.
+        is_needed (`bool`): whether there are weights at all.
     """
 
     def __init__(self, parameter: LambdaParameter | None, settings: Mapping[str, Any], *, is_needed: bool) -> None:
         self._parameter = parameter
-        self._settings = dict(settings)
+        self._settings = json.loads(json.dumps(settings))  # as they are read back
         self._is_needed = is_needed
 
     def write(self, folder: Folder, global_step: int, *, home: str | None = None) -> None:
@@ -64,38 +61,24 @@ class LambdaFile:
         Args:
             folder (`str`): an existing folder.
             global_step (`int`): optimizer steps so far.
-            home (`str`, *optional*): the optimizer that λ is in, where its state is beside the file; a run can only
+            home (`str`, *optional*): the optimizer that λ is in, where its state is beside the file. A run can only
                 be resumed from such a folder.
         """
         if not self._is_needed:
-            return
-        content: dict[str, Any] = {"format": 2, "lambda": None, "skipped": 0, "learnable": False}
+            return Path(folder, LAMBDA_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
+        content = {"lambda": None, "lambdas": [], "skipped": 0, "learnable": False, "learning_state": {}}
         if (parameter := self._parameter) is not None:
-            content |= {"lambda": parameter.value, "skipped": parameter.skipped, "learnable": parameter.learnable}
-            content |= {"lambdas": parameter.values} if len(parameter.values) > 1 else {}
-            content["learning_state"] = parameter.learning.state_dict()
+            content = {"lambda": parameter.value, "lambdas": parameter.values, "skipped": parameter.skipped}
+            content |= {"learnable": parameter.learnable, "learning_state": parameter.learning.state_dict()}
         content |= {"settings": self._settings, "global_step": global_step, "optimizer": home}
-        path = Path(folder) / LAMBDA_FILE
-        temporary = path.with_suffix(".json.tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary = Path(folder) / f"{LAMBDA_FILE}.tmp"
+        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, Path(folder) / LAMBDA_FILE)
 
     def copy_for_push(self, checkpoint: Folder, output_dir: Folder) -> None:
         """Copy the file to where TRL pushes from."""
-        source = Path(checkpoint) / LAMBDA_FILE
-        if self._is_needed and source.is_file():
-            shutil.copy(source, output_dir)
-
-    def load_value(self, folder: Folder) -> dict[str, Any]:
-        """Set λ to a folder's, without its optimizer, and return the file's content."""
-        content = read_lambda_file(folder)
-        if self._parameter is not None and content["lambda"] is not None:
-            self._parameter.load(content.get("lambdas") or [content["lambda"]], content["skipped"])
-        return content
+        if self._is_needed and (Path(checkpoint) / LAMBDA_FILE).is_file():
+            shutil.copy(Path(checkpoint) / LAMBDA_FILE, output_dir)
 
     def check(self, checkpoint: Folder) -> None:
         """
@@ -120,28 +103,30 @@ class LambdaFile:
                     f"{key}={mine!r}, but {checkpoint} was trained with {saved!r}. Resume with that one. "
                     f"{_from_weights(checkpoint, content['lambda'])}"
                 )
-        if self._parameter is not None and content["optimizer"] is None:
+        if content["optimizer"] is None:
             raise ValueError(
-                f"{checkpoint} holds a model and λ, and no optimizer state of λ: it is an output folder rather than a "
+                f"{checkpoint} holds a model and no optimizer state of λ: it is an output folder rather than a "
                 f"checkpoint, or one that was cut short. {_from_weights(checkpoint, content['lambda'])}"
             )
 
-    def load(self, checkpoint: Folder, home: str) -> None:
+    def load(self, folder: Folder, *, home: str | None = None) -> None:
         """
-        Set λ and the state of how it learns from a checkpoint that `check` has passed.
+        Set λ from a folder, and with `home`, the optimizer that λ is in now, how it learns too.
 
         Raises:
-            `ValueError`: λ is in another optimizer now.
+            `ValueError`: λ was in another optimizer.
         """
         if self._parameter is None:
             return
-        content = self.load_value(checkpoint)
-        if content["optimizer"] != home:
+        content = read_lambda_file(folder)
+        if home is not None and content["optimizer"] != home:
             raise ValueError(
-                f"λ is in {home} now, but in {checkpoint} it was in {content['optimizer']}. Resume with the optimizer "
-                f"and engine of that run. {_from_weights(checkpoint, content['lambda'])}"
+                f"λ is in {home} now, but in {folder} it was in {content['optimizer']}. Resume with the optimizer and "
+                f"engine of that run. {_from_weights(folder, content['lambda'])}"
             )
-        self._parameter.learning.load_state_dict(content["learning_state"])
+        self._parameter.load(content["lambdas"], content["skipped"])
+        if home is not None:
+            self._parameter.learning.load_state_dict(content["learning_state"])
 
 
 def _from_weights(folder: Folder, lam: float | None = None) -> str:

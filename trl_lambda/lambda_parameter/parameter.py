@@ -88,14 +88,12 @@ class LambdaParameter:
             learning_rate (`float`): `lambda_learning_rate`.
             defaults (`dict`): the optimizer's own options.
         """
-        group = {"params": [self.tensor], "name": GROUP_NAME, "weight_decay": 0.0}
-        group["lr"] = self.learning.learning_rate(learning_rate)
-        if isinstance(defaults.get("eps"), float):
-            group["eps"] = ADAM_EPS
+        options: dict[str, Any] = {"eps": ADAM_EPS}
         if not self.learning.has_momentum:
-            zeros: dict[str, Any] = {"betas": (0.0, 0.0), "momentum": 0.0, "nesterov": False}
-            group |= {name: zero for name, zero in zeros.items() if defaults.get(name)}
-        return group
+            options |= {"betas": (0.0, 0.0), "momentum": 0.0, "nesterov": False}
+        options = {name: value for name, value in options.items() if defaults.get(name)}
+        rate = self.learning.learning_rate(learning_rate)
+        return {"params": [self.tensor], "name": GROUP_NAME, "lr": rate, "weight_decay": 0.0, **options}
 
     def average_gradient(self, accelerator: Accelerator) -> None:
         """

@@ -5,19 +5,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers.training_args import OptimizerNames
 
-from .lambda_file import OPTIMIZER_FILE, Folder
+from .lambda_file import Folder
 from .parameter import LambdaParameter
 
+OPTIMIZER_FILE = "lambda_optimizer.pt"  # the state of λ's own optimizer, where it has one
 # Optimizers that update parameters outside a plain `step()` over groups of tensors, by a part of their name.
 _OWNING_OPTIMIZERS = ("galore", "lomo", "apollo", "layerwise", "schedule_free")
 
 
 class LambdaStep:
     """
-    Puts a learnable λ into exactly one optimizer that steps: the trainer's own, or one of its own where an engine or
-    the user owns the trainer's, or where the trainer's steps regardless of the gradient's size.
+    Puts a learnable λ into exactly one optimizer that steps: the trainer's own, or an AdamW of its own where an engine
+    or the user owns the trainer's, or where the trainer's steps regardless of the gradient's size.
 
     Where λ steps, three things hold, or an error says which does not: the gradient was clear when the first
     micro-batch began, it was averaged over the processes, and one optimizer that steps holds λ. That the generation
@@ -45,77 +47,55 @@ class LambdaStep:
         self._parameter = parameter
         self._learning_rate = learning_rate
         self._accelerator = accelerator
-        self._betas = betas
-        optim = OptimizerNames(optim)
-        self._is_fused = optim == OptimizerNames.ADAMW_TORCH_FUSED
-        self._has_no_place = is_sharded or any(name in optim.value for name in _OWNING_OPTIMIZERS)
+        self._options = {"betas": betas, "fused": OptimizerNames(optim) == OptimizerNames.ADAMW_TORCH_FUSED}
+        self._has_no_place = is_sharded or any(name in OptimizerNames(optim).value for name in _OWNING_OPTIMIZERS)
         self._own: torch.optim.Optimizer | None = None
         self._is_new_window = True
         self._is_averaged = False
-        self._factor = 1.0
-        if self._has_no_place and accelerator.mixed_precision == "fp16":
-            raise ValueError(
-                "fp16=True with a learnable λ in an optimizer of its own: nobody would unscale λ's gradient. Use "
-                "bf16=True, or lambda_learnable=False."
-            )
-
-    # ---- The optimizer ----
+        self._schedule_factor = 1.0
 
     def join(self, optimizer: Any) -> None:
         """Append λ's group to the optimizer that the trainer has just built, if that can take one."""
-        is_plain = isinstance(optimizer, torch.optim.Optimizer)
-        steps_by_gradient = is_plain and (
-            isinstance(optimizer.defaults.get("eps"), float) or isinstance(optimizer, torch.optim.SGD)
-        )
-        if self._has_no_place or not steps_by_gradient or self._parameter.is_in(optimizer):
+        if self._has_no_place or self._parameter.is_in(optimizer):
             return
-        optimizer.add_param_group(self._parameter.group(self._learning_rate, optimizer.defaults))
-        # Hooks of the optimizer rather than of the trainer: scripts remove callbacks.
-        optimizer.register_step_pre_hook(lambda *_: self._before_step())
-        optimizer.register_step_post_hook(lambda *_: self._after_step())
+        if isinstance(optimizer, torch.optim.SGD) or isinstance(optimizer.defaults.get("eps"), float):
+            optimizer.add_param_group(self._parameter.group(self._learning_rate, optimizer.defaults))
+            # Hooks of the optimizer rather than of the trainer: scripts remove callbacks.
+            optimizer.register_step_pre_hook(lambda *_: self._before_step())
+            optimizer.register_step_post_hook(lambda *_: self._after_step())
 
-    def settle(self, optimizer: Any, scheduler: Any) -> None:
+    def settle(self, optimizer: Any, scheduler: Any) -> str:
         """
-        Give λ an optimizer of its own where the trainer's does not hold it.
+        Give λ an optimizer of its own where the trainer's does not hold it, and say which holds it.
 
         Raises:
-            `ValueError`: the schedule has no factor that λ's learning rate could follow.
-            `RuntimeError`: the trainer's optimizer was replaced by one that λ is not in, or by one that it is in.
+            `ValueError`: nothing tells λ's learning rate or, in fp16, its gradient's scale.
+            `RuntimeError`: two optimizers hold λ.
         """
         while hasattr(optimizer, "optimizer"):  # inside the wrappers of accelerate or an engine
             optimizer = optimizer.optimizer
-        schedules = torch.optim.lr_scheduler
-        while not isinstance(scheduler, schedules.LRScheduler) and hasattr(scheduler, "scheduler"):
+        while not isinstance(scheduler, LambdaLR | ReduceLROnPlateau) and hasattr(scheduler, "scheduler"):
             scheduler = scheduler.scheduler
-        if not self._parameter.is_in(optimizer) and self._own is None:
-            options: dict[str, Any] = {"betas": self._betas, "eps": 1e-8, "fused": self._is_fused}
-            group = self._parameter.group(self._learning_rate, options)
-            self._own = torch.optim.AdamW([group], betas=self._betas, fused=self._is_fused)
-        elif self._parameter.is_in(optimizer) and self._own is not None:
+        is_in_trainers = self._parameter.is_in(optimizer)
+        if is_in_trainers and self._own is not None:
             raise RuntimeError("λ is in two optimizers: the trainer's was replaced. Build a new trainer instead.")
-        allowed = (schedules.LambdaLR,) if self._own else (schedules.LambdaLR, schedules.ReduceLROnPlateau)
-        if not isinstance(scheduler, allowed):
+        if not is_in_trainers and self._own is None:
+            if self._accelerator.mixed_precision == "fp16":
+                raise ValueError("fp16=True leaves λ's gradient scaled in an optimizer of its own: use bf16=True.")
+            group = self._parameter.group(self._learning_rate, {"eps": 1e-8, **self._options})
+            self._own = torch.optim.AdamW([group], **self._options)
+        if isinstance(scheduler, LambdaLR):
+            self._schedule_factor = float(scheduler.lr_lambdas[0](scheduler.last_epoch))
+        elif not (is_in_trainers and isinstance(scheduler, ReduceLROnPlateau)):
             raise ValueError(
-                f"λ's learning rate cannot follow {type(scheduler).__name__}. Use an lr_scheduler_type of "
-                "transformers' (a LambdaLR), or lambda_learnable=False."
+                f"λ's learning rate cannot follow {type(scheduler).__name__}. Use an lr_scheduler_type that makes a "
+                "LambdaLR, or lambda_learnable=False."
             )
-        if isinstance(scheduler, schedules.LambdaLR):
-            self._factor = float(scheduler.lr_lambdas[0](scheduler.last_epoch))
-
-    def home_of(self, optimizer: Any) -> str:
-        """The optimizer that λ is in, for `lambda.json`."""
-        while hasattr(optimizer, "optimizer"):
-            optimizer = optimizer.optimizer
-        if self._parameter.is_in(optimizer):
-            return f"the trainer's {type(optimizer).__name__}"
-        return "an AdamW of its own"
-
-    # ---- One optimizer step ----
+        return f"the trainer's {type(optimizer).__name__}" if is_in_trainers else "an AdamW of its own"
 
     def begin_training(self) -> None:
-        """Forget a window that an exception cut short, with its gradient."""
+        """Forget an accumulation window that an exception cut short, with its gradient."""
         self._is_new_window, self._is_averaged = True, False
-        self._parameter.tensor.grad = None
 
     def before_micro_batch(self, optimizer: Any, scheduler: Any) -> None:
         """Begin an accumulation window with a clear gradient. An engine may advance its schedule inside backward."""
@@ -134,9 +114,8 @@ class LambdaStep:
         self._parameter.average_gradient(self._accelerator)
         self._is_new_window = self._is_averaged = True
         if self._own is not None:
-            self._own.param_groups[0]["lr"] = self._factor * self._parameter.learning.learning_rate(
-                self._learning_rate
-            )
+            rate = self._parameter.learning.learning_rate(self._learning_rate)
+            self._own.param_groups[0]["lr"] = self._schedule_factor * rate
             self._before_step()
             self._own.step()
             self._after_step()
@@ -153,18 +132,13 @@ class LambdaStep:
         self._is_averaged = False
         self._parameter.finish_step()
 
-    # ---- Its own optimizer on disk ----
-
     def save_own_optimizer(self, folder: Folder) -> None:
         """Save the state of λ's own optimizer, if it has one. Call it on one process."""
         if self._own is not None:
             torch.save(self._own.state_dict(), Path(folder) / OPTIMIZER_FILE)
 
     def load_own_optimizer(self, folder: Folder) -> None:
-        """Load the state of λ's own optimizer, if it has one; a `ValueError` if the file is missing."""
-        if self._own is None:
-            return
-        path = Path(folder) / OPTIMIZER_FILE
-        if not path.is_file():
-            raise ValueError(f"{path} is missing: the checkpoint has the model's optimizer state and not λ's.")
-        self._own.load_state_dict(torch.load(path, map_location=self._parameter.tensor.device, weights_only=True))
+        """Load the state of λ's own optimizer, if it has one."""
+        if self._own is not None:
+            device = self._parameter.tensor.device
+            self._own.load_state_dict(torch.load(Path(folder) / OPTIMIZER_FILE, device, weights_only=True))
