@@ -59,9 +59,11 @@ class ResponseWeights:
         """f, (P, G); with TRL's own reduction, the weight that it amounts to."""
         if self._is_fixed and self._last is not None and self._last[0] is batch:
             return self._last[1]
-        rows = self._rows(batch, step)
+        rows, dtype = self._rows(batch, step), torch.float32 if batch.advantages is None else batch.advantages.dtype
         live = groups_with_signal(rows.statistic("rewards")) if self._drops_tied else None
-        weights = weigh_responses(self._member, rows, self._lam(), positive_weight=self._positive_weight, live=live)
+        weights = weigh_responses(
+            self._member, rows, self._lam(), positive_weight=self._positive_weight, live=live, dtype=dtype
+        )
         self._last = (batch, weights)
         return weights
 
@@ -73,7 +75,7 @@ class ResponseWeights:
             ).flatten()
         if self._positive_weight == 1:
             return None
-        plain = weigh_responses(self._member, self._rows(batch, step), None)
+        plain = weigh_responses(self._member, self._rows(batch, step), None, dtype=weights.dtype)
         return (weights / plain.masked_fill(plain == 0, 1)).flatten()
 
     def _rows(self, batch: GenerationBatch, step: int) -> ResponseRows:

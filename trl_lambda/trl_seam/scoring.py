@@ -31,18 +31,6 @@ def own_tokens(inputs: Mapping[str, Any]) -> Tensor:
     return mask if tool_mask is None else mask * tool_mask
 
 
-def count_turns(own: Tensor) -> Tensor:
-    """
-    Turns of each conversation, long, (B,): maximal runs of own tokens in their mask, (B, T), 0 on padding.
-
-    Empty turns are not counted, and two turns with nothing between them are one.
-    """
-    own = own.bool()
-    begins = own.clone()
-    begins[:, 1:] &= ~own[:, :-1]
-    return begins.sum(dim=1)
-
-
 class Scoring:
     """
     The generation batches as they are scored.
@@ -50,13 +38,11 @@ class Scoring:
     Args:
         accelerator (`Accelerator`): gathers over the processes.
         statistics (`Sequence[str]`): what the weights ask for beside length and advantage.
-        with_turns (`bool`): whether conversations may have several turns, the same on every process.
     """
 
-    def __init__(self, accelerator: Accelerator, statistics: Sequence[str], *, with_turns: bool) -> None:
+    def __init__(self, accelerator: Accelerator, statistics: Sequence[str]) -> None:
         self._accelerator = accelerator
         self._statistics = tuple(statistics)
-        self._with_turns = with_turns
         self.calls = 0  # how often rows were scored
         self._rewards: Tensor | None = None
         self.batches: dict[str, GenerationBatch] = {}  # the newest one of "train" and of "eval"
@@ -124,7 +110,7 @@ class Scoring:
         self, mode: str, micro_batches: Sequence[Mapping[str, Any]], group_size: int, *, in_order: bool
     ) -> GenerationBatch:
         """
-        Gather lengths, advantages, statistics and turns of all processes' rows, in one collective.
+        Gather lengths, advantages and statistics of all processes' rows, in one collective.
 
         Args:
             mode (`str`): `"train"` or `"eval"`.
@@ -153,21 +139,20 @@ class Scoring:
             gathered, group_size = gathered[order], _size_of_groups(numbers, group_size)
         lengths, *others = gathered.view(-1, group_size, gathered.size(1)).unbind(dim=-1)
         advantages = others.pop(0).contiguous() if per_row else None
-        turns = others.pop().to(torch.int32) if self._with_turns else None
         batch = GenerationBatch(
             numbers,
             lengths.to(torch.int32),
             micro_batches[0]["num_items_in_batch"].double() if lengths.device.type != "mps" else lengths.sum(),
             advantages,
             dict(zip(self._statistics, others, strict=True)),
-            turns,
         )
         self.batches[mode] = batch
         self.is_pending = False
         return batch
 
     def _columns(self, batch: Mapping[str, Any], per_row: bool) -> Tensor:
-        """What is gathered of each row, float32, (B, columns). float32 holds a length exactly up to 2^24 tokens."""
+        """What is gathered of each row, (B, columns), float32 or the advantages' wider dtype: exact to 2^24 tokens."""
+        dtype = torch.promote_types(torch.float32, batch["advantages"].dtype)
         own = own_tokens(batch)
         columns = [own.sum(dim=1)]
         if per_row:
@@ -179,10 +164,8 @@ class Scoring:
                 columns.append(batch[REWARDS_KEY])
             else:
                 assert logps is not None
-                columns.append(score_statistic(name, logps.float(), batch.get(ENTROPIES_KEY), own))
-        if self._with_turns:
-            columns.append(count_turns(own))
-        return torch.stack([column.float() for column in columns], dim=1)
+                columns.append(score_statistic(name, logps.to(dtype), batch.get(ENTROPIES_KEY), own))
+        return torch.stack([column.to(dtype) for column in columns], dim=1)
 
     def places_of(self, inputs: Mapping[str, Any], mode: str) -> tuple[GenerationBatch, Tensor]:
         """

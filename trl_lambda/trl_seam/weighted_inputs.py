@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import Tensor
-from trl import GRPOTrainer
 
 
 class WeightedInputs(dict[str, Any]):
@@ -87,24 +86,3 @@ class WeightedInputs(dict[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         self._note(key)
         return super().get(key, default)
-
-
-def left_in_loss(
-    trainer: GRPOTrainer, inputs: WeightedInputs, advantages: Tensor, logps: Tensor, mask: Tensor
-) -> Tensor:
-    """
-    Own tokens that TRL's vLLM correction and off-policy mask leave in the loss, (B, T).
-
-    Unweighted advantages are (B, 1) or (B, T), log-probabilities and the mask of own tokens (B, T).
-    """
-    left = mask
-    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
-        kept = inputs.peek("importance_sampling_ratio") != 0  # (B, T) or (B, 1); 0 is what both mask modes write
-        if trainer.loss_type == "vespo":  # takes the product over the row: one masked token takes the row out
-            kept = (kept | ~mask.bool()).all(dim=1, keepdim=True)
-        left = left * kept
-    if (threshold := trainer.off_policy_mask_threshold) is not None:
-        known = (inputs.peek(key) for key in ("sampling_per_token_logps", "old_per_token_logps"))
-        sampled = next((values for values in known if values is not None), logps)
-        left = left * trainer.get_off_policy_mask(advantages, logps, sampled, mask, threshold)
-    return left
