@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from recipes.studies.arena.analysis import report
 from recipes.studies.arena.analysis.comparisons import Arena, Comparison, compare_all
-from recipes.studies.arena.analysis.curves import draw_curves, draw_lambda_paths, smooth
+from recipes.studies.arena.analysis.curves import draw_curves, draw_lambda_paths
 from recipes.studies.arena.analysis.forest import draw_forest, draw_lengths
 from recipes.studies.arena.analysis.runs import paired_differences, read_runs
-from recipes.studies.arena.analysis.tables import difference_cell, make_tables, mean_and_error, replace_tables
-from recipes.studies.shared.arms import ARMS, BASELINES
+from recipes.studies.arena.analysis.tables import difference_cell, make_tables
+from recipes.studies.shared.arms import BASELINES
+from recipes.studies.shared.markdown import mean_and_error, replace_tables
 from recipes.studies.shared.paired_statistics import (
     bootstrap_interval,
     holm,
@@ -95,15 +95,6 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("probability", "df", "printed"),
-    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.995, 5, 4.032), (0.95, 10, 1.812), (0.975, 11, 2.201),
-     (0.9995, 11, 4.437), (0.975, 30, 2.042), (0.025, 11, -2.201)],
-)  # fmt: skip
-def test_quantiles_of_student_as_in_printed_tables(probability, df, printed):
-    assert student_quantile(probability, df) == pytest.approx(printed, abs=5e-4)
-
-
-@pytest.mark.parametrize(
     ("draw", "mean", "low", "high"),
     [
         (lambda rng, size: rng.normal(size=size), 0.0, 0.937, 0.965),
@@ -126,106 +117,36 @@ def test_the_interval_of_twelve_covers_the_mean(draw, mean, low, high):
     assert percentile / 2000 < 0.925 and percentile < covered
 
 
-def test_the_interval_falls_back_to_students():
+def test_intervals_fall_back_to_students_by_hand():
     by_hand = 4.302653 / math.sqrt(3)
     assert bootstrap_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - by_hand, 2 + by_hand), abs=1e-5)
-    seven = np.array([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 10.0])
-    by_hand = 2.446912 * seven.std(ddof=1) / math.sqrt(7)
-    assert bootstrap_interval(seven) == pytest.approx((1 - by_hand, 1 + by_hand), abs=1e-5)
     assert bootstrap_interval([0.25] * 12) == (0.25, 0.25)
     mostly_equal = [0.0] * 11 + [1.0]  # a third of the resamples have no spread
     by_hand = 2.200985 / 12
     assert bootstrap_interval(mostly_equal) == pytest.approx((1 / 12 - by_hand, 1 / 12 + by_hand), abs=1e-5)
+    for probability, df, printed in ((0.975, 1, 12.706), (0.975, 11, 2.201), (0.9995, 11, 4.437), (0.025, 11, -2.201)):
+        assert student_quantile(probability, df) == pytest.approx(printed, abs=5e-4)
+    for test in (bootstrap_interval, paired_t_p, sign_flip_p):
+        for differences in ([], [1.0, math.nan], [[1.0, 2.0]]):
+            with pytest.raises(ValueError, match="finite numbers in one dimension"):
+                test(differences)
 
 
-def test_the_interval_leans_to_the_long_tail_and_grows_with_confidence():
-    skewed = np.random.default_rng(0).exponential(size=12)
-    low, high = bootstrap_interval(skewed)
-    assert high - skewed.mean() > 1.2 * (skewed.mean() - low) > 0
-    wide = bootstrap_interval(skewed, confidence=0.99)
-    assert wide[0] < low and wide[1] > high
-    assert bootstrap_interval(-skewed) == pytest.approx((-high, -low), rel=0.05)
-
-
-@pytest.mark.parametrize("test", [bootstrap_interval, paired_t_p, sign_flip_p])
-@pytest.mark.parametrize("differences", [[], [1.0, math.nan], [1.0, math.inf], [[1.0, 2.0]]])
-def test_differences_that_are_none_raise(test, differences):
-    with pytest.raises(ValueError, match="finite numbers in one dimension"):
-        test(differences)
-
-
-def test_sign_flips_by_hand():
-    """Of the sums ±1 ± 2 ± 3 two are at least 6 from zero, six at least 2, all eight at least 0."""
-    assert sign_flip_p([1, 2, 3]) == 2 / 8
-    assert sign_flip_p([1, -2, 3]) == 6 / 8
-    assert sign_flip_p([-1, -2, 3]) == 1
-    assert sign_flip_p([0, 0, 0]) == 1
+def test_p_values_by_hand():
+    # Of the sums ±1 ± 2 ± 3 two are at least 6 from zero, six at least 2, all eight at least 0.
+    assert [sign_flip_p(x) for x in ([1, 2, 3], [1, -2, 3], [-1, -2, 3], [0, 0, 0])] == [2 / 8, 6 / 8, 1, 1]
     for unit in (0.1, 1 / 7, 1e-9):  # 3 + 6 - 2 - 1 is as far from zero as -3 + 6 + 2 + 1, whatever they round to
         assert sign_flip_p(unit * np.array([3, 6, -2, -1])) == 10 / 16
-    # Means of 1600 rewards: the differences -4, -12, 3, 9 and 4 add up to 0, and in floating point not quite.
-    shares = np.array([11, 12, 4, 16, 27]) / 1600 - np.array([15, 24, 1, 7, 23]) / 1600
-    assert shares.sum() != 0 and sign_flip_p(shares) == 1
-
-
-def test_beyond_fourteen_random_flips_stand_in_for_all():
-    values = np.random.default_rng(0).normal(size=15)
-    values += 0.4 * values.std() - values.mean()
-    sums = [abs(np.dot(signs, values)) for signs in itertools.product((-1, 1), repeat=15)]
-    exact = np.mean(np.array(sums) >= abs(values.sum()) - 1e-9)
-    assert 0.02 < exact < 0.5 and sign_flip_p(values) == pytest.approx(exact, abs=0.01)
-    assert 0 < sign_flip_p(np.ones(40)) == 2 / 20001  # one pattern at either end
-
-
-def test_students_p_by_hand():
-    """t = 2√3 with two degrees of freedom, where P(|T| ≥ t) = 1 - t/√(2 + t²)."""
-    assert paired_t_p([1, 2, 3]) == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-12)
-    assert paired_t_p([-1, -2, -3]) == paired_t_p([1, 2, 3])
-    assert paired_t_p([0.0] * 12) == 1
-    assert paired_t_p([0.5] * 4) == 2 / 16  # no spread: what four signs can say
-
-
-def test_holm_by_hand():
-    """Sorted 0.005·4, 0.01·3, 0.03·2, 0.04·1 = 0.02, 0.03, 0.06, 0.04: the last is raised to the one before."""
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
-    with pytest.raises(ValueError, match="p must be in"):
-        holm([0.1, math.nan])
-
-
-def test_sign_flips_of_twelve_seeds_cannot_pass_holm():
-    """Why Holm is given Student's p."""
-    family = len(BASELINES) * (len(ARMS) - len(BASELINES)) + math.comb(len(BASELINES), 2)
-    assert family > 100 and holm([sign_flip_p(np.arange(1.0, 13.0))] * family)[0] > 0.05
-
-
-def test_arms_that_are_all_alike_are_rarely_told_apart():
-    """At most 5 % of families; 200 of them have a standard error of 1.5 %."""
-    rng = np.random.default_rng(4)
-    pairs = [(arm, baseline) for baseline in range(7) for arm in range(baseline + 1, 23)]
-    wrong = 0
-    for _ in range(200):
-        arms = rng.normal(size=(23, 12)) + rng.normal(size=12)
-        p_values = [paired_t_p(arms[a] - arms[b]) for a, b in pairs]
-        wrong += min(holm(p_values)) < 0.05
-    assert wrong / 200 < 0.09
-
-
-@pytest.mark.parametrize(("effect", "needed"), [(0.5, 34), (0.8, 15)])
-def test_resolvable_differences_as_in_cohens_tables(effect, needed):
-    """The n at which a two-sided paired test at 0.05 has a power of 0.8."""
-    assert resolvable_difference(1, needed) <= effect < resolvable_difference(1, needed - 1)
-    assert resolvable_difference(3, needed) == pytest.approx(3 * resolvable_difference(1, needed))
-
-
-def test_a_resolvable_difference_is_resolved_four_times_of_five():
-    alpha = 0.05 / 133
-    difference = resolvable_difference(2.0, 12, alpha=alpha)
-    samples = np.random.default_rng(0).normal(difference, 2.0, size=(10000, 12))
-    t = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / math.sqrt(12))
-    assert np.mean(np.abs(t) > student_quantile(1 - alpha / 2, 11)) == pytest.approx(0.8, abs=0.015)
-    with pytest.raises(ValueError, match="n ≥ 2"):
-        resolvable_difference(1.0, 1)
+    assert sign_flip_p(np.ones(40)) == 2 / 20001  # random flips, of which one pattern is at either end
+    # t = 2√3 with two degrees of freedom, where P(|T| ≥ t) = 1 - t/√(2 + t²).
+    assert paired_t_p([1, 2, 3]) == paired_t_p([-1, -2, -3]) == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-12)
+    assert paired_t_p([0.0] * 12) == 1 and paired_t_p([0.5] * 4) == 2 / 16  # no spread: what four signs can say
+    # Sorted 0.005·4, 0.01·3, 0.03·2, 0.04·1 = 0.02, 0.03, 0.06, 0.04: the last is raised to the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]) and holm([0.6, 0.9]) == [1, 1]
+    # Why Holm is given Student's p: sign flips of twelve seeds cannot pass it.
+    assert holm([sign_flip_p(np.arange(1.0, 13.0))] * 133)[0] > 0.05
+    for effect, needed in ((0.5, 34), (0.8, 15)):  # Cohen's tables: power 0.8, two-sided 0.05
+        assert resolvable_difference(1, needed) <= effect < resolvable_difference(1, needed - 1)
 
 
 def test_pairs_are_of_one_seed(tmp_path):
@@ -246,16 +167,6 @@ def test_pairs_are_of_one_seed(tmp_path):
     assert comparison.p == pytest.approx(paired_t_p([0.0, 0.04, 0.09])) and comparison.p_sign_flip == 0.5
 
 
-def test_every_arm_meets_every_baseline_once(tmp_path):
-    rows = make_rows(tasks=TASKS[:1], seeds=range(3))
-    found = compare_all(read_runs(write_rows(rows, tmp_path))["main", "running_sum"], "auc")
-    others = [arm for arm in STUDIED if arm not in BASELINES]
-    expected = {(arm, baseline) for arm in others for baseline in ("dapo", "grpo", "bnpo")}
-    assert set(found) == expected | {("grpo", "dapo"), ("bnpo", "dapo"), ("bnpo", "grpo")}
-    p_values = [comparison.p for comparison in found.values()]
-    assert [comparison.p_holm for comparison in found.values()] == holm(p_values)
-
-
 def test_rows_that_do_not_belong_together_raise(tmp_path):
     rows = make_rows(tasks=TASKS[:1], seeds=range(2))
     with pytest.raises(ValueError, match="tr has seed 1 twice"):
@@ -264,25 +175,6 @@ def test_rows_that_do_not_belong_together_raise(tmp_path):
         read_runs(write_rows([{**rows[0], "learning_rate": "0.001", "seed": 5}, *rows], tmp_path))
     with pytest.raises(ValueError, match="lacks the columns .'auc'"):
         read_runs(write_rows([{k: v for k, v in row.items() if k != "auc"} for row in rows], tmp_path))
-
-
-def test_a_row_that_is_still_being_written_is_not_read(tmp_path):
-    path = write_rows(make_rows(tasks=TASKS[:1], seeds=range(2)), tmp_path)
-    whole = path.read_text(encoding="utf-8")
-    path.write_text(whole[: whole.rstrip("\n").rfind("\n") + 60], encoding="utf-8")
-    group = read_runs(path)["main", "running_sum"]
-    assert sorted(group["dapo"]) == [0, 1] and sorted(group[STUDIED[-1]]) == [0]
-
-
-def test_tables_are_replaced_and_replaced_again():
-    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: two -->\n<!-- end -->\n<!-- table: x -->\nkept\n"
-    tables = {"one": "| \\1 |", "two": "2", "three": "3"}
-    once = replace_tables(page, tables)
-    assert once == page.replace("old", "| \\1 |").replace("two -->\n", "two -->\n2\n")
-    assert replace_tables(once, tables) == once
-    with pytest.raises(ValueError, match="table: one --> is not closed"):
-        replace_tables("<!-- table: one -->\n<!-- table: two -->\n<!-- end -->\n", {"one": "1"})
-    assert replace_tables("no marker", {"one": "1"}) == "no marker"
 
 
 def test_the_planted_effect_is_found_and_no_other_arm(written):
@@ -300,20 +192,6 @@ def test_the_planted_effect_is_found_and_no_other_arm(written):
         low, difference, high, sd = (float(row[name]) for name in ("low", "difference", "high", "sd"))
         assert sd < 0.01 and abs(difference - PLANTED[row["task"]]) < 0.005  # what the seed shares, 0.05, is gone
         assert difference - 2 * sd < low < difference < high < difference + 2 * sd
-
-
-def test_both_files_hold_what_the_runs_say(written):
-    runs = read_rows(written / "results" / "runs.csv")
-    summary = read_rows(written / "results" / "summary.csv")
-    assert len(summary) == len(TASKS) * len(STUDIED)
-    line = next(row for row in summary if (row["task"], row["arm"]) == ("slippery_chain", "softmax"))
-    own = [row for row in runs if (row["task"], row["arm"]) == ("slippery_chain", "softmax")]
-    assert (line["study"], line["n"], line["learning_rate"]) == ("main", "12", "0.0003")
-    for name in ("auc", "lambda_100", "mean_length_wrong", "grad_norm_mean"):
-        values = [float(row[name]) for row in own]
-        assert float(line[f"{name}_mean"]) == pytest.approx(np.mean(values), rel=1e-5)
-        assert float(line[f"{name}_sd"]) == pytest.approx(np.std(values, ddof=1), rel=1e-5)
-    assert line["token_weight_mean_mean"] == line["token_weight_mean_sd"] == ""
 
 
 def test_the_page_gets_its_tables(written):
@@ -335,13 +213,6 @@ def test_the_page_gets_its_tables(written):
     assert (pairs, n) == ("15", "12") and 0.9 < float(sd) < 2  # √2 points planted
     assert float(at_once) == pytest.approx(resolvable_difference(float(sd), 12), rel=0.01)
     assert float(strictest) == pytest.approx(resolvable_difference(float(sd), 12, alpha=0.05 / 15), rel=0.01)
-
-
-@pytest.mark.parametrize("name", ["accuracy_curves", "lambda_paths", "forest", "lengths"])
-def test_figures_are_written(written, name):
-    with Image.open(written / "results" / f"{name}.png") as image:
-        pixels = np.asarray(image.convert("L"))
-    assert min(pixels.shape) > 400 and 0.01 < (pixels < 200).mean() < 0.5
 
 
 def test_figures_show_the_numbers(written):
@@ -376,14 +247,17 @@ def test_the_legend_lies_inside_the_figure_and_covers_no_panel(tmp_path, draw, t
     assert all(box.y0 >= axes.title.get_window_extent().y1 for axes in figure.axes)
 
 
-def test_an_arm_that_collapses_does_not_squeeze_the_others(tmp_path):
-    rows = make_rows(tasks=TASKS[:1])
-    for row in rows:
-        if row["arm"] == "bnpo":
-            row["auc"] -= 2.0
-    panel = draw_forest(Arena.read(write_rows(rows, tmp_path)), "main").axes[0]
-    assert -20 < panel.get_xlim()[0] < -2 and 3 < panel.get_xlim()[1] < 20
-    assert any(text.get_text().startswith("-20") for text in panel.texts)
+def test_cells_and_markers():
+    found = Comparison("tr", "dapo", 12, 0.0123, 0.01, 0.002, 0.024, p=0.001, p_sign_flip=0.001, p_holm=0.06)
+    assert difference_cell(found, 12, 100, 1) == "+1.2 [+0.2, +2.4]"
+    assert difference_cell(replace(found, p_holm=0.04), 13, 100, 1) == "+1.2 [+0.2, +2.4] * (n = 12)"
+    assert difference_cell(Comparison("tr", "dapo", 1, -0.0123), 1, 100, 1) == "-1.2 (1 seed)"
+    assert mean_and_error(np.array([0.01, 0.02, 0.03]), 100, 3) == "2.000 ± 0.577"
+    page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: x -->\nkept\n"
+    once = replace_tables(page, {"one": "| \\1 |", "two": "2"})
+    assert once == page.replace("old", "| \\1 |") == replace_tables(once, {"one": "| \\1 |"})
+    with pytest.raises(ValueError, match="table: one --> is not closed"):
+        replace_tables("<!-- table: one -->\n<!-- table: two -->\n<!-- end -->\n", {"one": "1"})
 
 
 def test_a_part_of_the_runs_will_do(tmp_path, capsys):
@@ -405,39 +279,8 @@ def test_a_part_of_the_runs_will_do(tmp_path, capsys):
     assert accuracy[3] == "slippery_chain" and accuracy[4].count("| – |") >= 2
     assert accuracy[5] == "running_sum (study one_step)"
     assert capsys.readouterr().out.count(".png") == 7
-
-
-def test_the_star_is_for_the_adjusted_p():
-    found = Comparison("tr", "dapo", 12, 0.0123, 0.01, 0.002, 0.024, p=0.001, p_sign_flip=0.001, p_holm=0.06)
-    assert difference_cell(found, 12, 100, 1) == "+1.2 [+0.2, +2.4]"
-    assert difference_cell(replace(found, p_holm=0.04), 12, 100, 1) == "+1.2 [+0.2, +2.4] *"
-    assert difference_cell(Comparison("tr", "dapo", 1, -0.0123), 1, 100, 1) == "-1.2 (1 seed)"
-    assert difference_cell(None, 12, 100, 1) == "–"
-
-
-def test_standard_errors_by_hand():
-    assert mean_and_error(np.array([0.01, 0.02, 0.03]), 100, 3) == "2.000 ± 0.577"
-    assert mean_and_error(np.array([0.5]), 1, 1) == "0.5" and mean_and_error(np.array([]), 1, 1) == "–"
-
-
-def test_a_difference_over_fewer_seeds_says_so(tmp_path):
-    rows = make_rows(tasks=TASKS[:1])
-    rows = [row for row in rows if row["arm"] != "dapo" or row["seed"] < 9]
-    table = make_tables(Arena.read(write_rows(rows, tmp_path)))["accuracy"]
-    assert all("(n = 9)" in line for line in table.splitlines() if line.startswith("| `") and "`dapo`" not in line)
-
-
-def test_without_runs_the_command_says_why(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 1
     assert "runs.csv" in capsys.readouterr().err
-    path = write_rows(make_rows(tasks=TASKS[:1], seeds=[0]), tmp_path)
-    path.write_text(path.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
-    assert report.main(["--results", str(tmp_path)]) == 1
-    assert "has no run" in capsys.readouterr().err
-
-
-def test_smoothing_by_hand():
-    assert smooth(np.array([0.0, 3.0, 6.0, 0.0])) == pytest.approx([1.5, 3, 3, 3])
 
 
 def test_the_committed_page_shows_the_committed_runs():

@@ -1,7 +1,6 @@
 """The arena's second round: its plan, its controls, and how its questions are decided."""
 
 import csv
-import itertools
 import json
 
 import numpy as np
@@ -12,27 +11,21 @@ from recipes.studies.arena import planned, preference_tuning
 from recipes.studies.arena.analysis import planned as page_of
 from recipes.studies.arena.analysis.questions import CLAIMS, FAMILY, IDLE, MATTERS, answer, budget, verdict
 from recipes.studies.arena.analysis.runs import METRICS, Run, read_runs
-from recipes.studies.arena.analysis.tables import replace_tables
-from recipes.studies.arena.held_power import HeldPower, held_positive3
-from recipes.studies.arena.study import KEY
-from recipes.studies.shared.arms import ARMS, CONTROLS, find_arm
+from recipes.studies.arena.held_power import held_positive3
+from recipes.studies.shared.arms import find_arm
 from recipes.studies.shared.ledger import Ledger
-from trl_lambda.weights import weigh_responses
+from recipes.studies.shared.markdown import replace_tables
+from recipes.studies.shared.workers import KEY
+from trl_lambda.weights import ResponseRows, weigh_responses
 from trl_lambda.weights.length_weight import Power
 
 SEEDS = range(400, 412)
 
 
-def test_test_seeds_are_new_and_no_tuning_seed_is_among_them():
-    tuning = {spec.seed for spec in planned.rate_specs()}
-    test = {spec.seed for part in planned.PARTS.values() for spec in part.specs()}
-    assert min(test) >= 400 and tuning.isdisjoint(test)
-    assert {spec.split for part in planned.PARTS.values() for spec in part.specs()} == {"test"}
-    assert {spec.split for spec in planned.rate_specs()} == {"validation"}
-
-
-def test_no_run_is_planned_twice_and_every_claim_has_its_runs():
-    specs = [spec for part in planned.PARTS.values() for spec in part.specs()]
+def test_no_run_is_planned_twice_and_every_claim_has_its_runs_on_new_seeds():
+    specs, tuning = [spec for part in planned.PARTS.values() for spec in part.specs()], planned.rate_specs()
+    assert min(spec.seed for spec in specs) >= 400 > max(spec.seed for spec in tuning)
+    assert {spec.split for spec in specs} == {"test"} and {spec.split for spec in tuning} == {"validation"}
     assert len(specs) == len({tuple(vars(spec).values()) for spec in specs})
     cells = {(spec.study, spec.task, spec.arm) for spec in specs}
     for claim in CLAIMS:
@@ -49,33 +42,22 @@ def test_family_sizes_are_those_of_the_plan():
     assert sizes == {"H1": 4, "beside H1": 16, "H3b": 8, "H4": 8}
 
 
-def test_controls_have_names_and_options_of_their_own():
-    assert not set(ARMS) & set(CONTROLS)
-    keys = [str(find_arm(name).key) for name in (*ARMS, *CONTROLS)]
-    assert len(set(keys)) == len(keys)
-    with pytest.raises(KeyError):
-        find_arm("no such arm")
-
-
 def test_the_held_control_keeps_the_balance_and_the_order():
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 40, (6, 8), generator=generator)
+    lengths = torch.randint(1, 40, (6, 8), generator=generator).double()
     lengths[0, 0] = 0
     advantages = torch.randn(6, 8, generator=generator)
     advantages[5] = 0  # a group without a signal
-    features = {name: -torch.rand(6, 8, generator=generator) for name in ("mean_logp", "min_logp")}
-    lam = torch.tensor([0.7, -0.5, 1.1])
-    held, power = (
-        weigh_responses(member, lengths, lam, advantages=advantages, features=features)
-        for member in (held_positive3, Power("positive", held_positive3.features))
-    )
+    statistics = {name: -torch.rand(6, 8, generator=generator).double() for name in ("mean_logp", "min_logp")}
+    rows = ResponseRows(lengths, lengths.sum(), advantages=advantages.double(), statistics=statistics)
+    members = (held_positive3, Power("positive", held_positive3.features))
+    held, power = (weigh_responses(member, rows, torch.tensor([0.7, -0.5, 1.1])) for member in members)
     right = (advantages > 0) & (lengths > 0)
     for group in range(5):
         assert held[group][right[group]].mean().item() == pytest.approx(1, abs=1e-6)
         ratio = held[group][right[group]] / power[group][right[group]]
         assert (ratio / ratio[0] - 1).abs().max() < 1e-5 and held[group][right[group]].std() > 0.01
     assert (held[~right & (lengths > 0)] == 1).all()
-    assert HeldPower.name not in ARMS
 
 
 def run_of(task, arm, seed, values, study="planned"):
@@ -190,31 +172,36 @@ def test_the_committed_pages_show_the_committed_rows():
     for path in page_of.PAGES:
         page = path.read_text(encoding="utf-8")
         assert page == replace_tables(page, tables) and tables["answers"] in page
+    page = (preference_tuning.RESULTS.parent.parent / "preference_tuning.md").read_text(encoding="utf-8")
+    table = "\n".join(preference_tuning.show(preference_tuning.RESULTS))
+    assert page == replace_tables(page, {"tuning": table}) and table in page
 
 
-def test_a_row_that_is_not_reproduced_is_named(tmp_path, monkeypatch):
-    specs = planned.PARTS["start"].specs()[:2]
-    real, ledger = {}, Ledger(tmp_path / "planned.csv", KEY)
-    for spec in specs:
-        row = {**vars(spec), "options": json.dumps(find_arm(spec.arm).key)}
-        row |= dict.fromkeys(planned.COMPUTED, "0.5")
-        real[spec.arm] = row
-        ledger.append({**row, "auc": "0.6"} if spec.arm == "dapo" else row)
+def test_a_row_is_reproduced_on_its_processor_or_within_the_spread_of_another(tmp_path, monkeypatch):
+    ledger, real = Ledger(tmp_path / "planned.csv", KEY), {}
+    specs, machines = planned.PARTS["start"].specs()[:4], ("this", "this", "other", "other")
+    for spec, auc, hardware in zip(specs, ("0.5", "0.6", "0.5", "0.5"), machines, strict=True):
+        options = json.dumps(find_arm(spec.arm).key)
+        row = {**vars(spec), "options": options, **dict.fromkeys(planned.COMPUTED, "0.5"), "hardware": hardware}
+        real[spec.task, spec.arm] = row
+        ledger.append(row | {"auc": auc})
 
     def execute(todo, into, workers):
         for spec in todo:
-            into.append(real[spec.arm])
+            into.append(real[spec.task, spec.arm] | {"hardware": "this"})
 
     monkeypatch.setattr(planned, "execute", execute)
-    lines = sorted(planned.reproduce(5, tmp_path, 1))
-    assert len(lines) == 2 and lines[0].endswith("dapo 400: differs in auc")
-    assert lines[1].endswith("positive_weight_3 400: the same, bit for bit")
-    changed = tmp_path / "planned.csv"
-    changed.write_text(
-        changed.read_text(encoding="utf-8").replace('""positive_weight"": 3.0', '""positive_weight"": 4.0')
-    )
+    lines = planned.reproduce(4, tmp_path, 1)
+    assert sum(line.endswith(": the same, bit for bit") for line in lines) == 3
+    (other,) = (line for line in lines if "bit" not in line)
+    assert "differs in auc, mean reward by -0.1000" in other
+    row = real[spec.task, spec.arm]
+    for gap, word in ((0.03, "within"), (0.05, "BEYOND")):
+        new = row | {"auc": str(0.5 + gap), "hardware": "this"}
+        assert planned.compare_rows(row, new, 0.01).startswith(f"{word} the spread of another processor")
+    ledger.path.write_text(ledger.path.read_text(encoding="utf-8").replace("3.0}", "4.0}"), encoding="utf-8")
     with pytest.raises(ValueError, match="other options now"):
-        planned.reproduce(5, tmp_path, 1)
+        planned.reproduce(4, tmp_path, 1)
 
 
 def test_what_the_pages_say_of_both_levers_stands_in_the_tables():
@@ -232,32 +219,3 @@ def test_what_the_pages_say_of_both_levers_stands_in_the_tables():
     for page in page_of.PAGES:
         text = " ".join(page.read_text(encoding="utf-8").split())
         assert f"{gains[0]} and {gains[1]} points" in text
-
-
-def test_the_committed_tuning_page_shows_its_rows():
-    page = (preference_tuning.RESULTS.parent.parent / "preference_tuning.md").read_text(encoding="utf-8")
-    table = "\n".join(preference_tuning.show(preference_tuning.RESULTS))
-    assert page == replace_tables(page, {"tuning": table}) and table in page
-
-
-@pytest.mark.parametrize(
-    ("variant", "module", "name"),
-    [("positive3, clamp 1", "length_weight", "PREFERENCE_BOUND"), ("positive3, decay 0.8", "rules", "_DECAY"),
-     ("positive3, κ fading", "making", "Regression")],
-)  # fmt: skip
-def test_a_variant_changes_the_package_while_it_runs_and_no_longer(variant, module, name):
-    where = getattr(preference_tuning, module)
-    before = getattr(where, name)
-    with preference_tuning.constants(preference_tuning.VARIANTS[variant][1]):
-        assert getattr(where, name) is not before
-    assert getattr(where, name) is before
-
-
-def test_a_fading_gain_ends_at_zero():
-    rule = preference_tuning.Fading(("length",), 2.0)
-    batch = type("Batch", (), {"advantages": None})()
-    gains = []
-    for _ in itertools.repeat(None, 30):
-        rule.observe(batch, 0.0)
-        gains.append(rule._gain)
-    assert gains[0] == pytest.approx(1.92) and gains[12] == pytest.approx(0.96) and gains[24:] == [0.0] * 6

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from trl_lambda.preference.rules import Regression
-from trl_lambda.trl_seam.generation_batch import GenerationBatch
+from trl_lambda.generation_batch import GenerationBatch
+from trl_lambda.lambda_parameter.learning import Regression
 
-from recipes.studies.alignment.factors import response_features
+from recipes.studies.alignment.factors import response_rows
 from recipes.studies.alignment.policy_gradient import Batch, group_advantages
 from recipes.studies.alignment.weights import Weight
 
@@ -34,10 +34,13 @@ def critic_r2(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Te
 
 def _rule_after(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> Regression:
     features = tuple(weight.options["lambda_features"])
-    rule = Regression(features, weight.options["lambda_gain"])
+    rule = Regression(features, weight.options["lambda_gain"], weight.options["lambda_side"])
     for batch, of_tokens in zip(batches, logps, strict=True):
-        values = response_features(features, batch.lengths, of_tokens)
-        rule.observe(GenerationBatch(batch.lengths, group_advantages(batch.rewards), values), float("nan"))
+        advantages = group_advantages(batch.rewards)
+        rows = response_rows(features, batch.lengths, of_tokens, advantages)
+        numbers = torch.arange(batch.lengths.numel())
+        seen = GenerationBatch(numbers, batch.lengths, rows.token_count, advantages, rows.statistics)
+        rule.observe(seen, seen.mean_length)
     return rule
 
 

@@ -39,6 +39,7 @@ from recipes.studies.shared.paired_statistics import mean_and_band
 from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
+ALIGNMENT = RESULTS.parents[1] / "alignment" / "results"
 PAGES = (RESULTS.parent / "README.md", RESULTS.parents[3] / "docs" / "arena.md")
 _DRAWN = {
     "dapo": ("#000000", "-"),
@@ -330,14 +331,15 @@ def write(results: Path, pages: Iterable[Path]) -> list[Path]:
 
 
 def tables_of(results: Path) -> dict[str, str]:
-    """`make_tables` of the files in a folder."""
+    """`make_tables` of the files in a folder, and of the alignment study's beside the shipped ones."""
     rates_file = results / "planned_rates.csv"
     rates: list[dict[str, str]] = []
     if rates_file.exists():
         with rates_file.open(newline="", encoding="utf-8") as file:
             rates = list(csv.DictReader(file))
     groups = read_runs(results / "planned.csv")
-    tables = make_tables(groups, rates, pooled_alignment(results / "planned_alignment.csv"))
+    alignment = (ALIGNMENT if results.resolve() == RESULTS else results) / "planned_alignment.csv"
+    tables = make_tables(groups, rates, pooled_alignment(alignment))
     larger = results.with_name(f"{results.name}_0.8M") / "runs.csv"  # of `recipes.studies.arena.large`
     return tables | {"larger": _arms_tables(read_runs(larger))} if larger.exists() else tables
 

@@ -20,6 +20,7 @@ from recipes.studies.cost.measure.clock import now
 from recipes.studies.cost.measure.memory import peak_during
 from recipes.studies.cost.measure.rows import ROOT, row
 from recipes.studies.cost.measure.workload import Workload, build_model
+from recipes.train import RecipeArguments
 from trl_lambda.scripts import grpo
 
 BENCH = "gpu c: LoRA recipe"
@@ -112,7 +113,7 @@ def recipe(context: Context) -> Iterator[Rows]:
     write_dataset(folder / "dataset")
     free_memory(context.device)
     texts = [text for name, value in overrides(context, folder).items() for text in (f"--{name}", str(value))]
-    arguments = grpo.make_parser().parse_args_and_config(["--config", str(RECIPE), *texts])
+    arguments = grpo.make_parser(RecipeArguments).parse_args_and_config(["--config", str(RECIPE), *texts])
     args, probe = arguments[1], Probe(context)
     peak = peak_during(lambda: grpo.main(*arguments, callbacks=[probe]), context.device)
     setting = f"{probe.parameters / 1e9:.2f} billion parameters, {args.generation_batch_size} completions of "

@@ -25,7 +25,9 @@ _READS = {
 _COPIES = {"aten::_to_copy", "aten::copy_"}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 _COLLECTIVES = ("gather", "reduce", "gather_for_metrics", "pad_across_processes")
+# What the package looks at on the CPU only: values of arguments, and rows that a subclass may have changed.
 _CPU_CHECKS = "trl_lambda.weights"
+_ROW_CHECK = ("trl_lambda.trl_seam.scoring", "places_of")
 
 
 @dataclass
@@ -49,8 +51,8 @@ class Counts:
 
     @property
     def argument_checks(self) -> int:
-        """Reads by `trl_lambda.weights`, which looks at the values of its arguments on the CPU only."""
-        return sum(count for place, count in self.reads.items() if place[0].startswith(_CPU_CHECKS))
+        """Reads by checks of values, which the package makes on the CPU only."""
+        return sum(n for place, n in self.reads.items() if place[0].startswith(_CPU_CHECKS) or place == _ROW_CHECK)
 
 
 class _Operators(TorchDispatchMode):

@@ -116,6 +116,16 @@ def stepping(trainer: Any) -> Iterator[Stepper]:
         trainer._prepare_inputs, trainer.compute_loss, trainer.accelerator.backward = kept
 
 
+@contextlib.contextmanager
+def scoring_aside(trainer: Any) -> Iterator[None]:
+    """Score rows in the block: the package's trainer goes on with the generation batch that it holds."""
+    scoring = vars(trainer).get("_scoring")  # TRL's trainer has none
+    kept = {} if scoring is None else dict(scoring.batches)
+    yield
+    if scoring is not None:
+        scoring.batches = kept
+
+
 def time_pairs(base: Stepper, arms: dict[str, Stepper], *, pairs: int, steps: int, by_phase: bool = True) -> Pairs:
     """
     Time each arm beside the baseline, in pairs whose order alternates and whose arms rotate, so that drift is shared.
@@ -168,7 +178,8 @@ def time_scoring(base: Any, other: Any, pairs: int) -> list[tuple[float, float]]
         rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
         batch = [{"prompt": trainer.train_dataset[i // trainer.num_generations]["prompt"]} for i in range(rows)]
         device = trainer.accelerator.device.type
-        return seconds_of(lambda: trainer._generate_and_score_completions(batch), 1, device)[0]
+        with scoring_aside(trainer):
+            return seconds_of(lambda: trainer._generate_and_score_completions(batch), 1, device)[0]
 
     for trainer in (base, other):
         run(trainer)

@@ -4,7 +4,7 @@ from typing import Any
 
 from recipes.studies.cost.measure.counters import Counts, counting
 from recipes.studies.cost.measure.rows import row
-from recipes.studies.cost.measure.stepping import stepping
+from recipes.studies.cost.measure.stepping import scoring_aside, stepping
 from recipes.studies.cost.measure.trainers import BASELINE
 from recipes.studies.cost.measure.workload import Workload
 
@@ -21,7 +21,7 @@ def count_parts(trainer: Any) -> dict[str, Counts]:
     device = trainer.accelerator.device.type
     batch = [{"prompt": p} for p in trainer.train_dataset["prompt"] for _ in range(trainer.num_generations)]
     rows = trainer.args.generation_batch_size // trainer.accelerator.num_processes
-    with counting(device) as counts["generation"]:
+    with scoring_aside(trainer), counting(device) as counts["generation"]:
         trainer._generate_and_score_completions(batch[:rows])
     with counting(device) as counts["loss"]:
         trainer.compute_loss(trainer.model_wrapped, trainer._buffered_inputs[0])

@@ -1,4 +1,4 @@
-"""`recipes.studies.tokens.study`: its methods, its plan, its tables and its command."""
+"""The study of tokens: its methods, its plan, its tables and its command."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from trl.rewards import get_soft_overlong_punishment
 from recipes.playground.rewards import exact_answer, short_right_answers
 from recipes.studies.shared.paired_statistics import student_quantile
 from recipes.studies.shared.run import make_trainer
+from recipes.studies.tokens import report
 from recipes.studies.tokens import study as budget
 from recipes.studies.tokens.frontier import frontier_table
 from recipes.studies.tokens.rows import split_name
@@ -30,15 +31,17 @@ def test_every_method_is_a_configuration_of_its_own(name, tmp_path):
     assert [other for other in METHODS if budget.method(other).key == arm.key] == [name]
 
 
-def test_a_remedy_changes_one_option_of_its_target():
+def test_a_name_is_its_way_and_its_setting():
     plain = budget.method("target 22").options
     assert budget.method("target 22 signed").options == plain | {"lambda_side": "signed"}
     assert budget.method("target 22 wide").options == plain | {"lambda_bounds": (-6.0, 6.0)}
-
-
-def test_a_method_that_nobody_knows():
+    assert split_name("overlong 48 24") == ("overlong", "48 24") and split_name("fixed -0.5") == ("fixed", "-0.5")
+    assert split_name("target 22 signed") == ("target signed", "22") and split_name("dapo") == ("dapo", "")
     with pytest.raises(ValueError, match="'hope 3' is no method; accepted: dapo, target"):
         budget.method("hope 3")
+    rows = budget.Ledger(budget.RESULTS / "budget.csv", ("seed",)).rows()
+    shown = {row["arm"]: json.loads(row["options"]) for row in rows}
+    assert all(json.loads(json.dumps(budget.method(arm).key)) == options for arm, options in shown.items())
 
 
 def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
@@ -100,23 +103,13 @@ def test_rewards_and_cuts_reach_the_trainer(tmp_path):
 
 def test_the_length_reward_of_right_answers_equals_plain_loops():
     answers = ["=1", "..=1", "=2", "......=1", "=3", "=1", "=4", "=5"]
-    ids = [[1] * len(answer) for answer in answers]
-    solution = ["1"] * 4 + ["1"] * 4
-    total = [
-        a + b
-        for a, b in zip(
-            exact_answer(answers, solution),
-            short_right_answers(0.5, num_generations=4)(answers, completion_ids=ids, solution=solution),
-            strict=True,
-        )
-    ]
-    lengths = [2, 4, 8]
-    mean = sum(lengths) / 3
-    sd = math.sqrt(sum((n - mean) ** 2 for n in lengths) / 3)
-    first = [math.exp(-0.5 * (n - mean) / sd) for n in lengths]
-    assert total == pytest.approx(
-        [first[0], first[1], 0, first[2], 0, 1, 0, 0]
-    )  # one right answer of its group: z = 0
+    given = {"completion_ids": [[1] * len(answer) for answer in answers], "solution": ["1"] * 8}
+    shaped = short_right_answers(0.5, num_generations=4)(answers, **given)
+    total = [a + b for a, b in zip(exact_answer(answers, ["1"] * 8), shaped, strict=True)]
+    mean, sd = 14 / 3, math.sqrt(sum((n - 14 / 3) ** 2 for n in (2, 4, 8)) / 3)
+    first = [math.exp(-0.5 * (n - mean) / sd) for n in (2, 4, 8)]
+    # The one right answer of the second group has z = 0.
+    assert total == pytest.approx([first[0], first[1], 0, first[2], 0, 1, 0, 0])
 
 
 def row(task, arm, seed, accuracy, tokens, lengths, **more):
@@ -131,24 +124,24 @@ def test_the_tables_say_what_the_rows_hold():
     gaps = [0.01, -0.01, 0.03]
     rows = [row("t", "dapo", s, 0.5, 40.0, [9.0] * 30 + [40.0] * 20) for s in range(3)]
     rows += [row("t", "target 20", s, 0.5 + gap, 20.0, [9.0] * 30 + [20.0 + 2 * s] * 20) for s, gap in enumerate(gaps)]
-    promise = analysis.promise_table(rows, {"t": 20}).splitlines()[-1]
+    promise = report.promise_table(rows, {"t": 20}).splitlines()[-1]
     lower = 1.0 - student_quantile(0.95, 2) * 2.0 / math.sqrt(3)
     assert promise.startswith(
         f"| t | 20 | 3 | 20.0, 22.0, 24.0 | 2 of 3 | +1.0 ({lower:+.1f}) | -45 %; -50 % | +0.5 ["
     )
     assert promise.endswith("] | -1.5 to -1.5 |")
-    ladder = analysis.ladder_table(rows, budget.WAYS).splitlines()[2:]
+    ladder = report.ladder_table(rows, budget.WAYS).splitlines()[2:]
     assert ladder[0] == "| t | TRL's dapo | – | 3 | 40.0 | 50.0 |  |  |"
     assert ladder[1].startswith("| t | length_target | 20 | 3 | 20.0 | 51.0 | +1.0 [") and ladder[1].endswith(
         "-20.0 |"
     )
     curve = np.concatenate([np.linspace(40, 21, 20), np.full(30, 20.0)])
     steps = [row("t", "target 20", s, 0.5, 20.0, curve, study="step") for s in range(2)]
-    assert analysis.step_table(steps).splitlines()[-1] == "| t | 64 | 4 | 2 | 68, 68 | 68, 68 | 1.00, 1.00 |"
-    assert analysis.settled_length(steps[0]) == 20.0
-    figure = analysis.draw_frontier(rows, budget.WAYS)
+    assert report.step_table(steps).splitlines()[-1] == "| t | 64 | 4 | 2 | 68, 68 | 68, 68 | 1.00, 1.00 |"
+    assert report.settled_length(steps[0]) == 20.0
+    figure = report.draw_frontier(rows, budget.WAYS)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["t"]
-    assert len(analysis.draw_steps(steps).axes[0].lines) == 1
+    assert len(report.draw_steps(steps).axes[0].lines) == 1
 
 
 def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():
@@ -175,12 +168,6 @@ def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():
     assert "| 26.0 | -40.0 " in signed  # its end with 30 tokens
 
 
-def test_a_name_is_its_way_and_its_setting():
-    assert split_name("overlong 48 24") == ("overlong", "48 24")
-    assert split_name("fixed -0.5") == ("fixed", "-0.5")
-    assert split_name("target 22 signed") == ("target signed", "22") and split_name("dapo") == ("dapo", "")
-
-
 def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "SMOKE_FOLDER", tmp_path)
     monkeypatch.setattr(sys, "argv", ["budget", "settle", "--smoke", "--show", "--report"])
@@ -189,7 +176,7 @@ def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch,
     first = (tmp_path / "budget.csv").read_text()
     assert len(first.splitlines()) == 3 and "length_target" in first
     options = [json.loads(r["options"]) for r in budget.Ledger(tmp_path / "budget.csv", ("seed",)).rows()]
-    assert options == [{"loss_type": "dapo"}, {"aggregation": "power", "length_target": 8.0}]
+    assert options == [{"loss_type": "dapo"}, {"length_weight": "power", "length_target": 8.0}]
     assert "| idle_filler | TRL's dapo | – | 1 |" in capsys.readouterr().out
     page = (tmp_path / "README.md").read_text()
     assert "| idle_filler | length_target | 8 | 1 |" in page

@@ -1,4 +1,4 @@
-"""`recipes/studies/cost/`: each bench runs in its smallest form, and what is counted rather than timed holds its bound."""
+"""What the weights cost: each bench in its smallest form, and bounds on what is counted rather than timed."""
 
 import csv
 import sys
@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from trl_lambda.preference.lambda_parameter import LambdaParameter
-from trl_lambda.trl_seam.generation_batch import GenerationBatch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from recipes.studies.cost import head_memory, import_time, overhead, table, two_processes, weights_alone
 from recipes.studies.cost.measure.counters import counting
@@ -17,17 +16,19 @@ from recipes.studies.cost.measure.stepping import PHASES, REST, WHOLE, Stepper, 
 from recipes.studies.cost.measure.traffic import count_parts
 from recipes.studies.cost.measure.trainers import BASELINE, build_trainer
 from recipes.studies.cost.measure.workload import MODELS, Workload
-from trl_lambda.metrics.loss_metrics import LossMetrics, Surrogate
+from trl_lambda.generation_batch import GenerationBatch
+from trl_lambda.lambda_parameter import Descent, LambdaParameter
+from trl_lambda.metrics.loss_metrics import LossMetrics
 from trl_lambda.trl_seam.weighted_inputs import WeightedInputs
 
 SMALL = Workload(rows=4, group=4, completion=8)
+WEIGHTED = ("lambda_grpo", "tr_grpo", "unified")
 
 
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
     """One trainer of each kind on the same completions."""
-    arms = (BASELINE, "lambda_grpo", "tr_grpo", "unified")
-    return {arm: build_trainer(arm, SMALL, str(tmp_path_factory.mktemp("out"))) for arm in arms}
+    return {arm: build_trainer(arm, SMALL, str(tmp_path_factory.mktemp("out"))) for arm in (BASELINE, *WEIGHTED)}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,6 @@ def well_formed(path) -> list[dict]:
             float(measured["value"])
         if measured["low"]:
             assert float(measured["low"]) <= float(measured["value"]) <= float(measured["high"])
-            assert int(measured["pairs"]) >= 1
     return rows
 
 
@@ -70,78 +70,64 @@ def test_the_counter_sees_each_kind_of_transfer():
         torch.tensor(1.0, device=x.device), torch.as_tensor([1, 2], device=x.device)  # two writes
         (x * 2 + 1).exp().sum(), x[torch.tensor([0, 1])], x.to(torch.float64)  # none
         torch.tensor(1.0), torch.as_tensor(x, device=x.device)
-    assert counts.reads.total() == 11
-    assert counts.writes.total() == 2
+    x.sum().item()  # beyond the block
+    assert counts.reads.total() == 11 and counts.writes.total() == 2
     assert {place[1] for place in counts.reads} == {"test_the_counter_sees_each_kind_of_transfer"}
-    x.sum().item()
-    assert counts.reads.total() == 11  # not beyond the block
 
 
-def test_the_counter_leaves_out_what_an_optimizer_keeps_on_the_host():
+def test_the_counter_sees_collectives_and_leaves_out_what_an_optimizer_keeps_on_the_host(trainers):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], foreach=False)
+    accelerator = trainers[BASELINE].accelerator
     for _ in range(2):
         parameter.grad = torch.ones(3)
         with counting() as counts:
             optimizer.step()
-        assert counts.reads.total() == 0
+            accelerator.gather(torch.ones(5))
+            accelerator.reduce(torch.ones(1), reduction="mean")
+        assert counts.reads.total() == 0 and counts.collectives == [("gather", 5), ("reduce", 1)]
+        assert counts.calls == []  # one process: nothing goes out
 
 
-def test_the_counter_sees_the_accelerators_collectives(trainers):
-    accelerator = trainers[BASELINE].accelerator
-    with counting() as counts:
-        accelerator.gather(torch.ones(5))
-        accelerator.reduce(torch.ones(1), reduction="mean")
-    assert counts.collectives == [("gather", 5), ("reduce", 1)]
-    assert counts.calls == []  # one process: nothing goes out
+@pytest.mark.parametrize("arm", WEIGHTED)
+def test_loss_step_log_and_generation_cost_what_the_page_says(counts, arm):
+    """No read, write or collective more in the loss; one number reduced a step; one gather a log and a batch."""
+    mine, base = counts[arm], counts[BASELINE]
+    assert mine["loss"].reads.total() - mine["loss"].argument_checks == base["loss"].reads.total()
+    assert mine["loss"].writes.total() == base["loss"].writes.total()
+    assert mine["loss"].collectives == base["loss"].collectives
+    reduction = [] if arm == "tr_grpo" else [("reduce", 1)]
+    assert mine["step"].collectives == [*base["step"].collectives, *reduction]
+    methods = [[method for method, _ in mine[part].collectives] for part in ("step", "step with log")]
+    assert methods[1] == [*methods[0], "gather"]
+    more = Counter(m for m, _ in mine["generation"].collectives) - Counter(
+        m for m, _ in base["generation"].collectives
+    )
+    assert more == {"gather": 1}
+    assert mine["generation"].reads.total() == base["generation"].reads.total()
+    assert mine["generation"].writes.total() == base["generation"].writes.total()
 
 
-@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
-def test_the_loss_waits_for_the_device_no_more_than_trls(counts, arm):
-    mine, base = counts[arm]["loss"], counts[BASELINE]["loss"]
-    assert mine.reads.total() - mine.argument_checks == base.reads.total()
-    assert mine.writes.total() == base.writes.total()
-    assert mine.collectives == base.collectives
-
-
-def test_a_step_has_one_reduction_of_one_number_more(counts):
-    base = counts[BASELINE]["step"].collectives
-    assert counts["lambda_grpo"]["step"].collectives == counts["unified"]["step"].collectives == [*base, ("reduce", 1)]
-    assert counts["tr_grpo"]["step"].collectives == base
-
-
-@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
-def test_a_log_has_one_gather_more(counts, arm):
-    step, logged = (counts[arm][part].collectives for part in ("step", "step with log"))
-    assert [method for method, _ in logged] == [*(method for method, _ in step), "gather"]
-
-
-@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
-def test_a_generation_batch_has_one_gather_more(counts, arm):
-    mine, base = counts[arm]["generation"], counts[BASELINE]["generation"]
-    (extra,) = (Counter(mine.collectives) - Counter(base.collectives)).elements()
-    # A length and an advantage for each row, and its number of turns, as prepared completions come by `rollout_func`.
-    assert extra == ("gather", 3 * SMALL.rows)
-    assert mine.reads.total() == base.reads.total()
-    assert mine.writes.total() == base.writes.total()
-
-
-@pytest.mark.parametrize("arm", ["lambda_grpo", "tr_grpo", "unified"])
+@pytest.mark.parametrize("arm", WEIGHTED)
 def test_off_the_cpu_the_weights_read_nothing(trainers, arm, monkeypatch):
     """On tensors without memory a read raises: the hooks in the loss get by without any, metrics among them."""
-    trainer = trainers[arm]
-    device = torch.device("meta")
+    trainer, device = trainers[arm], torch.device("meta")
     inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in trainer._buffered_inputs[0].items()}
-    known = trainer._scoring.batches["train"]
-    batch = GenerationBatch(known.lengths.to(device), known.advantages.to(device))
-    monkeypatch.setitem(trainer._scoring.batches, "train", batch)
-    monkeypatch.setattr(trainer, "_loss_metrics", LossMetrics(Surrogate.of(trainer.args), None))
+    known = trainer._observed
+    tensors = (known.numbers, known.lengths, known.token_count, known.advantages)
+    batch = GenerationBatch(*(tensor.to(device) for tensor in tensors))
+    places = torch.zeros(SMALL.rows, dtype=torch.long, device=device)
+    monkeypatch.setattr(trainer._scoring, "places_of", lambda inputs, mode: (batch, places))
+    monkeypatch.setattr(trainer, "_observed", batch)  # λ's learning looks at a batch on the host
+    monkeypatch.setattr(trainer, "_loss_metrics", {"train": LossMetrics()})
     if trainer._lambda is not None:
-        parameter = LambdaParameter(0.5, learnable=True, bounds=None, max_grad_norm=1.0, device=device)
-        monkeypatch.setattr(trainer._response_weights, "_parameter", parameter)
+        parameter = LambdaParameter(0.5, Descent("dapo"), bounds=None, device=device, features=("length",))
+        monkeypatch.setattr(trainer, "_lambda", parameter)
     weighted = WeightedInputs(inputs)
-    trainer._weigh(weighted, torch.empty(inputs["completion_ids"].shape, device=device))
-    trainer._loss_metrics._count("train")  # what a log does before its one transfer
+    logps = torch.empty(inputs["completion_ids"].shape, device=device, requires_grad=True)
+    trainer._weigh(weighted, logps, None)
+    trainer._loss_metrics["train"].add_generation_batch(batch)
+    trainer._loss_metrics["train"]._do_work()  # what a log does before its one transfer
     assert weighted["advantages"].device == device
     with pytest.raises(RuntimeError, match="meta"):
         weighted["advantages"].sum().item()
@@ -150,40 +136,26 @@ def test_off_the_cpu_the_weights_read_nothing(trainers, arm, monkeypatch):
 # ---- What is held ----
 
 
-def test_a_view_counts_for_the_storage_it_keeps():
-    x = torch.zeros(4, 8)
+def test_a_view_counts_for_its_storage_and_a_peak_for_what_lives_at_the_same_time():
+    x, mib = torch.zeros(4, 8), 2**20
     assert sum(storage_bytes([x, x[:1], x.view(-1), None, "text"]).values()) == 4 * 8 * 4
     assert sum(storage_bytes([torch.zeros(1).expand(100)]).values()) == 4
-
-
-def test_the_buffer_holds_lengths_and_rows_more(trainers):
-    rows = SMALL.rows
-    more = buffered_bytes(trainers["lambda_grpo"]) - buffered_bytes(trainers[BASELINE])
-    assert more == rows * 8  # row numbers; lengths and advantages are held once, beside the buffer
-
-
-def test_the_peak_is_of_what_lives_at_the_same_time():
-    mib = 2**20
 
     def run():
         one = torch.empty(4 * mib, dtype=torch.uint8)
         del one
-        two, three = torch.empty(2 * mib, dtype=torch.uint8), torch.empty(3 * mib, dtype=torch.uint8)
-        return two, three
+        return torch.empty(2 * mib, dtype=torch.uint8), torch.empty(3 * mib, dtype=torch.uint8)
 
     assert 5 * mib <= peak_during(run, "cpu") < 5.1 * mib
 
 
-def test_a_loss_that_is_weighed_leaves_no_gradient(trainers):
+def test_the_buffer_holds_row_numbers_more_and_a_weighed_loss_leaves_no_gradient(trainers):
+    more = buffered_bytes(trainers["lambda_grpo"]) - buffered_bytes(trainers[BASELINE])
+    assert more == SMALL.rows * 8  # lengths and advantages are held once, beside the buffer
     trainer = trainers["unified"]
     assert loss_bytes(trainer) > 0
     leaves = [*trainer.model.parameters(), *trainer.optimizer.param_groups[-1]["params"]]
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
-
-
-def test_a_child_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="No module named"):
-        run_child("recipes.studies.cost.no_such_bench", [])
 
 
 # ---- Pairs and rows ----
@@ -196,15 +168,13 @@ def test_pairs_alternate_and_every_phase_is_timed(trainers):
         stepper.run = lambda steps, name=name, run=stepper.run: (order.append(name), run(steps))
     taken = time_pairs(base, {"lambda_grpo": ours}, pairs=3, steps=2)["lambda_grpo"]
     assert order[2:] == ["ours", "base"] * 2 + ["base", "ours"] * 2 + ["ours", "base"] * 2
-    for side in (0, 1):
-        for seconds in (pair[side] for pair in taken):
-            assert all(seconds[phase] > 0 for phase in (*PHASES, WHOLE))
-            assert sum(seconds[phase] for phase in (*PHASES, REST)) == pytest.approx(seconds[WHOLE])
+    for seconds in (side for pair in taken for side in pair):
+        assert all(seconds[phase] > 0 for phase in (*PHASES, WHOLE))
+        assert sum(seconds[phase] for phase in (*PHASES, REST)) == pytest.approx(seconds[WHOLE])
 
 
 def test_rows_keep_median_and_quartiles(tmp_path):
-    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)
-    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+    assert quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0) and quartiles([7.0]) == (7.0, 7.0, 7.0)
     path = tmp_path / "results.csv"
     append(path, [row("b", "a", "s", "m", [3.0, 1.0, 2.0], "ms")], "cpu")
     append(path, [row("b", "a", "s", "m", "does not fit", "")], "cpu")
@@ -216,60 +186,41 @@ def test_rows_keep_median_and_quartiles(tmp_path):
 # ---- Each bench in its smallest form ----
 
 
-def test_overhead(monkeypatch, tmp_path, capsys):
+def test_overhead(monkeypatch, tmp_path):
     rows = run_main(overhead, monkeypatch, tmp_path / "results.csv", "--arms", "lambda_grpo", "--device", "cpu")
     metrics = {measured["metric"] for measured in rows if measured["arm"] == "lambda_grpo"}
     assert {"loss forward", "backward", "loss and backward", "optimizer", "whole step", "peak memory"} <= metrics
     text = table.markdown(tmp_path / "results.csv")
-    assert "| lambda |" in text and "GRPOTrainer" in text
-    assert "| nan" not in text
+    assert "| lambda_grpo |" in text and "GRPOTrainer" in text and "| nan" not in text
 
 
-def test_the_shape_of_qwen_is_that_of_the_model():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    with torch.device("meta"):
-        assert Qwen2ForCausalLM(Qwen2Config(**MODELS["qwen2.5-1.5b"])).num_parameters() == 1_543_714_304
-
-
-def test_full_logits_are_the_same_loss(trainers):
+def test_full_logits_are_the_same_loss(trainers, monkeypatch):
     trainer = trainers[BASELINE]
     inputs = trainer._buffered_inputs[0]
     fused = trainer.compute_loss(trainer.model, inputs).item()
-    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    kept = inputs["completion_ids"].size(1)
-    own = inputs["completion_mask"].bool()
-    expected = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, kept, compute_entropy=True)
-    logits = head_memory.full_logits(trainer, trainer.model, ids, mask, kept)
-    for mine, theirs in zip(logits[:2], expected[:2], strict=True):
-        torch.testing.assert_close(mine[own], theirs[own], rtol=1e-5, atol=1e-5)
-    with pytest.MonkeyPatch.context() as patch:
-        hook = lambda model, *a, **k: head_memory.full_logits(trainer, model, *a, **k)  # noqa: E731
-        patch.setattr(trainer, "_get_per_token_logps_and_entropies", hook)
-        assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(fused, rel=1e-5, abs=1e-7)
+    hook = lambda model, *a, **k: head_memory.full_logits(trainer, model, *a, **k)  # noqa: E731
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", hook)
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(fused, rel=1e-5, abs=1e-7)
 
 
 def test_head_memory(monkeypatch, tmp_path):
     rows = run_main(head_memory, monkeypatch, tmp_path / "results.csv", "--dtype", "float32", "--device", "cpu")
     assert float(rows[0]["value"]) > 0 and rows[0]["unit"] == "MiB"
-
-
-def test_what_cannot_fit_is_said_and_not_tried(monkeypatch):
+    with torch.device("meta"):
+        assert Qwen2ForCausalLM(Qwen2Config(**MODELS["qwen2.5-1.5b"])).num_parameters() == 1_543_714_304
+    # What cannot fit is said and not tried.
     monkeypatch.setattr(head_memory, "available_bytes", lambda device: 10**9)
     monkeypatch.setattr(head_memory, "run_child", lambda *a: pytest.fail("was tried"))
     rows = head_memory.measure(head_memory.FULL, Workload("head", dtype="float32"), "32k", 32768, repeats=1)
-    assert rows[0]["value"] == "does not fit"
-    assert rows[1]["value"] == pytest.approx(2 * 32768 * 151936 * 4 / 2**20)
+    assert rows[0]["value"] == "does not fit" and rows[1]["value"] == pytest.approx(2 * 32768 * 151936 * 4 / 2**20)
+    with pytest.raises(RuntimeError, match="No module named"):
+        run_child("recipes.studies.cost.no_such_bench", [])
 
 
 def test_weights_alone(monkeypatch, tmp_path):
     rows = run_main(weights_alone, monkeypatch, tmp_path / "results.csv", "--no-compile", "--device", "cpu")
     beside = [float(r["value"]) for r in rows if r["metric"].startswith("bytes beside the floor")]
     assert beside and min(beside) >= 1
-
-
-def test_bytes_of_operators_are_counted():
     x = torch.zeros(1000)
     assert weights_alone.eager_bytes(lambda x: x.exp(), x) == 8000
     assert weights_alone.eager_bytes(lambda x: (x.view(10, 100).exp() + x.view(10, 100)).view(-1), x) == 8000 + 12000
@@ -287,34 +238,27 @@ def test_import_time(monkeypatch, tmp_path):
     rows = run_main(import_time, monkeypatch, tmp_path / "results.csv")
     value = {(r["arm"], r["metric"]): float(r["value"]) for r in rows}
     assert all(seconds > 0 for (_, metric), seconds in value.items() if metric != "modules")
-    # Its own modules and nothing else: nothing heavy that TRL has not imported already.
-    assert value["trl_lambda", "modules"] < 40
+    assert value["trl_lambda", "modules"] < 40  # its own, and nothing heavy that TRL has not imported already
 
 
-# ---- The table ----
-
-
-def test_the_table_takes_the_last_figure_and_is_written_between_its_marks(monkeypatch, tmp_path):
+def test_the_table_takes_the_last_figure_and_is_written_between_its_marks(tmp_path):
     path, readme = tmp_path / "results.csv", tmp_path / "README.md"
     ratios = [row("overhead", "lambda_grpo", "tiny", "whole step", [value, value], "ratio") for value in (1.5, 1.01)]
     base = row("overhead", BASELINE, "tiny", "whole step", [300.0, 300.0], "ms")
-    head = [
-        row("head", "full logits", "2k", "peak of the loss", [2048.0], "MiB"),
-        row("head", "full logits", "32k", "peak of the loss", "does not fit", ""),
-        row("head", "lambda_grpo", "32k", "peak of the loss", [1024.0], "MiB"),
-    ]
+    cells = (("full logits", "2k", [2048.0]), ("full logits", "32k", "does not fit"), ("lambda_grpo", "32k", [1024.0]))
+    head = [row("head", arm, size, "peak of the loss", x, "MiB" if x[0] != "d" else "") for arm, size, x in cells]
     append(path, [base, *ratios, *head], "cpu")
     readme.write_text("before\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nafter\n")
-    arguments = ["table", "--results", str(path), "--write", str(readme)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    table.main()
+    table.main(["--results", str(path), "--write", str(readme)])
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "1.010 (1.010 – 1.010)" in text and "1.500" not in text and "takes 300 ms" in text
-    assert "| full logits | 2 | does not fit |" in text
-    assert "| lambda | – | 1 |" in text
-    table.main()
-    assert readme.read_text() == text
+    assert "| full logits | 2 | does not fit |" in text and "| lambda_grpo | – | 1 |" in text
     readme.write_text("no marks")
     with pytest.raises(SystemExit):
-        table.main()
+        table.main(["--results", str(path), "--write", str(readme)])
+
+
+def test_the_committed_page_shows_the_committed_rows():
+    page = table.RESULTS.with_name("README.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- bench: begin -->\n")[2].partition("<!-- bench: end -->")[0] == table.markdown()
