@@ -303,10 +303,10 @@ class LambdaGRPOConfig(GRPOConfig):
         if f is None or not f.has_lambda:
             names = ["lambda_side", "lambda_features", "lambda_init", "lambda_learnable", *_LEARNING]
             return self._refuse(names, f"with length_weight={f and f.name!r}, which has no λ")
-        if not hasattr(f, "side"):  # a λ of the user's own
-            self._refuse(["lambda_side", "length_target"], f"with length_weight={f.name!r}: set 'power'")
-        if not hasattr(f, "features"):
-            self._refuse(["lambda_features"], f"with length_weight={f.name!r}: set 'power'")
+        if type(f) not in LENGTH_WEIGHTS.values():
+            self._refuse(["lambda_side", "length_target", "lambda_features"], f"with length_weight={f.name!r}")
+        if f.name == "lambda_grpo":
+            self._refuse(["lambda_features"], "with length_weight='lambda_grpo': set 'power'")
         if not self.lambda_learnable:
             return self._refuse(_LEARNING, "with lambda_learnable=False")
         if self.length_target is None:

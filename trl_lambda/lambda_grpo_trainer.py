@@ -2,9 +2,9 @@
 
 1. TRL scores a generation batch; lengths and advantages of all its rows are gathered.
 2. At each loss, once TRL has the current log-probabilities, the advantages of a copy of the micro-batch become f·v·A.
-   The loss is TRL's own. Every surrogate of TRL is linear in the advantage and otherwise uses its sign only, so that a
-   factor on the advantage is that factor on the token's term of the policy loss. KL, entropy bonus and auxiliary losses
-   are added by TRL afterwards and stay unweighted.
+   The loss is TRL's own. Every surrogate of TRL is linear in the advantage and otherwise uses its sign only, so a
+   factor on the advantage is that factor on the token's term of the policy loss. TRL adds KL, entropy bonus and
+   auxiliary losses afterwards. They stay unweighted.
 3. The optimizer steps λ with the model.
 4. λ is saved with the model, and the model card says how the tokens were weighted.
 """
@@ -103,18 +103,27 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._paper = paper_of(f, v) or GRPOTrainer._paper
         self._loss_inputs: WeightedInputs | None = None
         self._has_weighted = False  # a loss of this training step went through the weights
-        self._observed: GenerationBatch | None = None
+        self._observed: dict[str, GenerationBatch] = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
         statistics = [*(f.needs if f else ()), *(["rewards"] if args.drop_tied_groups else [])]
         self._scoring = Scoring(self.accelerator, list(dict.fromkeys(statistics)))
         self._lambda = self._make_lambda(args, f) if f is not None and f.has_lambda else None
-        self._lambda_step = self._make_lambda_step(args, self._lambda) if self.lambda_is_learnable else None
+        self._lambda_step: LambdaStep | None = None
+        if self._lambda is not None and self._lambda.learnable:
+            self._lambda_step = LambdaStep(
+                self._lambda,
+                learning_rate=args.lambda_learning_rate,
+                optim=args.optim,
+                betas=(args.adam_beta1, args.adam_beta2),
+                accelerator=self.accelerator,
+                is_sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            )
         self._lambda_file = LambdaFile(self._lambda, self._settings(), is_needed=self._is_weighted)
         self._response_weights = ResponseWeights(
             f,
             lambda: None if self._lambda is None else self._lambda.for_loss,
-            is_fixed=not self.lambda_is_learnable,
+            is_fixed=self._lambda_step is None,
             scope=args.length_weight_scope,
             positive_weight=args.positive_weight,
             drop_tied_groups=args.drop_tied_groups,
@@ -131,23 +140,13 @@ class LambdaGRPOTrainer(GRPOTrainer):
         elif args.length_target is not None:
             steps = (args.steps_per_generation or 1) * self.num_iterations / args.gradient_accumulation_steps
             bounds = bounds or TARGET_BOUNDS
-            learning = Target(args.length_target, steps, f.lambda_side, bounds, args.lambda_init)
-        elif f.lambda_side == "both":
+            learning = Target(args.length_target, steps, f.side, bounds, args.lambda_init)
+        elif f.side == "both":
             learning = Descent(args.loss_type)
         else:
-            learning = Regression(f.lambda_features, args.lambda_gain, f.lambda_side)
+            learning = Regression(f.features, args.lambda_gain, f.side)
         device = self.accelerator.device
-        return LambdaParameter(args.lambda_init, learning, bounds=bounds, device=device, features=f.lambda_features)
-
-    def _make_lambda_step(self, args: LambdaGRPOConfig, parameter: LambdaParameter) -> LambdaStep:
-        return LambdaStep(
-            parameter,
-            learning_rate=args.lambda_learning_rate,
-            optim=args.optim,
-            betas=(args.adam_beta1, args.adam_beta2),
-            accelerator=self.accelerator,
-            is_sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
-        )
+        return LambdaParameter(args.lambda_init, learning, bounds=bounds, device=device, features=f.features)
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed run must share."""
@@ -157,11 +156,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
         learning = None if self._lambda is None else self._lambda.learning.name
         fixed = {"lambda_init": self.args.lambda_init} if learning == "fixed" else {}
         return settings | {"lambda_side": self.args.side, "lambda_learning": learning} | fixed
-
-    @property
-    def lambda_is_learnable(self) -> bool:
-        """Whether there is a λ that is trained."""
-        return self._lambda is not None and self._lambda.learnable
 
     @property
     def lambda_value(self) -> float | None:
@@ -222,7 +216,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _observe(self, batch: GenerationBatch) -> None:
         """Show a new generation batch to the metrics and to what λ learns from."""
-        self._observed = batch
         metrics = self._loss_metrics[self._mode]
         metrics.defer(partial(metrics.add_generation_batch, batch))
         if self.model.training:
@@ -260,14 +253,15 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _weigh(self, inputs: WeightedInputs, logps: Tensor, entropies: Tensor | None) -> None:
         """A ← f·v·A, with v from the current log-probabilities, (B, T), and f from λ as it is now."""
         inputs.count_reads()
-        if self.lambda_is_learnable and torch.is_grad_enabled() and not logps.requires_grad:
+        if self._lambda_step is not None and torch.is_grad_enabled() and not logps.requires_grad:
             raise RuntimeError(
                 "The model has nothing to train, and λ alone would learn: no gradient reaches its parameters. Load "
                 "the adapter with is_trainable=True, or call model.enable_input_require_grads() with checkpointing."
             )
         mode, step = self._mode, self.state.global_step
         batch, places = self._scoring.places_of(inputs, mode)
-        if batch is not self._observed:
+        if batch is not self._observed.get(mode):
+            self._observed[mode] = batch
             self._observe(batch)
         advantages, old_logps, mask = inputs.peek("advantages"), inputs.peek("old_per_token_logps"), own_tokens(inputs)
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages

@@ -1,7 +1,7 @@
 """λ itself: its value, bounds, gradient and optimizer parameter group.
 
 λ is not a parameter of the model. There it would enter the saved weights, the weight sync with vLLM and the joint
-gradient clip, and PEFT would drop it. Outside the model nobody else reduces, clips, clears or saves it: this room does.
+gradient clip, and PEFT would drop it. Outside the model this room reduces, clips, clears and saves it.
 """
 
 import math

@@ -1,9 +1,7 @@
 """The metrics of the weights in training and evaluation, collected for TRL's logs."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
@@ -11,166 +9,181 @@ from torch import Tensor
 
 from ..generation_batch import GenerationBatch
 from ..lambda_parameter import LambdaParameter
-from ..trl_seam.contract import CLIPPED_LOSS_TYPES
-from ..trl_seam.scoring import count_turns
+from ..weights import groups_with_signal
 from ..weights.sides import advantages_differ
-from .diagnostics import clipped_by_weight, clipped_tokens, quartile_index
-from .loss_tally import LossTally
-from .turns import finish_turn_advantages, finish_turn_masses, turn_advantages, turn_masses
+from .diagnostics import (
+    QUARTILES,
+    advantage_length_sums,
+    effective_sample_size,
+    mass_sums,
+    probability_histogram,
+    quartile_index,
+    quartile_shares,
+    ratio,
+)
 
 # Own tokens and padding that wait for a log at most, per process; above, they are counted at once.
 _WAITING_TOKENS = 2**20
 
 
-@dataclass(frozen=True)
-class Clip:
-    """The PPO clip as TRL has it at this loss, and whether the ratio is one per sequence or v stands in it."""
-
-    epsilon_low: float
-    epsilon_high: float
-    delta: float | None
-    per_sequence: bool
-    has_weight_inside: bool
-
-    @classmethod
-    def of(cls, trainer: Any) -> "Clip | None":
-        """That of a trainer; `None` for a surrogate without a clip."""
-        if trainer.loss_type not in (*CLIPPED_LOSS_TYPES, "luspo"):
-            return None
-        per_sequence = trainer.importance_sampling_level == "sequence"
-        args = trainer.args
-        return cls(trainer.epsilon_low, trainer.epsilon_high, args.delta, per_sequence, args.token_weight_inside_clip)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One micro-batch at its loss, all detached and per token, (B, T), unless it says otherwise."""
-
-    batch: GenerationBatch  # that it is of
-    places: Tensor  # of its rows there, (B,)
-    length_weights: Tensor  # of all of it, (P, G)
-    mask: Tensor
-    left: Tensor  # own tokens that TRL's corrections leave in the loss
-    logps: Tensor
-    old_logps: Tensor | None  # `None`: this very pass, ρ = 1
-    advantages: Tensor  # unweighted, (B, 1 or T)
-    token_weight: Tensor | None
-    clip: Clip | None
-
-
 class LossMetrics:
     """
-    Metrics of the weights over a logging interval.
+    Metrics of the weights over a logging interval: sums, least and largest values over micro-batches and processes.
 
-    The loss only hands over tensors. The work is done when a log is due, or when so many tokens wait that keeping them
-    would cost memory.
-
-    Args:
-        token_bounds (`tuple[float, float]`, *optional*): the bounds of a v that is clipped to them.
-        by_sign (`bool`): whether f differs by the sign of A, so that its metrics are apart.
-        with_turns (`bool`): whether conversations may have several turns.
-        with_ties (`bool`): whether tied groups are dropped, so that they are counted.
+    A metric is a ratio of sums, not a mean of ratios, so it is the same however the batch is cut. The loss only hands
+    over tensors. The work is done when a log is due, or when so many tokens wait that keeping them would cost memory.
     """
 
-    def __init__(
-        self, token_bounds: tuple[float, float] | None, *, by_sign: bool, with_turns: bool, with_ties: bool
-    ) -> None:
-        self._token_bounds = token_bounds
-        self._by_sign = by_sign
-        self._with_turns = with_turns
-        self._with_ties = with_ties
-        self._tallies = {"train": LossTally(), "eval": LossTally()}
-        self._batches: dict[str, list[GenerationBatch]] = {"train": [], "eval": []}
-        self._weights: dict[str, list[tuple[Tensor, GenerationBatch, bool]]] = {"train": [], "eval": []}
-        self._tokens: dict[str, list[Tokens]] = {"train": [], "eval": []}
+    def __init__(self) -> None:
+        self._work: list[Callable[[], None]] = []
         self._waiting = 0
+        self._sums: dict[str, Tensor] = {}
+        self._finish: dict[str, Callable[[list[float]], dict[str, float]]] = {}
+        self._least: dict[str, Tensor] = {}  # of the largest values the negatives
 
-    def record_generation_batch(self, mode: str, batch: GenerationBatch) -> None:
-        """Take in a new generation batch; `mode` is `"train"` or `"eval"`."""
-        self._batches[mode].append(batch)
-
-    def record_length_weights(self, mode: str, weights: Tensor, batch: GenerationBatch, *, is_trls: bool) -> None:
-        """Take in f of the generation batch at one loss, (P, G). Only masses are logged of TRL's own reduction."""
-        self._weights[mode].append((weights.detach(), batch, is_trls))
-
-    def record_tokens(self, mode: str, tokens: Tokens) -> None:
-        """Take in the tokens of one micro-batch."""
-        self._tokens[mode].append(tokens)
-        self._waiting += tokens.mask.numel()
+    def defer(self, work: Callable[[], None], tokens: int = 0) -> None:
+        """Call `work`, which keeps `tokens` tokens in memory, at the next log or when too many wait."""
+        self._work.append(work)
+        self._waiting += tokens
         if self._waiting > _WAITING_TOKENS:
-            self._count(mode)
-
-    def flush(self, mode: str, accelerator: Accelerator) -> Mapping[str, float]:
-        """The metrics since the last call, reduced over the processes. Every process must call it."""
-        self._count(mode)
-        return self._tallies[mode].flush(accelerator)
+            self._do_work()
 
     @torch.no_grad()
-    def _count(self, mode: str) -> None:
-        """Add all that waits to the sums."""
-        tally = self._tallies[mode]
-        for batch in self._batches[mode]:
-            if batch.advantages is not None:
-                tally.add_responses(batch.lengths, batch.advantages)
-                if batch.turns is not None:
-                    sums = turn_advantages(batch.advantages, batch.turns).flatten()
-                    tally.add("advantage/turns", sums, _known_turns)
-            if self._with_ties:
-                tally.add_tied_groups(batch.statistics["rewards"])
-        for weights, batch, is_trls in self._weights[mode]:
-            if not is_trls:
-                tally.add_length_weights(weights, batch.advantages if self._by_sign else None)
-            if batch.advantages is not None:
-                tally.add_masses(weights, batch.lengths, batch.advantages)
-        for tokens in self._tokens[mode]:
-            self._count_tokens(tally, tokens)
-        self._batches[mode], self._weights[mode], self._tokens[mode], self._waiting = [], [], [], 0
+    def _do_work(self) -> None:
+        for work in self._work:
+            work()
+        self._work, self._waiting = [], 0
 
-    def _count_tokens(self, tally: LossTally, tokens: Tokens) -> None:
-        mask, weights, batch = tokens.mask, tokens.token_weight, tokens.batch
-        of_rows = tokens.length_weights.flatten()[tokens.places]
+    def add_generation_batch(self, batch: GenerationBatch) -> None:
+        """Take in a new generation batch."""
+        if batch.advantages is not None:
+            self._add("advantage", advantage_length_sums(batch.lengths, batch.advantages), _advantage_and_length)
+        if "rewards" in batch.statistics:
+            tied = ~groups_with_signal(batch.statistics["rewards"])
+            self._add_mean("groups/tied", tied, torch.ones_like(tied))
+
+    def add_length_weights(self, weights: Tensor, batch: GenerationBatch, by_sign: bool) -> None:
+        """Take in f of a generation batch at one loss, (P, G); its metrics are split by the sign of A if asked."""
+        advantages, ess = batch.advantages, effective_sample_size(weights)
+        self._add_mean("length_weight/ess", ess.nan_to_num(), ~ess.isnan())
+        self._add_range("length_weight", weights, weights > 0)
+        if by_sign and advantages is not None:
+            for name, of_sign in (("positive", advantages > 0), ("negative", advantages < 0)):
+                self._add_mean(f"length_weight/{name}/mean", weights, of_sign & (weights > 0))
+                self._add_range(f"length_weight/{name}", weights, of_sign & (weights > 0))
+
+    def add_masses(self, weights: Tensor, batch: GenerationBatch) -> None:
+        """Take in the masses on right and wrong answers of a generation batch at one loss, from f, (P, G)."""
+        if batch.advantages is not None:
+            sums = mass_sums(weights, batch.lengths, batch.advantages)
+            self._add("mass", torch.cat([sums, torch.ones_like(sums[:1])]), _masses)
+
+    def add_tokens(
+        self,
+        batch: GenerationBatch,
+        places: Tensor,
+        length_weights: Tensor,
+        advantages: Tensor,
+        logps: Tensor,
+        mask: Tensor,
+        token_weights: Tensor | None,
+        bounds: tuple[float, float] | None,
+    ) -> None:
+        """
+        Take in one micro-batch.
+
+        Args:
+            batch, places, length_weights: its generation batch, its rows' places there, (B,), and f of it, (P, G).
+            advantages: unweighted A, (B, 1) or (B, T).
+            logps, mask: log-probabilities and the mask of own tokens, (B, T).
+            token_weights, bounds: v, (B, T), and the bounds of a v that is clipped to them.
+        """
+        mass = advantages.abs() * length_weights.flatten()[places].unsqueeze(1) * mask
         if batch.advantages is not None:  # rounding around equal rewards is no share of the loss
             differ = advantages_differ(batch.advantages, batch.lengths > 0).expand_as(batch.lengths)
-            of_rows = of_rows * differ.flatten()[tokens.places]
-        mass = (tokens.advantages.abs() * of_rows.unsqueeze(1)).expand_as(tokens.logps)
-        if weights is not None:
-            tally.add_token_weights(weights, mask, self._token_bounds)
-            mass = mass * weights
-        if tokens.clip is not None:
-            old = tokens.logps if tokens.old_logps is None else tokens.old_logps
-            self._count_clipped(tally, tokens.logps - old, tokens, tokens.clip)
-        quartiles = quartile_index(batch.lengths, batch.lengths > 0).flatten()
-        tally.add_shares(mass, quartiles[tokens.places], tokens.logps, tokens.left)
-        if self._with_turns:
-            masses = turn_masses((mass * tokens.left).sum(dim=1), count_turns(mask))
-            tally.add("share/turns", masses, finish_turn_masses)
+            mass = mass * differ.flatten()[places].unsqueeze(1)
+        if token_weights is not None:
+            mass = mass * token_weights
+            self._add_mean("token_weight/mean", token_weights, mask)
+            self._add_range("token_weight", token_weights, mask.bool())
+            if bounds is not None:
+                self._add_mean("token_weight/at_min", token_weights <= bounds[0], mask)
+                self._add_mean("token_weight/at_max", token_weights >= bounds[1], mask)
+        mass = mass.float()
+        quartiles = quartile_index(batch.lengths, batch.lengths > 0).flatten()[places]
+        self._add("share/length", mass.new_zeros(QUARTILES).index_add(0, quartiles, mass.sum(dim=1)), _length_shares)
+        self._add("share/probability", probability_histogram(logps, mass, mask).flatten(), _probability_shares)
 
-    def _count_clipped(self, tally: LossTally, log_ratio: Tensor, tokens: Tokens, clip: Clip) -> None:
-        mask, weights, advantages = tokens.mask, tokens.token_weight, tokens.advantages
-        bounds = (clip.epsilon_low, clip.epsilon_high, clip.delta)
-        if clip.has_weight_inside and weights is not None:
-            tally.add_clipped_by_weight(clipped_by_weight(log_ratio, weights, advantages, *bounds), mask)
-            log_ratio = log_ratio + weights.log()
-        if clip.per_sequence:
-            log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-        tally.add_clipped(clipped_tokens(log_ratio.exp(), advantages, *bounds), advantages, mask)
+    def _add(self, name: str, sums: Tensor, finish: Callable[[list[float]], dict[str, float]]) -> None:
+        """Add to the sums under `name`, 1-d. `finish` turns their totals into metrics, name -> value."""
+        self._sums[name] = self._sums[name] + sums.float() if name in self._sums else sums.float()
+        self._finish[name] = finish
+
+    def _add_mean(self, name: str, values: Tensor, where: Tensor) -> None:
+        sums = torch.stack([(values * where).float().sum(), where.float().sum()])
+        self._add(name, sums, lambda sums: {name: ratio(*sums)})
+
+    def _add_range(self, name: str, values: Tensor, where: Tensor) -> None:
+        for key, signed in ((f"{name}/min", values), (f"{name}/max", -values)):
+            least = signed.masked_fill(~where, torch.inf).min().float()
+            self._least[key] = torch.minimum(self._least.get(key, least), least)
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float]:
+        """
+        The metrics since the last call by name, reduced over the processes, NaN over nothing. Every process calls it.
+        """
+        self._do_work()
+        if not self._sums:
+            return {}
+        local = torch.cat([*self._sums.values(), *(value.unsqueeze(0) for value in self._least.values())])
+        everywhere = accelerator.gather(local.unsqueeze(0))  # (processes, all of it): one collective, one transfer
+        count = local.numel() - len(self._least)
+        values = torch.cat([everywhere[:, :count].sum(dim=0), everywhere[:, count:].amin(dim=0)]).tolist()
+        metrics: dict[str, float] = {}
+        for name, sums in self._sums.items():
+            metrics |= self._finish[name](values[: sums.numel()])
+            values = values[sums.numel() :]
+        for name, value in zip(self._least, values, strict=True):
+            metrics[name] = math.nan if math.isinf(value) else -value if name.endswith("/max") else value
+        self._sums, self._finish, self._least = {}, {}, {}
+        return metrics
 
 
 def lambda_metrics(parameter: LambdaParameter) -> dict[str, float]:
     """
-    λ of every feature now, its mean gradient since the last call, the count of skipped steps, and what its learning
-    reports. Call it for a log only: it waits for the device.
+    λ of every feature now, its mean gradient since the last call, the count of skipped steps, and the metrics of its
+    learning. Call it for a log only: it waits for the device.
     """
     names = ("lambda/value" if name == "length" else f"lambda/{name}" for name in parameter.features)
     metrics = dict(zip(names, parameter.values, strict=True)) | parameter.learning.metrics()
     if parameter.learnable:
         grads = [grad for grad in parameter.grads if math.isfinite(grad)]
-        metrics["lambda/grad"] = sum(grads) / len(grads) if grads else math.nan
-        metrics["lambda/skipped"] = float(parameter.skipped)
+        metrics |= {"lambda/grad": ratio(sum(grads), len(grads)), "lambda/skipped": float(parameter.skipped)}
         parameter.grads.clear()
     return metrics
 
 
-def _known_turns(sums: list[float]) -> dict[str, float]:
-    """Mean advantages of the numbers of turns that occurred: a rollout without tools has one turn throughout."""
-    return {name: value for name, value in finish_turn_advantages(sums).items() if not math.isnan(value)}
+def _advantage_and_length(sums: list[float]) -> dict[str, float]:
+    """From the sums of `advantage_length_sums`."""
+    return {
+        "advantage/length_correlation": ratio(sums[0], math.sqrt(sums[1]) * math.sqrt(sums[2])),
+        "advantage/positive_mean_length": ratio(sums[3], sums[4]),
+        "advantage/negative_mean_length": ratio(sums[5], sums[6]),
+    }
+
+
+def _masses(sums: list[float]) -> dict[str, float]:
+    """From the sums of `mass_sums` and the number of losses; hard, middle, easy: few to many right answers."""
+    masses = [value / sums[6] for value in sums[:6]]
+    names = [f"mass/{sign}_{group}" for sign in ("positive", "negative") for group in ("hard", "middle", "easy")]
+    return {"mass/positive": sum(masses[:3]), "mass/negative": sum(masses[3:])} | dict(zip(names, masses, strict=True))
+
+
+def _length_shares(masses: list[float]) -> dict[str, float]:
+    return {f"share/length_q{q}": ratio(mass, sum(masses)) for q, mass in enumerate(masses, start=1)}
+
+
+def _probability_shares(histogram: list[float]) -> dict[str, float]:
+    """From count and mass in each bin, the most probable first; the quarters begin with the least."""
+    shares = quartile_shares(histogram[-2::-2], histogram[-1::-2])
+    return {f"share/probability_q{q}": share for q, share in enumerate(shares, start=1)}

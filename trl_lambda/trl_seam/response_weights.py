@@ -18,7 +18,7 @@ class ResponseWeights:
     Args:
         member ([`LengthWeight`], *optional*): f; `None` for TRL's own reduction.
         lam (`Callable`): returns λ as the loss takes it, or `None`.
-        is_fixed (`bool`): whether λ never moves, so that f of a batch is computed once.
+        is_fixed (`bool`): whether λ never moves, so that f of a batch is computed once a step.
         scope (`str`): `"batch"` or `"prompt"`.
         positive_weight (`float`): c.
         drop_tied_groups (`bool`): whether groups of equal rewards leave the denominators.
@@ -48,23 +48,23 @@ class ResponseWeights:
         self._dim = (1,) if scope == "prompt" else (0, 1)
         self._positive_weight = positive_weight
         self._drops_tied = drop_tied_groups
-        self._last: tuple[GenerationBatch, Tensor] | None = None
+        self._last: tuple[GenerationBatch, int, Tensor] | None = None
 
     @property
     def depends_on_sign(self) -> bool:
         """Whether responses with A > 0 and with A < 0 are weighted differently."""
-        return self._member.lambda_side != "both" or self._positive_weight != 1
+        return self._member.side != "both" or self._positive_weight != 1
 
     def weights_of(self, batch: GenerationBatch, step: int) -> Tensor:
         """f, (P, G); with TRL's own reduction, the weight that it amounts to."""
-        if self._is_fixed and self._last is not None and self._last[0] is batch:
-            return self._last[1]
+        if self._is_fixed and self._last is not None and self._last[0] is batch and self._last[1] == step:
+            return self._last[2]
         rows, dtype = self._rows(batch, step), torch.float32 if batch.advantages is None else batch.advantages.dtype
         live = groups_with_signal(rows.statistic("rewards")) if self._drops_tied else None
         weights = weigh_responses(
             self._member, rows, self._lam(), positive_weight=self._positive_weight, live=live, dtype=dtype
         )
-        self._last = (batch, weights)
+        self._last = (batch, step, weights)
         return weights
 
     def factor(self, weights: Tensor, batch: GenerationBatch, step: int) -> Tensor | None:

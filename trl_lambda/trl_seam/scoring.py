@@ -11,7 +11,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..generation_batch import GenerationBatch
 from ..weights.features import SCORED_STATISTICS, score_statistic
 
-# Entries added to the scored batch. Dimension 0 is this process's rows, so that TRL's shuffle and split keep them right.
+# Entries added to the scored batch. Dimension 0 is this process's rows, so TRL's shuffle and split keep them right.
 NUMBER_KEY = "generation_batch_number"  # of the row, long, (B,)
 REWARDS_KEY = "generation_batch_rewards"  # (B,), NaN for a response without one
 LOGPS_KEY = "generation_batch_logps"  # of the sampling policy, (B, T), where TRL has none

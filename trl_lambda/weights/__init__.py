@@ -15,9 +15,10 @@ The side of λ is s_i = 1 ("both"), sign(A_i) ("signed"), 1 where A_i > 0 ("posi
 else 0. For the last three (this project's), and with features x centred in the group,
 
     "lambda_grpo"  f_i = G · softmax_i(h_i^(λ·s_i))
-    "power"        f_i = p_i · S / Σ_j |o_j|·p_j,  p_i = exp(s_i · clamp(Σ_k λ_k·x_ik, ±2)),  x: ln|o|, mean_logp, min_logp
+    "power"        f_i = p_i · S / Σ_j |o_j|·p_j,  p_i = exp(s_i · clamp(Σ_k λ_k·x_ik, ±2))
 
-With any f, `positive_weight` makes a response with A > 0 count c times, the token mass of the scope preserved.
+with x of ln|o|, mean_logp or min_logp. With any f, `positive_weight` makes a response with A > 0 count c times, the
+token mass of the scope preserved.
 
 v (π is the current policy's probability of the sampled token, a constant to autograd):
 
@@ -33,14 +34,13 @@ from torch import Tensor
 
 from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power
 from .own_functions import as_length_weight, as_token_weight, weight_from_name
-from .rows import ResponseRows, TokenRows, kind, listing
+from .rows import ResponseRows, TokenRows, kind
 from .sides import SIDES
 from .token_weight import TOKEN_WEIGHTS, TokenWeight
 from .weighing import (
     groups_with_signal,
     probabilities,
     sequence_mean_weights,
-    token_rows,
     weigh_responses,
     weigh_tokens,
 )
@@ -125,11 +125,10 @@ def length_weights(
         argument.
     """
     _check_lengths(lengths)
-    if length_weight not in LENGTH_WEIGHTS:
-        raise ValueError(f"length_weight={length_weight!r} is unknown; accepted: {listing(LENGTH_WEIGHTS)}.")
-    for name, value, accepted in (("scope", scope, SCOPES), ("side", side, SIDES)):
+    known = (("length_weight", length_weight, LENGTH_WEIGHTS), ("scope", scope, SCOPES), ("side", side, SIDES))
+    for name, value, accepted in known:
         if value not in accepted:
-            raise ValueError(f"{name}={value!r} is unknown; accepted: {listing(accepted)}.")
+            raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}.")
     if not 0 < positive_weight < float("inf"):
         raise ValueError(f"positive_weight={positive_weight} must be finite and > 0.")
     options = {"side": side, "max_completion_length": max_completion_length}
@@ -200,18 +199,21 @@ def token_weights(
         values that cannot be log-probabilities.
     """
     if token_weight not in TOKEN_WEIGHTS:
-        raise ValueError(f"token_weight={token_weight!r} is unknown; accepted: {listing(TOKEN_WEIGHTS)}.")
+        raise ValueError(f"token_weight={token_weight!r} is unknown; accepted: {', '.join(TOKEN_WEIGHTS)}.")
     given = {"slope": slope, "center": center, "min": min, "max": max} if token_weight == "tr_grpo" else {}
     member = TOKEN_WEIGHTS[token_weight](**given, **({} if alpha is None else {"alpha": alpha}))
     member.check()
-    return weigh_tokens(member, token_rows(logps))
+    # 0.01 is what a low-precision log-softmax may exceed 0 by; a tensor of probabilities is above it at once.
+    is_right = torch.is_tensor(logps) and logps.is_floating_point()
+    if not is_right or (logps.device.type == "cpu" and (logps > 0.01).any()):
+        raise ValueError(f"logps must be a floating tensor of natural-log probabilities (<= 0), got {kind(logps)}.")
+    return weigh_tokens(member, TokenRows(probabilities(logps)))
 
 
 def _check_lengths(lengths: Tensor) -> None:
-    if not torch.is_tensor(lengths) or lengths.dim() != 2 or lengths.numel() == 0:
-        raise ValueError(f"lengths must be a non-empty tensor of shape (P, G), got {kind(lengths)}.")
-    if lengths.is_complex() or lengths.dtype == torch.bool:
-        raise ValueError(f"lengths must be integer or float, got {lengths.dtype}.")
+    is_right = torch.is_tensor(lengths) and lengths.dim() == 2 and lengths.numel() > 0
+    if not is_right or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be a non-empty real tensor of shape (P, G), got {kind(lengths)}.")
     if lengths.device.type == "cpu" and not (lengths.isfinite() & (lengths >= 0)).all():
         raise ValueError("lengths must be finite and >= 0.")
 
@@ -219,11 +221,11 @@ def _check_lengths(lengths: Tensor) -> None:
 def _check_lambda(member: LengthWeight, lam: Tensor | float | None) -> None:
     if not member.has_lambda:
         return
+    size = len(member.features)
     if lam is None:
         raise ValueError(f"lam is required by length_weight={member.name!r}.")
-    size = len(member.lambda_features)
-    if isinstance(lam, Tensor) and (lam.numel() != size or lam.is_complex() or lam.dtype == torch.bool):
-        raise ValueError(f"lam must be {size} real number{'s' if size > 1 else ''}, got {kind(lam)}.")
-    on_host = not isinstance(lam, Tensor) or lam.device.type == "cpu"
-    if on_host and not torch.as_tensor(lam).isfinite().all():
-        raise ValueError(f"lam={torch.as_tensor(lam).tolist()} must be finite.")
+    given = torch.as_tensor(lam)
+    if given.numel() != size or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(f"lam must have {size} real elements, got {kind(lam)}.")
+    if given.device.type == "cpu" and not given.isfinite().all():
+        raise ValueError(f"lam={given.tolist()} must be finite.")

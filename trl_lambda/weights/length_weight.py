@@ -3,13 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .features import FEATURES, centred_features
-from .rows import ResponseRows, group_mean, listing, one_where_zero
-from .sides import SIDES, sides
+from .rows import ResponseRows, group_mean, one_where_zero
+from .sides import sides
 
 SCOPES = ("batch", "prompt")
 # λ·x of a response is held inside ± this: a weight between e⁻² and e² before the token mass is restored.
@@ -55,16 +56,8 @@ class LengthWeight(ABC):
     has_lambda = False
     has_scope = True
     needs: tuple[str, ...] = ()
-
-    @property
-    def lambda_features(self) -> tuple[str, ...]:
-        """What λ weighs, one λ each; empty without λ."""
-        return ("length",) if self.has_lambda else ()
-
-    @property
-    def lambda_side(self) -> str:
-        """The side of λ, one of `SIDES`."""
-        return getattr(self, "side", "both")
+    side: str = "both"  # of λ
+    features: tuple[str, ...] = ("length",)  # what λ weighs, one λ each
 
     def check(self, group_size: int) -> None:  # noqa: B027  most members have nothing to check
         """Raise a `ValueError` if a parameter is out of its range for groups of `group_size` responses."""
@@ -92,17 +85,13 @@ class LambdaGRPO(LengthWeight):
 
     def check(self, group_size: int) -> None:
         """h_i > 0 for every response needs r·√(G-1) < 1, since |z_i| <= √(G-1)."""
-        _check_side(self.side)
-        if not (math.isfinite(self.length_scale) and self.length_scale > 0):
-            raise ValueError(f"length_scale={self.length_scale} must be finite and > 0.")
-        if self.length_scale * math.sqrt(group_size - 1) >= 1:
+        if not 0 < self.length_scale * math.sqrt(max(group_size - 1, 1e-9)) < 1:
             raise ValueError(
-                f"length_scale={self.length_scale:g} is too large for groups of {group_size} responses: h = 1 + r·z "
-                f"stays positive only for length_scale < 1/√(G-1) = {1 / math.sqrt(group_size - 1):g}."
+                f"length_scale={self.length_scale:g} must be > 0 and, for groups of {group_size} responses, below "
+                f"1/√(G-1) = {1 / math.sqrt(max(group_size - 1, 1e-9)):g}, so that h = 1 + r·z stays positive."
             )
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
-        assert lam is not None
+    def __call__(self, rows: ResponseRows, lam: Any) -> Tensor:
         count = rows.has_tokens.sum(dim=1, keepdim=True).clamp(min=1)
         deviation = (rows.lengths - rows.lengths.sum(dim=1, keepdim=True) / count) * rows.has_tokens
         std = (deviation.square().sum(dim=1, keepdim=True) / count).sqrt()
@@ -141,23 +130,17 @@ class Power(LengthWeight):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return tuple(name for name in self.features if name != "length")
 
-    @property
-    def lambda_features(self) -> tuple[str, ...]:
-        return tuple(self.features)
-
     def check(self, group_size: int) -> None:
-        _check_side(self.side)
         known, chosen = ("length", *FEATURES), list(self.features)
-        if not chosen or not all(name in known for name in chosen) or len(set(chosen)) < len(chosen):
-            raise ValueError(f"lambda_features={chosen!r} must be a list of {listing(known)}, each at most once.")
+        if not chosen or not set(chosen) <= set(known) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"lambda_features={chosen!r} must be a list of {known}, each at most once.")
         if self.side == "both" and chosen != ["length"]:
             raise ValueError(
                 f"lambda_features={chosen!r} needs lambda_side='signed', 'positive' or 'negative': with side 'both' "
                 "the weight is a power of the length alone."
             )
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
-        assert lam is not None
+    def __call__(self, rows: ResponseRows, lam: Any) -> Tensor:
         tokens = rows.total(rows.lengths)
         if self.side == "both":
             count = rows.total(rows.has_tokens).clamp(min=1)
@@ -226,9 +209,7 @@ class DAPO(LengthWeight):
 class DrGRPO(LengthWeight):
     """f_i = μ/max_completion_length, μ = S/N over the batch (arXiv 2503.20783)."""
 
-    max_completion_length: int | None = field(
-        default=None, metadata={"symbol": "divisor", "config": "max_completion_length"}
-    )
+    max_completion_length: Any = field(default=None, metadata={"symbol": "divisor", "config": "max_completion_length"})
 
     name = "dr_grpo"
     formula = "Dr. GRPO: divided by a constant length"
@@ -237,13 +218,10 @@ class DrGRPO(LengthWeight):
     has_scope = False
 
     def check(self, group_size: int) -> None:
-        if self.max_completion_length is None or self.max_completion_length <= 0:
-            raise ValueError(
-                f"max_completion_length={self.max_completion_length} must be > 0 for length_weight='dr_grpo'."
-            )
+        if not (self.max_completion_length or 0) > 0:
+            raise ValueError(f"length_weight='dr_grpo' needs max_completion_length, got {self.max_completion_length}.")
 
     def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
-        assert self.max_completion_length is not None  # `check` has seen to it
         return (rows.mean_length / self.max_completion_length).expand_as(rows.lengths)
 
 
@@ -251,8 +229,3 @@ class DrGRPO(LengthWeight):
 LENGTH_WEIGHTS: dict[str, type[LengthWeight]] = {
     member.name: member for member in (LambdaGRPO, Power, GRPO, DAPO, DrGRPO, Balanced)
 }
-
-
-def _check_side(side: str) -> None:
-    if side not in SIDES:
-        raise ValueError(f"lambda_side={side!r} is unknown; accepted: {listing(SIDES)}.")

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .features import SCORED_STATISTICS
 from .length_weight import LENGTH_WEIGHTS, LengthWeight
-from .rows import ResponseRows, TokenRows, group_mean, kind, listing, one_where_zero
+from .rows import ResponseRows, TokenRows, group_mean, kind, one_where_zero
 from .token_weight import TOKEN_WEIGHTS, TokenWeight
 
 STATISTICS = (*SCORED_STATISTICS, "rewards")
 LENGTH_ARGUMENTS = ("lengths", "advantages", "lam", *STATISTICS, "step")
-TOKEN_ARGUMENTS = ("probs", "advantages", "entropies", "old_logps", "mask", "lengths", "step")
+TOKEN_ARGUMENTS = tuple(f.name for f in fields(TokenRows))
 
 
 class OwnLengthWeight(LengthWeight):
@@ -28,33 +28,28 @@ class OwnLengthWeight(LengthWeight):
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self.arguments = _named_arguments(function, LENGTH_ARGUMENTS)
-        self.name = _name_of(function)
-        self.formula = getattr(function, "formula", "") or self.name
-        self.source = getattr(function, "source", self.source)
+        self.name = self.formula = _name_of(function)
         self.has_lambda = "lam" in self.arguments
         self.needs = tuple(name for name in STATISTICS if name in self.arguments)
 
     def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
-        if rows.dim == (0, 1):
-            return self._call(rows, lam)
-        return torch.cat([self._call(rows, lam, slice(p, p + 1)) for p in range(rows.lengths.size(0))])
-
-    def _call(self, rows: ResponseRows, lam: Tensor | None, prompts: slice = slice(None)) -> Tensor:
-        given: dict[str, Any] = {"lam": lam if lam is None else lam.reshape(()), "step": rows.step}
-        for name in set(self.arguments) - set(given):
-            values = rows.statistics.get(name, rows.advantages)
-            if name == "lengths":
-                values = _fill_empty_rows(rows)
-            if values is None:
-                raise ValueError(f"{self.name} requires one advantage per response, and the batch has one per token.")
-            given[name] = values[prompts].clone()  # a function that writes into it changes its copy alone
-        weights = self.function(**{name: given[name] for name in self.arguments})
-        if lam is not None and lam.requires_grad and torch.is_grad_enabled() and not weights.requires_grad:
+        known = {**rows.statistics, "advantages": rows.advantages, "lengths": _fill_empty_rows(rows)}
+        if missing := [name for name in self.arguments if name in known and known[name] is None]:
+            raise ValueError(f"{self.name} requires {missing[0]} per response, and the batch has them per token.")
+        prompts = [slice(None)] if rows.dim == (0, 1) else [slice(p, p + 1) for p in range(rows.lengths.size(0))]
+        weights = []
+        for part in prompts:
+            # Copies: a function that writes into an argument changes nothing else.
+            given: dict[str, Any] = {name: known[name][part].clone() for name in self.arguments if name in known}
+            given |= {"lam": lam if lam is None else lam.reshape(()), "step": rows.step}
+            made = self.function(**{name: given[name] for name in self.arguments})
+            weights.append(check_weights(self.name, made, rows.lengths[part].shape, rows.has_tokens[part]))
+        if lam is not None and lam.requires_grad and torch.is_grad_enabled() and not weights[0].requires_grad:
             raise ValueError(
                 f"{self.name} names lam, and its weights have no gradient in it. Compute them from the tensor lam "
                 "with torch, or set lambda_learnable=False."
             )
-        return check_weights(self.name, weights, rows.lengths[prompts].shape, rows.has_tokens[prompts], zero=False)
+        return torch.cat(weights)
 
 
 class OwnTokenWeight(TokenWeight):
@@ -63,87 +58,71 @@ class OwnTokenWeight(TokenWeight):
     def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         self.arguments = _named_arguments(function, TOKEN_ARGUMENTS)
-        self.name = _name_of(function)
-        self.formula = getattr(function, "formula", "") or self.name
-        self.source = getattr(function, "source", self.source)
+        self.name = self.formula = _name_of(function)
 
     def __call__(self, rows: TokenRows) -> Tensor:
         given = {name: getattr(rows, name) for name in self.arguments}
         return self.function(**{n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()})
 
 
-def as_length_weight(weight: object) -> LengthWeight:
+def as_length_weight(weight: Any) -> LengthWeight:
     """
     Make a member of what `length_weight=` takes: a function, a partial, an object or a [`LengthWeight`].
 
     Raises:
         `ValueError`: it cannot be called by the names of `LENGTH_ARGUMENTS`, or has the name of a built-in member.
     """
-    return _as_member(weight, LengthWeight, OwnLengthWeight, LENGTH_WEIGHTS, {"rows", "lam"})
+    if isinstance(weight, LengthWeight) and set(inspect.signature(weight).parameters) == {"rows", "lam"}:
+        return _with_own_name(weight, LENGTH_WEIGHTS)
+    return _with_own_name(OwnLengthWeight(weight), LENGTH_WEIGHTS)
 
 
-def as_token_weight(weight: object) -> TokenWeight:
+def as_token_weight(weight: Any) -> TokenWeight:
     """Make a member of what `token_weight=` takes, as `as_length_weight` does for f."""
-    return _as_member(weight, TokenWeight, OwnTokenWeight, TOKEN_WEIGHTS, {"rows"})
-
-
-def _as_member(weight: Any, base: type, wrapper: type, members: dict[str, Any], fixed_call: set[str]) -> Any:
-    if isinstance(weight, base):
-        if not weight.name:
-            raise ValueError(f"{type(weight).__name__} has no name: set its class attribute name.")
-        if not isinstance(weight, members.get(weight.name, object)):
-            raise ValueError(f"{type(weight).__name__}.name={weight.name!r} is a built-in member's: choose another.")
-        if set(inspect.signature(weight).parameters) == fixed_call:
-            return weight
-    return wrapper(weight)
+    if isinstance(weight, TokenWeight) and set(inspect.signature(weight).parameters) == {"rows"}:
+        return _with_own_name(weight, TOKEN_WEIGHTS)
+    return _with_own_name(OwnTokenWeight(weight), TOKEN_WEIGHTS)
 
 
 def weight_from_name(
-    name: str, kwargs: dict[str, Any] | None, options: dict[str, Any], members: dict[str, Any], field_name: str
+    name: str, kwargs: dict[str, Any] | None, options: dict[str, Any], members: dict[str, Any], option: str
 ) -> Any:
     """
     The member that a config field names, with its parameters.
 
     Args:
         name (`str`): a member's name, or a dotted path to a function, an object or a class.
-        kwargs (`dict`, *optional*): parameters of the member; a function is called with them by name.
+        kwargs (`dict`, *optional*): parameters of the member. A function is called with them by name.
         options (`dict`): parameters that have a config field of their own.
         members (`dict`): the table of members.
-        field_name (`str`): `"length_weight"` or `"token_weight"`, for messages.
+        option (`str`): `"length_weight"` or `"token_weight"`.
 
     Raises:
         `ValueError`: unknown name or parameter, or the path cannot be imported.
     """
     kwargs = kwargs or {}
-    as_member = as_length_weight if field_name == "length_weight" else as_token_weight
     if name in members:
-        own = {f.name for f in fields(members[name]) if "config" not in f.metadata}
-        if unknown := sorted(set(kwargs) - own):
-            accepted = f"accepted: {listing(sorted(own))}" if own else f"{field_name}={name!r} has none"
-            raise ValueError(f"{field_name}_kwargs has {unknown[0]!r}; {accepted}.")
+        own = [f.name for f in fields(members[name]) if "config" not in f.metadata]
         for key, value in kwargs.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{field_name}_kwargs[{key!r}]={value!r} must be a number.")
-        from_fields = {f.name: options[f.name] for f in fields(members[name]) if f.name in options}
-        return members[name](**kwargs, **from_fields)
+            if key not in own or isinstance(value, bool) or not isinstance(value, int | float):
+                accepted = f"numbers for: {', '.join(own) or 'nothing'}"
+                raise ValueError(f"{option}_kwargs has {key!r}: {value!r}; {name!r} accepts {accepted}.")
+        return members[name](**kwargs, **{f.name: options[f.name] for f in fields(members[name]) if f.name in options})
     if "." not in name:
-        raise ValueError(
-            f"{field_name}={name!r} is unknown; accepted: {listing(members)}, a dotted path to a function, or None."
-        )
-    weight = import_path(name, field_name)
-    try:
-        if isinstance(weight, type):
-            return as_member(weight(**kwargs))
-        return as_member(functools.partial(weight, **kwargs) if kwargs else weight)
-    except TypeError as error:  # the user's class or function does not take these kwargs
-        raise ValueError(f"{field_name}={name!r} does not take {field_name}_kwargs={kwargs}: {error}.") from error
+        accepted = f"{', '.join(members)}, a dotted path to a function, or None"
+        raise ValueError(f"{option}={name!r} is unknown; accepted: {accepted}.")
+    weight = import_path(name, option)
+    if isinstance(weight, type):
+        weight = weight(**kwargs)
+    elif kwargs:
+        weight = functools.partial(weight, **kwargs)
+    return as_length_weight(weight) if option == "length_weight" else as_token_weight(weight)
 
 
 def import_path(path: str, option: str) -> Any:
     """Import an object by its dotted path, from the current directory too; a `ValueError` names the option."""
     module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    sys.path += [] if os.getcwd() in sys.path else [os.getcwd()]
     try:
         return getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
@@ -151,7 +130,7 @@ def import_path(path: str, option: str) -> Any:
         raise ValueError(f"{option}={path!r} cannot be imported ({type(error).__name__}: {text}).") from error
 
 
-def check_weights(name: str, weights: object, shape: torch.Size, where: Tensor, *, zero: bool) -> Tensor:
+def check_weights(name: str, weights: Any, shape: torch.Size, where: Tensor, *, zero: bool = False) -> Tensor:
     """
     Check what a user's function returned: floating weights of `shape`, finite and > 0 (>= 0 with `zero`) at `where`.
 
@@ -160,12 +139,17 @@ def check_weights(name: str, weights: object, shape: torch.Size, where: Tensor, 
     if not isinstance(weights, Tensor) or weights.shape != shape or not weights.is_floating_point():
         raise ValueError(f"{name} must return floating weights of shape {tuple(shape)}, got {kind(weights)}.")
     if weights.device.type == "cpu":
-        values = weights.detach()[where.expand(shape)]
-        right = values.isfinite() & ((values >= 0) if zero else (values > 0))
-        if not right.all():
-            sign = ">= 0" if zero else "> 0"
-            raise ValueError(f"{name} must return finite weights {sign}, got {values[~right][0].item()}.")
+        values = weights.detach()[where]
+        wrong = values[~(values.isfinite() & ((values >= 0) if zero else (values > 0)))]
+        if wrong.numel():
+            raise ValueError(f"{name} must return finite weights {'>=' if zero else '>'} 0, got {wrong[0].item()}.")
     return weights
+
+
+def _with_own_name(weight: Any, members: dict[str, Any]) -> Any:
+    if not weight.name or not isinstance(weight, members.get(weight.name, object)):
+        raise ValueError(f"{type(weight).__name__} needs a name of its own, got name={weight.name!r}.")
+    return weight
 
 
 def _fill_empty_rows(rows: ResponseRows) -> Tensor:
@@ -177,39 +161,33 @@ def _fill_empty_rows(rows: ResponseRows) -> Tensor:
 
 def _name_of(function: Any) -> str:
     """
-    The name for logs, the model card and `lambda.json`: an object's `name`, else module and qualified name. A
+    The name for logs, the model card and `lambda.json`: a member's `name`, else module and qualified name. A
     `functools.partial` shows what it fixes too, since another value is another weight.
     """
     if isinstance(function, functools.partial):
         fixed = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
         return f"{_name_of(function.func)}({', '.join(fixed)})"
-    if isinstance(name := getattr(function, "name", None), str) and name:
-        return name
+    if isinstance(function, LengthWeight | TokenWeight):
+        return function.name
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _named_arguments(function: Any, accepted: Iterable[str]) -> tuple[str, ...]:
+def _named_arguments(function: Any, accepted: tuple[str, ...]) -> tuple[str, ...]:
     """The arguments of `accepted` that a function names and that a partial has not fixed."""
     if not callable(function) or isinstance(function, type):
-        found = function.__name__ if isinstance(function, type) else type(function).__name__
-        raise ValueError(f"a weight must be a function or an object with __call__, got {found}.")
+        raise ValueError(f"a weight must be a function or an object with __call__, got {function!r}.")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError) as error:  # compiled functions, such as torch.sigmoid
         raise ValueError(f"{_name_of(function)} hides its arguments: wrap it in a Python function.") from error
     fixed = function.keywords if isinstance(function, functools.partial) else {}
-    names = []
-    for parameter in parameters:
-        if parameter.name in fixed or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-            continue
-        if parameter.name in accepted and parameter.kind is not parameter.POSITIONAL_ONLY:
-            names.append(parameter.name)
-        elif parameter.default is parameter.empty:
-            raise ValueError(
-                f"{_name_of(function)} requires {parameter.name!r}. A weight is called by name with any of: "
-                f"{', '.join(accepted)}."
-            )
-    if not names:
-        raise ValueError(f"{_name_of(function)} names none of: {', '.join(accepted)}.")
-    return tuple(names)
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in fixed]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    names = tuple(p.name for p in by_name if p.name in accepted)
+    if not names or set(required) - set(names) - set(fixed):
+        raise ValueError(
+            f"{_name_of(function)} requires {', '.join(required) or 'nothing'}. A weight is called by name with any "
+            f"of: {', '.join(accepted)}."
+        )
+    return names

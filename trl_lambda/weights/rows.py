@@ -1,6 +1,6 @@
 """The plain data that members of f and v are called with, and the tensor helpers that both use."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -82,8 +82,3 @@ def kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     return type(value).__name__
-
-
-def listing(names: Iterable[str]) -> str:
-    """Accepted names, for an error message."""
-    return ", ".join(map(repr, names))

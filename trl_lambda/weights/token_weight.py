@@ -38,11 +38,7 @@ class TokenWeight(ABC):
     formula = ""
     source = "the user's"
     arxiv = ""
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """The least and the largest weight of a member that is clipped to them, else `None`."""
-        return None
+    bounds: tuple[float, float] | None = None  # the least and largest weight of a member that is clipped to them
 
     def check(self) -> None:  # noqa: B027  a member may have nothing to check
         """Raise a `ValueError` if a parameter is out of its range."""
@@ -67,18 +63,13 @@ class TRGRPO(TokenWeight):
     arxiv = "2511.00066"
 
     @property
-    def bounds(self) -> tuple[float, float]:
+    def bounds(self) -> tuple[float, float]:  # type: ignore[override]
         return self.min, self.max
 
     def check(self) -> None:
-        if not (0 < self.alpha < math.inf and 0 < self.slope < math.inf and 0 < self.min < math.inf):
-            raise ValueError(
-                f"alpha={self.alpha}, slope={self.slope} and min={self.min} of 'tr_grpo' must be finite and > 0."
-            )
-        if not 0 <= self.center <= 1:
-            raise ValueError(f"center={self.center} of 'tr_grpo' must be a probability in [0, 1].")
-        if not self.min <= self.max < math.inf:
-            raise ValueError(f"max={self.max} of 'tr_grpo' must be finite and >= min={self.min}.")
+        is_positive = 0 < self.alpha < math.inf and 0 < self.slope < math.inf
+        if not (is_positive and 0 <= self.center <= 1 and 0 < self.min <= self.max < math.inf):
+            raise ValueError(f"{self} needs finite alpha, slope > 0, center in [0, 1] and 0 < min <= max.")
 
     def __call__(self, rows: TokenRows) -> Tensor:
         return (self.alpha * torch.sigmoid(self.slope * (rows.probs - self.center))).clamp(min=self.min, max=self.max)
@@ -97,7 +88,7 @@ class AR(TokenWeight):
 
     def check(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} of 'ar' must be in [0, 1].")
+            raise ValueError(f"{self} needs alpha in [0, 1].")
 
     def __call__(self, rows: TokenRows) -> Tensor:
         return strictly_positive(self.alpha * rows.probs + (1 - self.alpha), rows.probs.dtype)

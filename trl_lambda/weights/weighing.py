@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .length_weight import LENGTH_WEIGHTS, LengthWeight
 from .own_functions import check_weights
-from .rows import ResponseRows, TokenRows, kind, one_where_zero, strictly_positive
+from .rows import ResponseRows, TokenRows, one_where_zero, strictly_positive
 from .sides import sides
 from .token_weight import TOKEN_WEIGHTS, TokenWeight
 
@@ -104,16 +104,6 @@ def weigh_tokens(member: TokenWeight, rows: TokenRows) -> Tensor:
     where = rows.probs.isfinite() if rows.mask is None else rows.probs.isfinite() & (rows.mask > 0)
     weights = check_weights(member.name, weights, rows.probs.shape, where, zero=True).detach().to(rows.probs.dtype)
     return weights.masked_fill(~where, 1).clamp(min=0, max=torch.finfo(weights.dtype).max ** 0.75)
-
-
-def token_rows(logps: Tensor) -> TokenRows:
-    """Log-probabilities alone as `TokenRows`; a `ValueError` if they cannot be log-probabilities."""
-    if not torch.is_tensor(logps) or not logps.is_floating_point():
-        raise ValueError(f"logps must be a floating tensor of log-probabilities, got {kind(logps)}.")
-    # 0.01 is what a low-precision log-softmax may exceed 0 by; a tensor of probabilities is above it at once.
-    if logps.device.type == "cpu" and (logps > 0.01).any():
-        raise ValueError(f"logps must be natural-log probabilities (<= 0), got a value of {logps.max().item()}.")
-    return TokenRows(probabilities(logps))
 
 
 def probabilities(logps: Tensor) -> Tensor:
