@@ -1,4 +1,4 @@
-"""What the weighted loss does, as pure functions on tensors; `LossMetrics` adds their sums up over a logging interval."""
+"""What the weighted loss does, as pure functions on tensors. `LossMetrics` adds up their sums between two logs."""
 
 import itertools
 import math
