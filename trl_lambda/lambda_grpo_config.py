@@ -103,7 +103,7 @@ class LambdaGRPOConfig(GRPOConfig):
         > Metrics
 
         token_metrics (`bool`, *optional*, defaults to `True`):
-            Log the metrics that look at every token: `token_weight/*`, `clipped/*`, `share/*` and `mass/*`.
+            Log the metrics that look at every token: `token_weight/*` and `share/*`.
 
     Raises:
         `ValueError`: a value is out of range, or an option cannot be honoured in this combination.
@@ -203,7 +203,7 @@ class LambdaGRPOConfig(GRPOConfig):
     )
     token_metrics: bool = field(
         default=True,
-        metadata={"help": "Log token_weight/*, clipped/*, share/* and mass/*, which look at every token."},
+        metadata={"help": "Log token_weight/* and share/*, which look at every token."},
     )
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "length_weight_kwargs", "token_weight_kwargs"]
@@ -262,69 +262,61 @@ class LambdaGRPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
-        largest = torch.finfo(torch.float32).max
-        if not abs(self.lambda_init) <= largest:
-            raise ValueError(f"lambda_init={self.lambda_init} must be finite in float32, the dtype of λ.")
-        for name in ("positive_weight", "lambda_learning_rate", "lambda_gain"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and > 0.")
-        target, most = self.length_target, self.max_completion_length
-        if target is not None and not (0 < target < math.inf and (most is None or target <= most)):
-            raise ValueError(f"length_target={target} must be > 0 and at most max_completion_length={most}.")
-        if (bounds := self.lambda_bounds) is not None:
-            is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
-            if not is_pair or not all(isinstance(b, int | float) and abs(b) <= largest for b in bounds):
-                raise ValueError(f"lambda_bounds={bounds!r} must be two finite numbers [low, high].")
-            if not bounds[0] < bounds[1] or not bounds[0] <= self.lambda_init <= bounds[1]:
-                raise ValueError(
-                    f"lambda_bounds={bounds!r} must have low < high and lambda_init={self.lambda_init} in it."
-                )
-        if not isinstance(self.lambda_features, list | tuple):
-            raise ValueError(f"lambda_features={self.lambda_features!r} must be a list.")
-        for name, value, accepted in (
-            ("length_weight_scope", self.length_weight_scope, SCOPES),
-            ("lambda_side", self.side, SIDES),
+        target, most, init, bounds = (
+            self.length_target,
+            self.max_completion_length,
+            self.lambda_init,
+            self.lambda_bounds,
+        )
+        largest = torch.finfo(torch.float32).max  # float32 is the dtype of λ
+        low, high = bounds if isinstance(bounds, list | tuple) and len(bounds) == 2 else (-largest, largest)
+        right = bounds is None or (low, high) != (-largest, largest)
+        for name, is_right, accepted in (
+            ("positive_weight", 0 < self.positive_weight < math.inf, "finite and > 0"),
+            ("lambda_learning_rate", 0 < self.lambda_learning_rate < math.inf, "finite and > 0"),
+            ("lambda_gain", 0 < self.lambda_gain < math.inf, "finite and > 0"),
+            ("length_target", target is None or 0 < target <= (most or largest), f"> 0 and at most {most} tokens"),
+            ("lambda_bounds", right and -largest <= low < high <= largest, "two finite numbers, low < high"),
+            ("lambda_init", low <= init <= high, f"finite in float32 and in lambda_bounds={bounds}"),
+            ("lambda_features", isinstance(self.lambda_features, list | tuple), "a list"),
+            ("length_weight_scope", self.length_weight_scope in SCOPES, f"one of {', '.join(SCOPES)}"),
+            ("lambda_side", self.side in SIDES, f"one of {', '.join(SIDES)}"),
         ):
-            if value not in accepted:
-                raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}.")
+            if not is_right:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {accepted}.")
 
     def _check_length_weight(self, f: LengthWeight | None) -> None:
         if f is None:
             names = ["length_weight_kwargs", "length_weight_scope", "drop_tied_groups"]
             self._refuse(names, "with length_weight=None, TRL's own reduction")
+        elif self.loss_type not in CONVERTIBLE_LOSS_TYPES:
+            instead = _INSTEAD.get(self.loss_type, f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}")
+            raise ValueError(
+                f"loss_type={self.loss_type!r} brings its own reduction, which length_weight={f.name!r} would "
+                f"replace. Use {instead}, or length_weight=None to keep it."
+            )
         else:
-            if self.loss_type not in CONVERTIBLE_LOSS_TYPES:
-                others = f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}"
-                raise ValueError(
-                    f"loss_type={self.loss_type!r} brings its own reduction, which length_weight={f.name!r} would "
-                    f"replace. Use {_INSTEAD.get(self.loss_type, others)}, or length_weight=None to keep it."
-                )
             f.check(max(self.num_generations or 1, self.num_generations_eval or 1))
         if f is None or not f.has_lambda:
             names = ["lambda_side", "lambda_features", "lambda_init", "lambda_learnable", *_LEARNING]
             return self._refuse(names, f"with length_weight={f and f.name!r}, which has no λ")
         if type(f) not in LENGTH_WEIGHTS.values():
-            self._refuse(["lambda_side", "length_target", "lambda_features"], f"with length_weight={f.name!r}")
-        if f.name == "lambda_grpo":
-            self._refuse(["lambda_features"], "with length_weight='lambda_grpo': set 'power'")
+            self._refuse(["lambda_side", "length_target"], f"with length_weight={f.name!r}")
+        if f.name != "power":
+            self._refuse(["lambda_features"], f"with length_weight={f.name!r}: set 'power'")
         if not self.lambda_learnable:
             return self._refuse(_LEARNING, "with lambda_learnable=False")
+        if self.side == "both" or self.length_target is not None:
+            self._refuse(["lambda_gain"], "unless λ learns by regression: a lambda_side, and no length_target")
         if self.length_target is None:
-            if self.side == "both":
-                self._refuse(["lambda_gain"], "with lambda_side='both', where λ descends on the loss")
             return
-        self._refuse(["lambda_gain"], "with length_target")
-        if self.side == "both":
-            raise ValueError(
-                "length_target needs lambda_side 'signed', 'positive' or 'negative': with 'both' λ > 0 "
-                "weights right and wrong responses alike and does not steer."
-            )
-        if list(self.lambda_features) != ["length"]:
-            raise ValueError(f"length_target weights length alone, got lambda_features={self.lambda_features}.")
-        if self.lambda_bounds is None and not abs(self.lambda_init) <= 3:
-            raise ValueError(
-                f"lambda_init={self.lambda_init} must lie in [-3, 3] with length_target, or in lambda_bounds."
-            )
+        for is_refused, why in (
+            (self.side == "both", "needs another lambda_side: with 'both' λ does not steer the length"),
+            (list(self.lambda_features) != ["length"], "weights length alone: leave lambda_features"),
+            (self.lambda_bounds is None and abs(self.lambda_init) > 3, "keeps λ in [-3, 3], lambda_init too"),
+        ):
+            if is_refused:
+                raise ValueError(f"length_target={self.length_target} {why}.")
 
     def _check_token_weight(self, v: TokenWeight | None) -> None:
         if v is None:

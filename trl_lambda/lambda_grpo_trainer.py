@@ -275,8 +275,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
             lengths = batch.lengths.flatten()[places].unsqueeze(1)
             entropies = None if entropies is None else entropies.detach()
             rows = TokenRows(probabilities(logps), advantages, entropies, old_logps, mask, lengths, step)
-            v = weigh_tokens(self.token_weight, rows)  # (B, T)
-            if self.args.token_weight_inside_clip:
+            inside = self.args.token_weight_inside_clip
+            v = weigh_tokens(self.token_weight, rows, zero=not inside)  # (B, T)
+            if inside:
                 inputs.scale_ratio(logps, v)
             else:
                 inputs.scale_advantages(v)

@@ -90,9 +90,9 @@ def sequence_mean_weights(weights: Tensor, rows: ResponseRows) -> Tensor:
     return weights * (rows.lengths / one_where_zero(rows.mean_length)).to(weights.dtype)
 
 
-def weigh_tokens(member: TokenWeight, rows: TokenRows) -> Tensor:
+def weigh_tokens(member: TokenWeight, rows: TokenRows, *, zero: bool = True) -> Tensor:
     """
-    v of every token by any member, (B, T), detached.
+    v of every token by any member, (B, T), detached; a weight of the user's may be 0 only with `zero`.
 
     Raises:
         `ValueError`: a weight of the user's is not of the shape of `rows.probs`, or not finite and >= 0.
@@ -102,7 +102,7 @@ def weigh_tokens(member: TokenWeight, rows: TokenRows) -> Tensor:
         return weights
     # A policy that has diverged has probabilities of NaN: TRL's loss shows that, and the function is not to blame.
     where = rows.probs.isfinite() if rows.mask is None else rows.probs.isfinite() & (rows.mask > 0)
-    weights = check_weights(member.name, weights, rows.probs.shape, where, zero=True).detach().to(rows.probs.dtype)
+    weights = check_weights(member.name, weights, rows.probs.shape, where, zero=zero).detach().to(rows.probs.dtype)
     return weights.masked_fill(~where, 1).clamp(min=0, max=torch.finfo(weights.dtype).max ** 0.75)
 
 
