@@ -21,7 +21,6 @@ class GenerationBatch:
     token_count: Tensor  # S, the token count that TRL's loss divides by, 0-d
     advantages: Tensor | None = None  # (P, G); `None` where a subclass has one per token
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # what the length weight asks for, name -> (P, G)
-    turns: Tensor | None = None  # turns of each conversation, int32, (P, G), where there are tools
 
     @property
     def mean_length(self) -> float:
