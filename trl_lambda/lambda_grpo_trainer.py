@@ -252,6 +252,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _weigh(self, inputs: WeightedInputs, logps: Tensor, entropies: Tensor | None) -> None:
         """A ← f·v·A, with v from the current log-probabilities, (B, T), and f from λ as it is now."""
+        if self._scoring.is_pending_in(inputs):
+            self._gather([inputs])
         inputs.count_reads()
         if self._lambda_step is not None and torch.is_grad_enabled() and not logps.requires_grad:
             raise RuntimeError(

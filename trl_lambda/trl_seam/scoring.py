@@ -47,6 +47,7 @@ class Scoring:
         self._rewards: Tensor | None = None
         self.batches: dict[str, GenerationBatch] = {}  # the newest one of "train" and of "eval"
         self.is_pending = False  # a batch was scored and has not been gathered yet
+        self._row_count = 0  # of that batch
 
     def record_rewards(self, rewards: Tensor, reward_weights: Tensor) -> None:
         """Keep the rewards of all processes' rows, (N,), from those of each reward function, (N, R)."""
@@ -73,7 +74,11 @@ class Scoring:
                 raise RuntimeError("rewards are not known: a subclass scores without TRL's _calculate_rewards.")
             output[REWARDS_KEY] = self._rewards[start : start + row_count].to(mask.device)
         self.calls += 1
-        self.is_pending = True
+        self._row_count, self.is_pending = row_count, True
+
+    def is_pending_in(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a batch was scored, not gathered since, and is here as a whole rather than in micro-batches."""
+        return self.is_pending and NUMBER_KEY in inputs and len(inputs[NUMBER_KEY]) == self._row_count
 
     @torch.no_grad()
     def score_log_probabilities(
