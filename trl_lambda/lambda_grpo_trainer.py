@@ -191,27 +191,22 @@ class LambdaGRPOTrainer(GRPOTrainer):
             size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
             forward, checkpointing = self._get_per_token_logps_and_entropies, args.gradient_checkpointing_kwargs
             self._scoring.score_log_probabilities(output, forward, self.model, size, checkpointing)
-            if self._scores_itself:
-                self._gather([output])
+            self._gather([output], in_order=True)
         return output
 
-    @property
-    def _scores_itself(self) -> bool:
-        """Whether no subclass changes rows after they are scored here."""
-        score = getattr(self._generate_and_score_completions, "__func__", None)
-        return score is LambdaGRPOTrainer._generate_and_score_completions
-
-    def _gather(self, micro_batches: list[Any]) -> None:
+    def _gather(self, micro_batches: list[Any], *, in_order: bool) -> None:
         # G as TRL has it now: a callback may change it.
         group_size: Any = self.num_generations if self.model.training else self.num_generations_eval
         if self.length_weight is not None:
             self.length_weight.check(group_size)
-        self._scoring.gather_rows(self._mode, micro_batches, group_size, in_order=self._scores_itself)
+        self._scoring.gather_rows(self._mode, micro_batches, group_size, in_order=in_order)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        calls, score = self._scoring.calls, getattr(self._generate_and_score_completions, "__func__", None)
         inputs = super()._prepare_inputs(generation_batch)
-        if self._scoring.is_pending:  # a subclass may have masked, dropped or repeated rows after they were scored
-            self._gather(self._buffered_inputs if self.model.training else [inputs])
+        if self._scoring.calls > calls and score is not LambdaGRPOTrainer._generate_and_score_completions:
+            # A subclass may have masked, dropped or repeated rows since they were scored.
+            self._gather(self._buffered_inputs if self.model.training else [inputs], in_order=False)
         return inputs
 
     def _observe(self, batch: GenerationBatch) -> None:
@@ -252,8 +247,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _weigh(self, inputs: WeightedInputs, logps: Tensor, entropies: Tensor | None) -> None:
         """A ← f·v·A, with v from the current log-probabilities, (B, T), and f from λ as it is now."""
-        if self._scoring.is_pending_in(inputs):
-            self._gather([inputs])
         inputs.count_reads()
         if self._lambda_step is not None and torch.is_grad_enabled() and not logps.requires_grad:
             raise RuntimeError(

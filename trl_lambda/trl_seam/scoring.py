@@ -46,8 +46,6 @@ class Scoring:
         self.calls = 0  # how often rows were scored
         self._rewards: Tensor | None = None
         self.batches: dict[str, GenerationBatch] = {}  # the newest one of "train" and of "eval"
-        self.is_pending = False  # a batch was scored and has not been gathered yet
-        self._row_count = 0  # of that batch
 
     def record_rewards(self, rewards: Tensor, reward_weights: Tensor) -> None:
         """Keep the rewards of all processes' rows, (N,), from those of each reward function, (N, R)."""
@@ -74,11 +72,6 @@ class Scoring:
                 raise RuntimeError("rewards are not known: a subclass scores without TRL's _calculate_rewards.")
             output[REWARDS_KEY] = self._rewards[start : start + row_count].to(mask.device)
         self.calls += 1
-        self._row_count, self.is_pending = row_count, True
-
-    def is_pending_in(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a batch was scored, not gathered since, and is here as a whole rather than in micro-batches."""
-        return self.is_pending and NUMBER_KEY in inputs and len(inputs[NUMBER_KEY]) == self._row_count
 
     @torch.no_grad()
     def score_log_probabilities(
@@ -152,7 +145,6 @@ class Scoring:
             dict(zip(self._statistics, others, strict=True)),
         )
         self.batches[mode] = batch
-        self.is_pending = False
         return batch
 
     def _columns(self, batch: Mapping[str, Any], per_row: bool) -> Tensor:
@@ -180,7 +172,7 @@ class Scoring:
             `RuntimeError`: the rows were never gathered, or have changed since (looked at on the CPU only).
         """
         batch, numbers = self.batches.get(mode), inputs.get(NUMBER_KEY)
-        if self.is_pending or batch is None or numbers is None:
+        if batch is None or numbers is None:
             raise RuntimeError(
                 "The loss got rows that trl_lambda has not seen: a subclass replaces _prepare_inputs or "
                 "_generate_and_score_completions without calling super()'s. Call it, and change what it returns."
