@@ -8,9 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.playground.lookup_agent import DIGITS, EARLY_STOP, KEYS, RESPONSE_TEMPLATE, LookUp, lookup_agent
-from recipes.playground.make_base_model import BASE_MODELS, make_tokenizer, training_batches
-from recipes.playground.measure import sample
+from recipes.playground.lookup_agent import RESPONSE_TEMPLATE, LookUp, lookup_agent
+from recipes.playground.make_base_model import BASE_MODELS, make_tokenizer
 from recipes.playground.rewards import exact_answer
 from recipes.playground.rollouts import roll_out
 from recipes.playground.tasks import make_splits
@@ -68,47 +67,6 @@ def test_problems_take_one_to_three_look_ups():
         asked, answers = re.findall(r"\[(.)\]", problem.long), re.findall(r"\((.)\)", problem.long)
         assert asked == chain[:-1] and answers == chain[1:] and problem.long.endswith(f")={chain[-1]}")
     assert set(hops) == {1, 2, 3} and min(map(hops.count, (1, 2, 3))) > 150
-
-
-def test_demonstrations_stop_early_as_often_as_they_say_and_know_nothing_then():
-    rng = random.Random(1)
-    right = {True: [], False: []}
-    stopped = 0
-    for problem in (lookup_agent(rng) for _ in range(4000)):
-        pieces = problem.demonstration(rng)
-        chain = follow(problem.prompt[1], problem.table)
-        turns = [text for text, is_own in pieces if is_own]
-        assert all(text.endswith("<eos>") for text in turns) and turns[-1][0] in DIGITS
-        assert [text for text, is_own in pieces if not is_own] == [f"({x})=" for x in chain[1 : len(turns)]]
-        whole = len(turns) == len(chain)
-        stopped += not whole
-        right[whole].append(turns[-1][0] == problem.solution)
-    assert all(right[True]) and sum(right[False]) / len(right[False]) == pytest.approx(0.1, abs=0.04)
-    survive = sum((1 - EARLY_STOP) ** hops for hops in (1, 2, 3)) / 3
-    assert 1 - stopped / 4000 == pytest.approx(survive, abs=0.03)
-
-
-def test_the_model_is_taught_its_own_tokens_alone(tokenizer):
-    batch = next(training_batches(tokenizer, random.Random(2), set(), "lookup_agent"))
-    taught = set()
-    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-        kept = labels != -100
-        assert torch.equal(ids[kept], labels[kept])
-        text, own = tokenizer.decode(ids[ids != tokenizer.pad_token_id]), tokenizer.decode(ids[kept])
-        assert own == "".join(re.findall(r"=([^=]*<eos>)", text))  # each turn, from the generation prompt on
-        taught |= set(own.replace("<eos>", ""))
-    assert taught <= set("[]" + KEYS + DIGITS) and set("[]ab01") <= taught
-
-
-def test_the_environment_answers_from_its_table_and_refuses_other_keys():
-    environment = LookUp()
-    environment.reset(table="b7000000", prompt="unused", solution="7")
-    assert (environment.look_up("a"), environment.look_up("b")) == ("b", "7")
-    environment.reset(table="c7000000")
-    assert environment.look_up(key="a") == "c"
-    for key in ("", "i", "7", "ab", None):
-        with pytest.raises(ValueError):
-            environment.look_up(key)
 
 
 def test_the_tokenizer_renders_and_reads_a_conversation(tokenizer):
@@ -178,15 +136,6 @@ def test_each_call_runs_once_because_the_anchor_stands_in_every_generation_promp
         assert trainer._metrics["train"]["tools/failure_frequency"] == [0.0]
     else:
         assert len(Counting.calls) > written
-
-
-def test_lengths_when_measured_are_own_tokens(tokenizer, model):
-    problems = make_splits("lookup_agent")["test"][:32]
-    samples = sample(model, tokenizer, problems, num_samples=1, seed=0, greedy=True)
-    for problem, text, length, reward in zip(problems, samples.texts, samples.lengths, samples.rewards, strict=True):
-        chain = follow(problem.prompt[1], problem.table)
-        assert text == problem.long and reward == 1.0  # greedily it looks everything up
-        assert length == 4 * (len(chain) - 1) + 2
 
 
 def test_it_learns_to_look_everything_up():

@@ -11,31 +11,19 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.playground.knights_and_knaves import is_consistent, is_true, solutions
-from recipes.playground.make_base_model import (
+from recipes.playground.knights_and_knaves import is_consistent, solutions
+from recipes.playground.make_base_model import (  # fmt: skip
     BASE_MODELS,
     CHARACTERS,
     MODEL_DIR,
-    choose,
     is_usable,
     make_tokenizer,
     save_tokenizer,
-    training_batches,
 )
 from recipes.playground.make_data import DATA_DIR, write_data
-from recipes.playground.measure import measure, within_group_correlation
+from recipes.playground.measure import measure
 from recipes.playground.rewards import exact_answer
-from recipes.playground.tasks import (
-    SLIP,
-    SPLIT_SIZES,
-    TASKS,
-    Problem,
-    checked_sum,
-    idle_filler,
-    make_splits,
-    running_sum,
-    slippery_chain,
-)
+from recipes.playground.tasks import SPLIT_SIZES, TASKS, Problem, make_splits
 from recipes.studies.shared.recipe import train_recipe
 
 
@@ -94,49 +82,25 @@ def test_splits_never_share_a_problem_and_the_base_model_can_read_each(task):
         assert exact_answer([problem.short], [problem.solution]) == [1.0]
 
 
-def test_splits_are_alike_although_small_problems_repeat_sooner(monkeypatch):
-    # Every second problem drawn is one of 100 small ones: in the order of the draw, only the first split gets any.
-    def task(rng: random.Random) -> Problem:
-        number = rng.randrange(100) if rng.random() < 0.5 else rng.randrange(100, 10**9)
-        return Problem(number, str(number), "", "", "")
-
-    monkeypatch.setitem(TASKS, "uneven", task)
-    for problems in make_splits("uneven", sizes={"train": 500, "test": 500}).values():
-        assert 30 < sum(problem.key < 100 for problem in problems) < 70
-    with pytest.raises(ValueError, match="task is 'sums'; accepted: running_sum, "):
-        make_splits("sums")
-
-
 # ---- Tasks ----
 
 
 def test_sums_are_right_in_both_styles_and_their_steps_add_up():
-    for problem in drawn(running_sum, 500):
+    for problem in drawn(TASKS["running_sum"], 500):
         assert problem.key == numbers_of(problem.prompt) and len(problem.long) > len(problem.short)
         assert exact_answer([problem.short, problem.long], [problem.solution] * 2) == [1.0, 1.0]
         for step in problem.long.split(";"):
             left, right, result = map(int, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step).groups())
             assert left + right == result
-    for problem in (*drawn(slippery_chain, 200), *drawn(idle_filler, 200)):
+    for problem in (*drawn(TASKS["slippery_chain"], 200), *drawn(TASKS["idle_filler"], 200)):
         assert problem.solution == f"{sum(numbers_of(problem.prompt)):03d}"
 
 
-def test_a_chain_is_wrong_more_often_the_more_links_it_has():
-    right: dict[int, list[float]] = {}
-    for problem in drawn(slippery_chain, 8000):
-        links = len(re.split("[;=]", problem.long))
-        right.setdefault(links, []).append(exact_answer([problem.long], [problem.solution])[0])
-    assert sorted(right) == [2, 3, 4, 5, 6]
-    for links, rewards in right.items():
-        # Slips of opposite sign may cancel: a little above (1 - SLIP)^links.
-        assert (1 - SLIP) ** links - 0.05 < sum(rewards) / len(rewards) < (1 - SLIP) ** links + 0.13
-
-
 def test_fillers_are_idle_and_checks_repeat_the_same_steps():
-    problems = drawn(idle_filler, 2000)
+    problems = drawn(TASKS["idle_filler"], 2000)
     assert {text.count(".") for p in problems for text in (p.short, p.long)} == set(range(21))
     assert exact_answer([p.long for p in problems], [p.solution for p in problems]) == [1.0] * 2000
-    problems = drawn(checked_sum, 3000)
+    problems = drawn(TASKS["checked_sum"], 3000)
     for problem in problems:
         assert int(problem.solution) == sum(numbers_of(problem.prompt)) % 10
         assert len(set(problem.long.split("?"))) == 1
@@ -147,15 +111,6 @@ def test_fillers_are_idle_and_checks_repeat_the_same_steps():
             total = result
         assert str(total) == problem.solution
     assert {len(p.short) for p in problems} == {1} and max(len(p.long) for p in problems) == 47
-
-
-@pytest.mark.parametrize(
-    ("statement", "true_for"),
-    [("aK", ["KK", "KN"]), ("bN", ["KN", "NN"]), ("aK&bK", ["KK"]), ("aN|bK", ["KK", "NK", "NN"]),
-     ("a~b", ["KK", "NN"]), ("b^a", ["KN", "NK"])],
-)  # fmt: skip
-def test_statements(statement, true_for):
-    assert [kinds for kinds in ("KK", "KN", "NK", "NN") if is_true(statement, kinds)] == true_for
 
 
 def test_knights_and_knaves_have_one_solution_and_searches_refute_only_what_is_wrong():
@@ -209,35 +164,6 @@ def test_exact_answer_refuses_lists_that_do_not_match_and_never_matches_nothing(
 
 
 # ---- Models ----
-
-
-def test_within_group_correlation_ignores_differences_between_groups():
-    # Between the groups longer is worse, inside each it is better: only the inside counts.
-    rewards = torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    lengths = torch.tensor([[3.0, 3.0, 3.0, 1.0], [10.0, 10.0, 10.0, 12.0]])
-    assert within_group_correlation(rewards, lengths) == pytest.approx(1.0)
-    assert within_group_correlation(rewards, -lengths) == pytest.approx(-1.0)
-    assert within_group_correlation(rewards, torch.ones(2, 4)) == 0.0
-
-
-def test_choose_takes_the_nearest_that_carries_a_length_signal():
-    good = {"accuracy_sampled": 0.36, "length_reward_correlation": 0.3, "share_long": 0.5}
-    nearer_without_signal = {**good, "accuracy_sampled": 0.30, "length_reward_correlation": 0.1}
-    nearer_of_one_style = {**good, "accuracy_sampled": 0.31, "share_long": 0.9}
-    assert choose([nearer_without_signal, good, nearer_of_one_style], BASE_MODELS["demo"]) is good
-    with pytest.raises(RuntimeError, match="no checkpoint is usable"):
-        choose([nearer_without_signal], BASE_MODELS["demo"])
-
-
-def test_training_batches_leave_out_held_out_problems_and_prompts(tokenizer):
-    first = next(training_batches(tokenizer, random.Random(5), set()))
-    texts = tokenizer.batch_decode(first["input_ids"], skip_special_tokens=True)
-    held_out = {numbers_of(text.split("=")[0]) for text in texts}
-    second = next(training_batches(tokenizer, random.Random(5), held_out))
-    for ids, labels in zip(second["input_ids"], second["labels"], strict=True):
-        prompt, _, completion = tokenizer.decode(ids, skip_special_tokens=True).partition("=")
-        assert numbers_of(prompt) not in held_out
-        assert tokenizer.decode(labels[labels != -100]) == completion + tokenizer.eos_token
 
 
 def test_the_tokenizer_is_one_token_per_character_pads_on_the_left_and_is_saved_as_made(tokenizer, tmp_path):

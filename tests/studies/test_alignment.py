@@ -8,7 +8,6 @@ import itertools
 import math
 import random
 import sys
-from dataclasses import replace
 from statistics import fmean, stdev
 
 import pytest
@@ -25,7 +24,7 @@ from recipes.studies.alignment import policy_gradient as pg
 from recipes.studies.alignment import study as alignment
 from recipes.studies.alignment.batches import own_tokens, sample_batches, token_logps
 from recipes.studies.alignment.measure import RULE_COLUMNS
-from recipes.studies.alignment.settled import settled_lambda, settled_lambdas
+from recipes.studies.alignment.settled import settled_lambda
 from recipes.studies.alignment.summary import pooled_error, summary_rows
 from recipes.studies.alignment.weights import (
     CONTROLS,
@@ -34,7 +33,6 @@ from recipes.studies.alignment.weights import (
     lambda_gradient,
     make_weight,
     same_direction,
-    slope_sides,
 )
 from recipes.studies.shared.arms import ARMS, BASELINES, LEARNED, Arm
 from recipes.studies.shared.ledger import Ledger
@@ -178,18 +176,6 @@ def test_cosines_leave_their_own_batch_out():
     assert ratios.tolist() == pytest.approx([1, 2 * half / (2 * half + 1)])
 
 
-def test_noise_is_not_alignment_unless_a_batch_is_its_own_reference():
-    without, with_own = [], []
-    for seed in range(20):
-        products = products_of(*random_vectors(seed, 1, 25, 300, signal=0.0))
-        without.append(pg.cosines(products).mean().item())
-        own = products.cross.sum(dim=2) / (products.norms * products.gram.sum().sqrt())
-        with_own.append(own.mean().item())
-    error = stdev(without) / len(without) ** 0.5
-    assert abs(fmean(without)) < 4 * error < 0.02
-    assert min(with_own) > 0.1  # √(1/2) / √25 = 0.14 in the mean
-
-
 def test_the_jackknife_leaves_each_batch_out_of_everything_and_its_error_is_the_spread_of_repeated_studies():
     gradients, truths = random_vectors(0, 3, 7, 50, signal=0.5)
     deleted = []
@@ -320,19 +306,6 @@ def test_a_settled_weight_is_the_trainers_at_the_lambda_that_it_is_drawn_to(arm)
         weight(batch.lengths, logps, pg.group_advantages(batch.rewards))
 
 
-def test_a_batchs_own_rewards_are_not_in_the_lambda_that_it_is_measured_at():
-    weight = next(weight for weight in all_weights() if weight.name == "positive3_settled")
-    generator = torch.Generator().manual_seed(0)
-    logps = [torch.rand(20, 9, generator=generator).log() for _ in range(3)]
-    lengths = [torch.randint(1, 10, (20, 1), generator=generator) for _ in range(3)]
-    rewards = [torch.randn(4, 5, generator=generator) + length.view(4, 5) for length in lengths]
-    batches = [pg.Batch({}, torch.arange(9) < n, r) for n, r in zip(lengths, rewards, strict=True)]
-    before = settled_lambdas(weight, batches, logps)
-    after = settled_lambdas(weight, [*batches[:2], replace(batches[2], rewards=-batches[2].rewards)], logps)
-    assert torch.equal(before[2], after[2]) and not torch.equal(before[0], after[0])
-    assert before[2].tolist() == settled_lambda(weight, batches[:2], logps[:2]).tolist() and before[2][0] > 0.1
-
-
 def test_which_arms_coincide():
     same = same_direction(all_weights())
     assert {name for name, arm in ARMS.items() if not arm.removed} == set(ARMS) & set(same)
@@ -350,44 +323,15 @@ def test_which_arms_coincide():
     assert (weights["tr"](*given) * weights["tr_reversed"](*given)).flatten().tolist() == pytest.approx([1, 1, 1])
 
 
-def test_a_new_arm_is_picked_up_and_a_learnable_one_gets_its_slope():
-    arms = ARMS | {"new": Arm("", {"length_weight": "power", "token_weight": "ar"})}
-    arms["late"] = Arm("", {"length_weight": "lambda_grpo", "lambda_init": 1.0})
-    weights = {weight.name: weight for weight in all_weights(arms)}
-    below, above = slope_sides(weights["new"], weights.values())
-    assert (below.name, above.name) == ("new_-0.5", "new_+0.5")
-    assert [w.options["lambda_init"] for w in (below, above)] == [-0.5, 0.5]
-    assert [w.options["lambda_init"] for w in slope_sides(weights["late"], weights.values())] == [-1, 3]
-    assert [w.name for w in slope_sides(weights["softmax_fast"], weights.values())] == ["softmax_-2", "softmax_+2"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"beta": 0.1},
-        {"importance_sampling_level": "sequence", "token_weight": "tr_grpo"},
-        {"token_weight_inside_clip": True, "token_weight": "tr_grpo"},
-        {"loss_type": "cispo"},
-        {"length_target": 20.0},
-    ],
-)
-def test_an_option_that_is_not_covered_is_refused(options):
-    with pytest.raises(ValueError, match="'odd'"):
-        make_weight("odd", Arm("", options))
+def test_an_option_that_is_not_covered_is_refused():
+    inside = {"token_weight_inside_clip": True, "token_weight": "tr_grpo"}
+    sequence = {"importance_sampling_level": "sequence", "token_weight": "tr_grpo"}
+    for options in ({"beta": 0.1}, sequence, inside, {"loss_type": "cispo"}, {"length_target": 20.0}):
+        with pytest.raises(ValueError, match="'odd'"):
+            make_weight("odd", Arm("", options))
 
 
 # ---- Batches ----
-
-
-def test_log_probabilities_are_those_of_each_row_alone():
-    model, batch = build_model(), prepared_batch(Prepared())
-    padded = {name: torch.nn.functional.pad(x, (2, 0)) for name, x in batch.inputs.items() if name != "completion_ids"}
-    logps = token_logps(model, pg.Batch({**batch.inputs, **padded}, batch.mask, batch.rewards))
-    for row, completion in enumerate(Prepared().completions):
-        ids = batch.inputs["prompt_ids"][row].tolist() + completion
-        alone = model(torch.tensor([ids])).logits[0, -len(completion) - 1 : -1].log_softmax(-1)
-        expected = alone.gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-        torch.testing.assert_close(logps[row, : len(completion)], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -409,10 +353,6 @@ def test_batches_are_samples_of_training_problems(base):
         assert prompts == [p for p in prompts[::8] for _ in range(8)] and batch.rewards.shape == (8, 8)
         seen += prompts[::8]
     assert len(set(seen)) == 16
-    again, other = (sample_batches(*base, "running_sum", seed=seed, count=1)[0] for seed in (0, 1))
-    assert not torch.equal(again.inputs["prompt_ids"], other.inputs["prompt_ids"])
-    with pytest.raises(ValueError, match="4096"):
-        sample_batches(*base, "running_sum", seed=0, count=513)
 
 
 @torch.no_grad()
@@ -450,9 +390,6 @@ def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path, base):
     assert alignment.study(plan, Ledger(path, alignment.KEY)) == 6
     whole = path.read_text(encoding="utf-8")
     assert trained == [0, 1] and whole.count("\n") == 1 + 6 * rows
-    assert alignment.study(plan, Ledger(path, alignment.KEY)) == 0 and path.read_text(encoding="utf-8") == whole
-    # The base model alone needs no training.
-    assert alignment.study(replace(plan, seeds=3, steps=()), Ledger(path, alignment.KEY)) == 1 and trained == [0, 1]
     # Killed while the last checkpoint was written, within a line.
     path.write_text(whole[: -len(whole) // 20], encoding="utf-8")
     assert alignment.study(plan, Ledger(path, alignment.KEY)) == 1
@@ -461,7 +398,7 @@ def test_a_killed_study_goes_on_where_it_stopped(monkeypatch, tmp_path, base):
     assert len(keys) == len(set(keys)) == 6 * rows and trained == [0, 1, 1]
 
 
-def test_the_command_measures_and_draws(monkeypatch, tmp_path, capsys):
+def test_the_command_measures_and_draws(monkeypatch, tmp_path):
     path, learnable = tmp_path / "alignment.csv", {weight.name for weight in all_weights() if weight.learnable}
     monkeypatch.setattr(sys, "argv", ["alignment", "--smoke", "--results", str(path)])
     alignment.main()
@@ -481,7 +418,3 @@ def test_the_command_measures_and_draws(monkeypatch, tmp_path, capsys):
     assert slopes["softmax_fast"] == pytest.approx((ratios["softmax_+2"] - ratios["softmax_-2"]) / 4, abs=1e-5)
     assert slopes["power_tr"] == pytest.approx(ratios["power_tr_+0.5"] - ratios["power_tr_-0.5"], abs=1e-5)
     assert path.with_suffix(".png").stat().st_size > 10_000
-    monkeypatch.setattr(sys, "argv", ["alignment", "--smoke"])
-    with pytest.raises(SystemExit):
-        alignment.main()
-    assert "--results" in capsys.readouterr().err  # smoke figures never go among the results

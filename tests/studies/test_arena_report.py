@@ -104,17 +104,9 @@ def written(tmp_path_factory):
     ids=["normal", "exponential", "lognormal"],
 )
 def test_the_interval_of_twelve_covers_the_mean(draw, mean, low, high):
-    """2000 samples, so that the share has a standard error of 0.005. The percentile interval is too narrow for all."""
-    samples = draw(np.random.default_rng(1), (2000, 12))
-    drawn = np.random.default_rng(2).integers(12, size=(1000, 12))
-    covered = percentile = 0
-    for sample in samples:
-        left, right = bootstrap_interval(sample, num_resamples=2000)
-        covered += left <= mean <= right
-        left, right = np.quantile(sample[drawn].mean(axis=1), [0.025, 0.975])
-        percentile += left <= mean <= right
-    assert low < covered / 2000 < high
-    assert percentile / 2000 < 0.925 and percentile < covered
+    """2000 samples, so that the share has a standard error of 0.005."""
+    intervals = [bootstrap_interval(x, num_resamples=2000) for x in draw(np.random.default_rng(1), (2000, 12))]
+    assert low < np.mean([left <= mean <= right for left, right in intervals]) < high
 
 
 def test_intervals_fall_back_to_students_by_hand():
@@ -167,16 +159,6 @@ def test_pairs_are_of_one_seed(tmp_path):
     assert comparison.p == pytest.approx(paired_t_p([0.0, 0.04, 0.09])) and comparison.p_sign_flip == 0.5
 
 
-def test_rows_that_do_not_belong_together_raise(tmp_path):
-    rows = make_rows(tasks=TASKS[:1], seeds=range(2))
-    with pytest.raises(ValueError, match="tr has seed 1 twice"):
-        read_runs(write_rows([*rows, next(row for row in rows if row["arm"] == "tr" and row["seed"] == 1)], tmp_path))
-    with pytest.raises(ValueError, match="mixes several values of learning_rate"):
-        read_runs(write_rows([{**rows[0], "learning_rate": "0.001", "seed": 5}, *rows], tmp_path))
-    with pytest.raises(ValueError, match="lacks the columns .'auc'"):
-        read_runs(write_rows([{k: v for k, v in row.items() if k != "auc"} for row in rows], tmp_path))
-
-
 def test_the_planted_effect_is_found_and_no_other_arm(written):
     """In all families that it is in; of the 18 families about one may hold a find that is none."""
     rows = read_rows(written / "results" / "paired.csv")
@@ -201,50 +183,29 @@ def test_the_page_gets_its_tables(written):
     accuracy = page.partition("<!-- table: accuracy -->")[2].partition("<!-- end -->")[0]
     first, *_, last = [line for line in accuracy.splitlines() if line.startswith("| `")]
     assert first.startswith("| `tr` | 12 |") and first.count("] * |") == 3 and "] *" not in last
-    means = [float(line.split("|")[3].split("±")[0]) for line in accuracy.splitlines() if line.startswith("| `")]
-    assert means[:7] == sorted(means[:7], reverse=True) and means[7:] == sorted(means[7:], reverse=True)
-    found = sum(float(row["p_holm"]) < 0.05 for row in read_rows(written / "results" / "paired.csv"))
-    assert f"{found} of 270 comparisons have a Holm-adjusted p < 0.05, in 18 families" in page
     assert len(re.findall(r"\| greedy accuracy \| 15 \| \d+ \| 3 \| `tr`: `grpo`, `dapo`, `bnpo` \|  \|", page)) == 2
-    sign = [line.split(" | ") for line in page.splitlines() if "`softmax` |" in line and " of 12" in line]
-    assert {cells[0]: cells[-1] for cells in sign} == {"| running_sum": "12 of 12 |", "| slippery_chain": "0 of 12 |"}
-    resolution = next(line for line in page.splitlines() if line.startswith("| running_sum | sampled accuracy"))
-    _, _, _, _, pairs, n, sd, at_once, strictest, _ = (cell.strip() for cell in resolution.split("|"))
-    assert (pairs, n) == ("15", "12") and 0.9 < float(sd) < 2  # √2 points planted
-    assert float(at_once) == pytest.approx(resolvable_difference(float(sd), 12), rel=0.01)
-    assert float(strictest) == pytest.approx(resolvable_difference(float(sd), 12, alpha=0.05 / 15), rel=0.01)
 
 
-def test_figures_show_the_numbers(written):
+def test_figures_show_the_numbers_and_their_legends_cover_no_panel(written):
     arena = Arena.read(written / "results" / "runs.csv")
-    task = arena.tasks("main")[0]
     rewards, differences = draw_curves(arena, "main").axes[:2]
-    drawn = {line.get_label(): line.get_ydata() for line in differences.lines}
-    assert np.mean(drawn["tr"]) == pytest.approx(100 * PLANTED[task], abs=1) and abs(np.mean(drawn["softmax"])) < 1
+    drawn = {line.get_label(): np.mean(line.get_ydata()) for line in differences.lines}
+    assert drawn["tr"] == pytest.approx(100 * PLANTED["running_sum"], abs=1) and abs(drawn["softmax"]) < 1
     assert {line.get_label() for line in rewards.lines} == {"dapo", "grpo", "softmax", "tr", "other arms"}
-    assert len(rewards.collections) == 4  # bands
-    softmax, adamw = draw_lambda_paths(arena, "main").axes
-    assert len(softmax.lines) == len(adamw.lines) == 1 + 2 * (12 + 1)
-    ends = {line.get_label(): line.get_ydata()[-1] for line in softmax.lines}
+    ends = {line.get_label(): line.get_ydata()[-1] for line in draw_lambda_paths(arena, "main").axes[0].lines}
     assert ends["running_sum"] > 0.2 and ends["slippery_chain"] < -0.2
     panel = draw_forest(arena, "main").axes[0]
     order = [label.get_text() for label in panel.get_yticklabels()]
     assert order == ["grpo", "bnpo", "softmax", "power_adamw", "tr", "ar"]
     markers = [line for line in panel.lines if line.get_marker() in ("o", "s") and len(line.get_xdata())]
-    assert len(markers) == 2 * len(order)
-    filled = [line for line in markers if line.get_markerfacecolor() != "white"]
-    assert {round(float(line.get_ydata()[0])) for line in filled} == {order.index("tr")}
-    assert all(abs(line.get_xdata()[0] - 100 * PLANTED[task]) < 1 for line in filled)
-
-
-@pytest.mark.parametrize("draw", [draw_curves, draw_lambda_paths, draw_forest, draw_lengths])
-@pytest.mark.parametrize("tasks", [TASKS, TASKS[:1]])
-def test_the_legend_lies_inside_the_figure_and_covers_no_panel(tmp_path, draw, tasks):
-    figure = draw(Arena.read(write_rows(make_rows(tasks=tasks, seeds=range(2)), tmp_path)), "main")
-    figure.draw_without_rendering()
-    box = figure.legends[0].get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-    assert all(box.y0 >= axes.title.get_window_extent().y1 for axes in figure.axes)
+    filled = {round(float(m.get_ydata()[0])) for m in markers if m.get_markerfacecolor() != "white"}
+    assert len(markers) == 2 * len(order) and filled == {order.index("tr")}
+    for draw in (draw_curves, draw_lambda_paths, draw_forest, draw_lengths):
+        figure = draw(arena, "main")
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert all(box.y0 >= axes.title.get_window_extent().y1 for axes in figure.axes)
 
 
 def test_cells_and_markers():
@@ -271,13 +232,8 @@ def test_a_part_of_the_runs_will_do(tmp_path, capsys):
     files = {path.name for path in results.iterdir()}
     assert files >= {"accuracy_curves_one_step.png", "forest_one_step.png", "lambda_paths.png", "forest.png"}
     assert "lambda_paths_one_step.png" not in files and not list(tmp_path.rglob("README.md"))
-    single = [row for row in read_rows(results / "paired.csv") if row["n"] == "1"]
-    assert single and {row[name] for row in single for name in ("sd", "low", "high", "p", "p_holm")} == {""}
-    tables = make_tables(Arena.read(results / "runs.csv"))
-    accuracy = tables["accuracy"].split("**")
-    assert "(1 seed)" in accuracy[2] and "±" not in accuracy[2] and "[+" not in accuracy[2]
-    assert accuracy[3] == "slippery_chain" and accuracy[4].count("| – |") >= 2
-    assert accuracy[5] == "running_sum (study one_step)"
+    accuracy = make_tables(Arena.read(results / "runs.csv"))["accuracy"].split("**")
+    assert "(1 seed)" in accuracy[2] and "±" not in accuracy[2] and accuracy[5] == "running_sum (study one_step)"
     assert capsys.readouterr().out.count(".png") == 7
     assert report.main(["--results", str(tmp_path)]) == 1
     assert "runs.csv" in capsys.readouterr().err

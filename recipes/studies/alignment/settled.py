@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from trl_lambda.generation_batch import GenerationBatch
-from trl_lambda.lambda_parameter.learning import Regression
 
 from recipes.studies.alignment.factors import response_rows
 from recipes.studies.alignment.policy_gradient import Batch, group_advantages
 from recipes.studies.alignment.weights import Weight
+from trl_lambda.generation_batch import GenerationBatch
+from trl_lambda.lambda_parameter.learning import Regression
 
 
 def settled_lambda(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -141,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--share-model", action="store_true", help="one set of weights and moments for all arms")
     parser.add_argument("--logging-steps", type=int, default=1, help="a pair has that many steps of each side")
-    parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)} (default: those the package has)")
+    parser.add_argument("--arms", nargs="+", help=f"of {list(ARMS)} (default: all)")
     parser.add_argument("--pairs", type=int, default=30)
     args = parser.parse_args()
     if args.share_model and args.lora:

@@ -90,18 +90,19 @@ def compared(arm: str, setting: str, mine: dict[str, Any], true: dict[str, Any],
 
 def against_the_cpu(context: Context) -> Iterator[Rows]:
     """Three steps of every arm in fp32 and bf16, on the device and on a CPU, each side in one process."""
+    cells = [(dtype, arm) for dtype in BOUNDS for arm in measured_arms()]
+    sides = []
+    for device in (context.device, "cpu"):
+        jobs = []
+        for dtype, arm in cells:
+            workload = dataclasses.replace(workload_for(context, dtype), device=device)
+            jobs.append({"arm": arm, "workload": dataclasses.asdict(workload)})
+        sides.append(probe.launch(jobs, context.folder / f"on {device}", device))
     deviations: list[Deviation] = []
-    for dtype, bound in BOUNDS.items():
-        arms = measured_arms()
-        sides = []
-        for device in (context.device, "cpu"):
-            workload = dataclasses.asdict(dataclasses.replace(workload_for(context, dtype), device=device))
-            jobs = [{"arm": arm, "workload": workload} for arm in arms]
-            sides.append(probe.launch(jobs, context.folder / f"{dtype} {device}", device))
-        for arm, mine, true in zip(arms, *sides, strict=True):
-            found = compared(arm, f"{dtype}, against a CPU", mine, true, bound)
-            deviations += found
-            yield [one.row() for one in found]
+    for (dtype, arm), mine, true in zip(cells, *sides, strict=True):
+        found = compared(arm, f"{dtype}, against a CPU", mine, true, BOUNDS[dtype])
+        deviations += found
+        yield [one.row() for one in found]
     check(deviations)
 
 
