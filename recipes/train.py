@@ -107,14 +107,14 @@ def agent_kwargs(
     return kwargs
 
 
-def main() -> None:
-    """Train what the command line of this process says."""
+def main() -> Any:
+    """Train as the command line of this process says, and return the trainer."""
     with grpo.one_line_errors():
         parsed = grpo.parse_in_script(RecipeArguments)
         kwargs = agent_kwargs(*parsed)
     if parsed[0].short_progress:
         transformers.trainer.DEFAULT_PROGRESS_CALLBACK = ShortProgress
-    grpo.main(*parsed, **kwargs)
+    return grpo.main(*parsed, **kwargs)
 
 
 if __name__ == "__main__":
