@@ -4,7 +4,7 @@ Make the playground's base models and their tokenizers: `python -m recipes.playg
 A model learns both ways of answering its task from supervised examples. Arithmetic appears abruptly, so it is measured
 often, and the checkpoint kept is the one that answers right part of the time and whose rewards go with length as the
 task means them to: what a length preference can be learned from. `demo` is the model of `recipes/configs/`; the
-others, named for their tasks, are those of `recipes/studies/arena`, a fifth of its size. Seeds are fixed, but other hardware,
+others, named for their tasks, are those of the arena study, a fifth of its size. Seeds are fixed, but other hardware,
 thread counts or library versions round differently, so a run elsewhere gives a similar model, not the same bytes;
 `measured.json` says what this one does.
 """
