@@ -188,8 +188,8 @@ def test_a_recipe_runs_two_steps_on_stand_ins(name, stand_ins, tmp_path, monkeyp
     arguments = ["--config", str(tmp_path / "run.yaml"), *overrides(name, stand_ins, tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     trainer = train.main()
-    logs = {key: [log[key] for log in trainer.state.log_history if key in log] for key in
-            ("reward", "eval_reward", "tools/call_frequency", "tools/failure_frequency", "token_weight/mean")}  # fmt: skip
+    keys = ("reward", "eval_reward", "tools/call_frequency", "tools/failure_frequency", "token_weight/mean")
+    logs = {key: [log[key] for log in trainer.state.log_history if key in log] for key in keys}
     assert trainer.state.global_step == 2
     assert any(0 < value < 1 for value in [*logs["reward"], *logs["eval_reward"]]), "all answers right, or all wrong"
     assert len(logs["eval_reward"]) == (0 if "eval_strategy" not in config else 2)  # before training and after

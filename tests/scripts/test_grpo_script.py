@@ -1,4 +1,4 @@
-"""`trl_lambda.scripts.grpo`: takes what TRL's own script takes, starts processes as `trl grpo` does, refuses in one line."""
+"""`trl_lambda.scripts.grpo`: TRL's own options, processes as `trl grpo` starts them, refusals in one line."""
 
 import json
 import os
