@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trl
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(trl.__file__).parent / "scripts" / "grpo.py"
 SWAPS = {"GRPOTrainer": "LambdaGRPOTrainer", "GRPOConfig": "LambdaGRPOConfig"}
 ARGUMENTS = """
@@ -60,7 +60,7 @@ def test_trls_script_trains_with_the_swapped_classes(run):
     assert process.returncode == 0, process.stderr[-4000:]
     assert "Training completed" in process.stdout  # TRL's own last lines
     content = json.loads((output_dir / "lambda.json").read_text())
-    assert content["global_step"] == 2 and content["aggregation"] == "lambda"
+    assert content["global_step"] == 2 and content["settings"]["length_weight"] == "lambda_grpo"
     # λ started from the option that only the swapped configuration has, and was trained.
     assert content["lambda"] != 0.25 and abs(content["lambda"] - 0.25) < 0.2
 

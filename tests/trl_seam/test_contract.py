@@ -1,0 +1,102 @@
+"""What the package relies on inside TRL, by name and by the order in TRL's source, and what happens when it moves."""
+
+import ast
+import inspect
+import textwrap
+import warnings
+
+import pytest
+import trl
+from trl import GRPOTrainer
+
+from trl_lambda.trl_seam import contract
+
+
+def parse(function) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))))
+
+
+def lines_of_calls(nodes, name: str) -> list[int]:
+    """Lines of calls ``self.name(...)``."""
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [call.lineno for call in calls if call.func.attr == name]
+
+
+def lines_of_reads(nodes, key: str) -> list[int]:
+    """Lines of ``inputs[key]`` and ``inputs.get(key)``."""
+    texts = (f"inputs['{key}']", f"inputs.get('{key}'")
+    return [n.lineno for n in nodes if isinstance(n, ast.Subscript | ast.Call) and ast.unparse(n).startswith(texts)]
+
+
+def order_violations(compute_loss) -> list[str]:
+    """What of the order log-probabilities, then weighted entries is not so in a loss."""
+    nodes = parse(compute_loss)
+    calls = lines_of_calls(nodes, contract.LOGPS_METHOD)
+    if len(calls) != 1:
+        return [f"{len(calls)} calls"]
+    found = {key: lines_of_reads(nodes, key) for key in contract.READ_AFTER_LOGPS}
+    return [
+        f"{key} is {'not read' if not lines else 'read too early'}"
+        for key, lines in found.items()
+        if not lines or min(lines) < calls[0]
+    ]
+
+
+def test_installed_trl_keeps_the_contract():
+    assert contract.contract_violations() == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        contract.check_contract()
+    assert order_violations(GRPOTrainer._compute_loss) == []
+    stored = [n for n in parse(GRPOTrainer.__init__) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+    assert set(contract.ATTRIBUTES) <= {node.attr for node in stored}
+    scored = [n.value for n in parse(GRPOTrainer._generate_and_score_completions) if isinstance(n, ast.Constant)]
+    assert set(contract.SCORED_KEYS) <= set(scored)
+    assert trl.__version__ in contract.TESTED_VERSIONS
+
+
+def reads_too_early(self, model, inputs):
+    advantages = inputs["advantages"]
+    logps, _, _ = self._get_per_token_logps_and_entropies(model, inputs, inputs, 1)
+    return (logps - inputs.get("old_per_token_logps")) * advantages
+
+
+def two_forwards(self, model, inputs):
+    first = self._get_per_token_logps_and_entropies(model, inputs, inputs, 1)
+    second = self._get_per_token_logps_and_entropies(model, inputs, inputs, 1)
+    return (first - second - inputs.get("old_per_token_logps")) * inputs["advantages"]
+
+
+def other_entry(self, model, inputs):
+    logps = self._get_per_token_logps_and_entropies(model, inputs, inputs, 1)
+    return (logps - inputs.get("old_per_token_logps")) * inputs["token_advantages"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "violation"),
+    [
+        (reads_too_early, ["advantages is read too early"]),
+        (two_forwards, ["2 calls"]),
+        (other_entry, ["advantages is not read"]),
+    ],
+)
+def test_a_moved_order_is_seen_in_the_source(loss, violation):
+    assert order_violations(loss) == violation
+
+
+@pytest.mark.parametrize("name", sorted(contract.METHODS))
+def test_a_missing_method_or_a_changed_signature_is_reported(name):
+    gone, changed = type("Moved", (GRPOTrainer,), {name: None}), type("Moved", (GRPOTrainer,), {name: lambda self: 0})
+    assert contract.contract_violations(gone) == (f"{name} is gone",)
+    parameters = ", ".join(sorted(contract.METHODS[name]))
+    expected = (f"{name} no longer takes {parameters}",) if parameters else ()
+    assert contract.contract_violations(changed) == expected
+
+
+def test_what_is_missing_raises_and_what_is_newer_warns_with_the_tested_range():
+    moved = type("Moved", (GRPOTrainer,), {"_compute_loss": None})
+    with pytest.raises(RuntimeError, match=r"TRL 1.17.0: _compute_loss is gone.* TRL 1.10.0 to 1.16.0"):
+        contract.check_contract(moved, version="1.17.0")
+    with pytest.warns(UserWarning, match=r"tested with TRL 1.10.0 to 1.16.0, and TRL 1.17.0 is newer") as seen:
+        contract.check_contract(version="1.17.0")
+    assert len(seen) == 1
