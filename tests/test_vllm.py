@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from vllm_expected import Weights, deviation, mean_difference, merge_adapter, own_model, step
 
 from recipes.playground.vllm_cpu import ENVIRONMENT
-from recipes.playground.vllm_seeds import TABLE
+from recipes.studies.arena.vllm_seeds import TABLE
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "recipes" / "playground" / "base_model"
@@ -32,37 +32,37 @@ BASE = ROOT / "recipes" / "playground" / "base_model"
 # f and v to be tested, as options and in plain loops. A row may be any function of the batch's lengths, advantages, λ.
 WEIGHTS = {
     "lambda": Weights(
-        {"aggregation": "lambda", "lambda_init": 0.7},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda"),
+        {"length_weight": "lambda_grpo", "lambda_init": 0.7},
+        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda_grpo"),
     ),
     "power and sigmoid": Weights(
         {
-            "aggregation": "power",
-            "aggregation_scope": "prompt",
+            "length_weight": "power",
+            "length_weight_scope": "prompt",
             "lambda_init": -0.5,
-            "token_regulation": "sigmoid",
+            "token_weight": "tr_grpo",
         },
         lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "power", "prompt"),
-        {"regulation": "sigmoid"},
+        {"regulation": "tr_grpo"},
     ),
     "grpo and linear": Weights(
-        {"aggregation": "grpo", "token_regulation": "linear"},
+        {"length_weight": "grpo", "token_weight": "ar"},
         lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "grpo"),
-        {"regulation": "linear"},
+        {"regulation": "ar"},
     ),
     "power, positive": Weights(
-        {"aggregation": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False},
+        {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False},
         lambda lengths, advantages, lam: reference.side_weights(lengths, advantages, [0.8], "power", "positive"),
     ),
     "balanced, positive weight": Weights(
-        {"aggregation": "balanced", "positive_weight": 3.0},
+        {"length_weight": "balanced", "positive_weight": 3.0},
         lambda lengths, advantages, lam: reference.favour_positive(
             reference.balanced_weights(lengths, advantages), lengths, advantages, 3.0
         ),
     ),
     "lambda, truncated masked": Weights(
-        {"aggregation": "lambda", "lambda_init": 2.0, "mask_truncated_completions": True},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda"),
+        {"length_weight": "lambda_grpo", "lambda_init": 2.0, "mask_truncated_completions": True},
+        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda_grpo"),
     ),
 }
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
@@ -85,7 +85,7 @@ OPTIONS = {
     "learning_rate": 2e-4,
 }
 # A generation batch for every optimizer step, with TRL's own choice of correction.
-FOLLOWING = OPTIONS | WEIGHTS["lambda"].options | {"num_iterations": 1, "learning_rate": 2e-3}
+FOLLOWING = OPTIONS | WEIGHTS["lambda_grpo"].options | {"num_iterations": 1, "learning_rate": 2e-3}
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 JOBS = {
     "following": {"options": FOLLOWING},
@@ -184,7 +184,7 @@ def test_the_sampler_follows_merged_adapters_and_lambda_learns(results, model_fo
         # The first merge adds nothing: B begins at zero.
         assert (mean_difference(own_model(model_folder, base), generation) > 1e-3) == (number > 0)
         options = {"mode": "sequence_mask", "bounds": (0, math.inf), "surrogate": "dapo"}
-        theirs = step(model_folder, generation, merged, merged, lam, WEIGHTS["lambda"], **options)
+        theirs = step(model_folder, generation, merged, merged, lam, WEIGHTS["lambda_grpo"], **options)
         losses = result["losses"][2 * number : 2 * number + 2]
         assert abs(sum(losses) - theirs.loss) < TOLERANCE["dapo"] * theirs.loss_scale
         assert abs(result["lambda_grads"][number] - theirs.slope) < TOLERANCE["dapo"] * theirs.slope_scale
@@ -283,13 +283,13 @@ def test_the_launcher_says_what_is_missing():
 
 
 def test_vllms_completions_teach_as_generates_do():
-    """The table of `recipes.playground.vllm_seeds`: four seeds with each sampler, and what recipes/README.md says."""
+    """The table of `recipes.studies.arena.vllm_seeds`: four seeds with each sampler, and what recipes/README.md says."""
     rows = list(csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines()))
     by_sampler = {name: [row for row in rows if row["sampler"] == name] for name in ("generate", "vllm")}
     last, first = {}, {}
     for name, runs in by_sampler.items():
         assert [(row["seed"], row["steps"]) for row in runs] == [(str(seed), "100") for seed in range(4)]
-        assert all(float(row["lambda"]) > 0.15 for row in runs)
+        assert all(float(row["lambda_grpo"]) > 0.15 for row in runs)
         last[name] = [float(row["reward_last_20_steps"]) for row in runs]
         first[name] = [float(row["reward_steps_1_to_20"]) for row in runs]
         assert all(after > before + 0.1 for before, after in zip(first[name], last[name], strict=True))

@@ -27,10 +27,10 @@ JOB = {
     "trainer": "lambda",
     "noise": 0.2,
     "options": {
-        "aggregation": "lambda",
+        "length_weight": "lambda_grpo",
         "lambda_init": 0.7,
         "lambda_learning_rate": 0.5,
-        "token_regulation": "sigmoid",
+        "token_weight": "tr_grpo",
         "optim": "adamw_torch",
         "learning_rate": 1e-3,
         "adam_epsilon": 1e-3,  # at 1e-8 Adam turns the rounding of a gradient near 0 into a whole step

@@ -24,7 +24,7 @@ import torch
 from launch import launch
 from worker import run_job
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-9
 ROWS = 12
 
 # name -> (processes, micro-batch rows, gradient accumulation, steps_per_generation, num_iterations, optimizer steps)
@@ -44,27 +44,31 @@ WHOLE = "12 × 1"
 
 _THREE = {"lambda_features": ["length", "mean_logp", "min_logp"]}
 F = {
-    "lambda": {"aggregation": "lambda", "lambda_init": 1.3},
-    "lambda, prompt": {"aggregation": "lambda", "lambda_init": 1.3, "aggregation_scope": "prompt"},
-    "power": {"aggregation": "power", "lambda_init": -0.6},
-    "power, prompt": {"aggregation": "power", "lambda_init": -0.6, "aggregation_scope": "prompt"},
-    "grpo": {"aggregation": "grpo"},
-    "dapo": {"aggregation": "dapo"},
-    "dapo, prompt": {"aggregation": "dapo", "aggregation_scope": "prompt"},
-    "dr_grpo": {"aggregation": "dr_grpo"},
-    "lambda, signed": {"aggregation": "lambda", "lambda_side": "signed", "lambda_init": 1.3},
-    "power, positive": {"aggregation": "power", "lambda_side": "positive", "lambda_init": 0.8, **_THREE},
+    "lambda_grpo": {"length_weight": "lambda_grpo", "lambda_init": 1.3},
+    "lambda_grpo, prompt": {"length_weight": "lambda_grpo", "lambda_init": 1.3, "length_weight_scope": "prompt"},
+    "power": {"length_weight": "power", "lambda_init": -0.6},
+    "power, prompt": {"length_weight": "power", "lambda_init": -0.6, "length_weight_scope": "prompt"},
+    "grpo": {"length_weight": "grpo"},
+    "dapo": {"length_weight": "dapo"},
+    "dapo, prompt": {"length_weight": "dapo", "length_weight_scope": "prompt"},
+    "dr_grpo": {"length_weight": "dr_grpo"},
+    "lambda_grpo, signed": {"length_weight": "lambda_grpo", "lambda_side": "signed", "lambda_init": 1.3},
+    "power, positive": {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, **_THREE},
     "power, negative, prompt": {
-        "aggregation": "power", "lambda_side": "negative", "lambda_init": -0.6, "aggregation_scope": "prompt",
+        "length_weight": "power", "lambda_side": "negative", "lambda_init": -0.6, "length_weight_scope": "prompt",
     },
-    "power, target": {"aggregation": "power", "length_target": 4.0, "lambda_init": 0.5},
-    "balanced, positive weight": {"aggregation": "balanced", "positive_weight": 3.0},
+    "power, target": {"length_weight": "power", "length_target": 4.0, "lambda_init": 0.5},
+    "balanced, positive weight": {"length_weight": "balanced", "positive_weight": 3.0},
+    "dapo, tied groups dropped": {"length_weight": "dapo", "drop_tied_groups": True},
+    "dapo, prompt, tied groups dropped": {
+        "length_weight": "dapo", "length_weight_scope": "prompt", "drop_tied_groups": True,
+    },
 }  # fmt: skip
 V = {
     "none": {},
-    "sigmoid": {"token_regulation": "sigmoid"},
-    "linear": {"token_regulation": "linear", "regulation_alpha": 0.6},
-    "sigmoid inside": {"token_regulation": "sigmoid", "regulation_inside_clip": True},
+    "tr_grpo": {"token_weight": "tr_grpo"},
+    "ar": {"token_weight": "ar", "token_weight_kwargs": {"alpha": 0.6}},
+    "tr_grpo inside": {"token_weight": "tr_grpo", "token_weight_inside_clip": True},
 }
 SURROGATES = ("dapo", "cispo", "sapo", "vespo")
 TRL_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
@@ -74,7 +78,7 @@ def arms(reduced: bool = False) -> dict[str, dict]:
     """name -> job without its cut: every f with every v and surrogate, and TRL's own losses."""
     result = {}
     for f, v, surrogate in itertools.product(F, V, SURROGATES):
-        if v == "sigmoid inside" and surrogate != "dapo":
+        if v == "tr_grpo inside" and surrogate != "dapo":
             continue
         if reduced and (f, v, surrogate) not in REDUCED:
             continue
@@ -88,14 +92,15 @@ def arms(reduced: bool = False) -> dict[str, dict]:
 
 
 REDUCED = {
-    ("lambda", "sigmoid", "dapo"),
-    ("lambda, prompt", "none", "sapo"),
-    ("power", "linear", "cispo"),
-    ("grpo", "sigmoid inside", "dapo"),
-    ("lambda, signed", "none", "vespo"),
-    ("power, positive", "sigmoid", "dapo"),
+    ("lambda_grpo", "tr_grpo", "dapo"),
+    ("lambda_grpo, prompt", "none", "sapo"),
+    ("power", "ar", "cispo"),
+    ("grpo", "tr_grpo inside", "dapo"),
+    ("lambda_grpo, signed", "none", "vespo"),
+    ("power, positive", "tr_grpo", "dapo"),
     ("power, target", "none", "dapo"),
     ("balanced, positive weight", "none", "sapo"),
+    ("dapo, tied groups dropped", "none", "sapo"),
 }
 
 
@@ -110,14 +115,15 @@ def job(arm: dict, cut: str) -> dict:
         "max_steps": steps,
     }
     own = dict(arm["options"])
-    if steps > 1 and own.get("aggregation") in ("lambda", "power"):
+    if steps > 1 and own.get("length_weight") in ("lambda_grpo", "power"):
         own["lambda_learning_rate"] = 1e-30  # λ stays, so that the steps are of one loss
-    return arm | {"options": own | options, "noise": 0.3}
+    ties = {"batch": {"tied": [1]}} if own.get("drop_tied_groups") else {}
+    return arm | {"options": own | options, "noise": 0.3, "build": {"double": True}, **ties}
 
 
 def summary(ranks: list[dict], steps: int) -> dict:
     """Loss, gradient and dL/dλ of the whole batch: means over ranks (DDP has averaged gradients) and steps."""
-    losses = torch.tensor([sum(rank["losses"]) for rank in ranks]).mean().item() / steps
+    losses = sum(sum(rank["losses"]) for rank in ranks) / len(ranks) / steps
     grads = {name: sum(step[name] for step in ranks[0]["grads"]) / steps for name in ranks[0]["grads"][0]}
     learned = [g for g in ranks[0]["lambda_grads"] if g is not None]
     values = {tuple(rank["lambdas"]) for rank in ranks}
@@ -196,7 +202,7 @@ def table(deviations: dict[tuple[str, str], dict[str, float]], trainings: int) -
     cuts = list(dict.fromkeys(cut for _, cut in deviations))
     lines += [
         "",
-        f"Largest relative deviation from the whole batch in one micro-batch ({WHOLE}), fp32; {trainings} trainings.",
+        f"Largest relative deviation from the whole batch in one micro-batch ({WHOLE}), float64; {trainings} trainings.",
         f"Cuts, as rows × accumulation: {'; '.join(cuts)}.",
         f"v: {', '.join(V)}. Surrogates: {', '.join(SURROGATES)}. Tolerance {TOLERANCE:.0e}.",
         "TRL's `bnpo` is a mean of micro-batch means and is not invariant by construction.",

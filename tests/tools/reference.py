@@ -3,9 +3,9 @@
 import math
 
 
-def length_weights(lengths, lam, aggregation, scope="batch", r=1 / 9, max_completion_length=None, advantages=None):
+def length_weights(lengths, lam, length_weight, scope="batch", r=1 / 9, max_completion_length=None, advantages=None):
     """f for a list of groups of lengths; the same nesting back."""
-    if aggregation == "balanced":
+    if length_weight == "balanced":
         return balanced_weights(lengths, advantages, scope)
     batch = sum(sum(group) for group in lengths)
     rows = sum(len(group) for group in lengths)
@@ -18,17 +18,17 @@ def length_weights(lengths, lam, aggregation, scope="batch", r=1 / 9, max_comple
             if n == 0:
                 out.append(0.0)
                 continue
-            if aggregation == "dapo":
+            if length_weight == "dapo":
                 f = 1.0
-            elif aggregation == "grpo":
+            elif length_weight == "grpo":
                 f = (batch / rows) / n
-            elif aggregation == "dr_grpo":
+            elif length_weight == "dr_grpo":
                 f = (batch / rows) / max_completion_length
-            elif aggregation == "lambda":
+            elif length_weight == "lambda_grpo":
                 f = softmax_weight(n, present, lam, r)
-            elif aggregation == "power":
+            elif length_weight == "power":
                 f = power_weight(n, everyone if scope == "batch" else present, lam)
-            if scope == "prompt" and aggregation not in ("grpo", "dr_grpo"):
+            if scope == "prompt" and length_weight not in ("grpo", "dr_grpo"):
                 f *= (batch / len(lengths)) / sum(group)
             out.append(f)
         weights.append(out)
@@ -46,14 +46,14 @@ def sides(advantages, side):
     return [[table[side](a) for a in group] for group in advantages]
 
 
-def side_weights(lengths, advantages, lam, aggregation, side, scope="batch", features=(), r=1 / 9, bound=2.0):
+def side_weights(lengths, advantages, lam, length_weight, side, scope="batch", features=(), r=1 / 9, bound=2.0):
     """f with the sign of the advantage; `lam` a list, `features` raw values beside ln|o|: [name][group][row]."""
     signs, batch = sides(advantages, side), sum(map(sum, lengths))
     raw = []
     for p, group in enumerate(lengths):
         present = [i for i, n in enumerate(group) if n > 0]
         s = signs[p]
-        if aggregation == "lambda":
+        if length_weight == "lambda_grpo" and present:
             h, _ = growth([group[i] for i in present], 0.0, r)
             g = [x ** (lam[0] * s[i]) for x, i in zip(h, present, strict=True)]
             exp = [math.exp(x - max(g)) for x in g]
@@ -65,7 +65,7 @@ def side_weights(lengths, advantages, lam, aggregation, side, scope="batch", fea
                 inner = sum(value * (c[place] - math.fsum(c) / len(c)) for value, c in zip(lam, columns, strict=True))
                 row[i] = math.exp(s[i] * min(max(inner, -bound), bound))
         raw.append([row.get(i, 0.0) for i in range(len(group))])
-    if aggregation == "power":
+    if length_weight == "power":
         masses = [math.fsum(n * w for n, w in zip(g, row, strict=True)) for g, row in zip(lengths, raw, strict=True)]
         for p, row in enumerate(raw):
             mass, tokens = (math.fsum(masses), batch) if scope == "batch" else (masses[p], sum(lengths[p]))
@@ -108,6 +108,38 @@ def per_prompt(weights, lengths):
         [w * (batch / len(lengths)) / (sum(group) or 1) for w in row]
         for row, group in zip(weights, lengths, strict=True)
     ]
+
+
+def drop_tied(weights, lengths, live, length_weight, scope="batch"):
+    """
+    Groups that are not `live` get 0, and leave the denominator: S/S_live, in scope "prompt" P/P_live, and N/N_live
+    where f is no matter of scope.
+    """
+    if length_weight in ("grpo", "dr_grpo") or scope == "prompt":
+        all_of_it, of_live = len(live), sum(live)  # groups are of one size: P/P_live is N/N_live
+    else:
+        all_of_it = sum(map(sum, lengths))
+        of_live = sum(sum(group) for group, is_live in zip(lengths, live, strict=True) if is_live)
+    factor = all_of_it / of_live if of_live else 0.0
+    return [[w * factor * is_live for w in row] for row, is_live in zip(weights, live, strict=True)]
+
+
+def has_signal(rewards):
+    """Whether the rewards of a group differ, None apart; equal ones added up in another order do not."""
+    known = [r for r in rewards if r is not None]
+    return bool(known) and max(known) - min(known) > 1e-6 * max(map(abs, known))
+
+
+def response_statistics(logps, entropies, own):
+    """mean_logp, min_logp and mean_entropy of one response over its own tokens; 0 without any."""
+    mine = [t for t, is_own in enumerate(own) if is_own]
+    if not mine:
+        return {"mean_logp": 0.0, "min_logp": 0.0, "mean_entropy": 0.0}
+    return {
+        "mean_logp": math.fsum(logps[t] for t in mine) / len(mine),
+        "min_logp": min(logps[t] for t in mine),
+        "mean_entropy": math.fsum(entropies[t] for t in mine) / len(mine),
+    }
 
 
 def regression(batches, features, gain, decay=0.9, ridge=0.1):
@@ -176,7 +208,7 @@ def growth(present, lam, r):
     """h and g = h^λ of the rows with tokens of one group."""
     mean = math.fsum(present) / len(present)
     std = math.sqrt(math.fsum((n - mean) ** 2 for n in present) / len(present))
-    h = [1 + r * ((n - mean) / std if std > 0 else 0.0) for n in present]
+    h = [1 + r * (n - mean) / (std + 1e-8) for n in present]  # the package's ε
     return h, [x**lam for x in h]
 
 
@@ -209,10 +241,10 @@ def softmax_objective_gradient(lengths, surrogates, lam, r=1 / 9):
     return total / sum(sum(group) for group in lengths)
 
 
-def probability_weight(logp, regulation, alpha=None, k=9.0, p0=0.25, low=1.0, high=1.4):
+def probability_weight(logp, token_weight, alpha=None, k=9.0, p0=0.25, low=1.0, high=1.4):
     """v of one token."""
     pi = math.exp(logp)
-    if regulation == "linear":
+    if token_weight == "ar":
         alpha = 0.2 if alpha is None else alpha
         return alpha * pi + 1 - alpha
     alpha = 2.0 if alpha is None else alpha
@@ -227,6 +259,17 @@ def clipped_inside(logp, old_logp, advantage, weight, eps=0.2, delta=None):
     if bounded * advantage <= clipped * advantage:
         return bounded * advantage, ratio * advantage if bounded == ratio else 0.0
     return clipped * advantage, 0.0
+
+
+def score(model, prompt, completion):
+    """Log-probability of each token of a completion, and the entropy of what it was drawn from; floats."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0].double()
+    rows = [torch.log_softmax(logits[len(prompt) + t - 1], dim=-1).tolist() for t in range(len(completion))]
+    entropies = [-math.fsum(math.exp(x) * x for x in row) for row in rows]
+    return [row[token] for row, token in zip(rows, completion, strict=True)], entropies
 
 
 def loss_shares(rows, quartiles=4):
@@ -268,30 +311,34 @@ def policy_loss(model, prompts, completions, old_logps, advantages, length_weigh
 
 def policy_terms(
     model, prompts, completions, old_logps, advantages, *, loss_type, level="token", regulation=None, inside=False,
-    delta=None, own=None, correction=None, eps=0.2, tau=(1.0, 1.05), vespo=((2.0, 3.0), (3.0, 2.0)),
-    **regulation_options,
+    delta=None, own=None, correction=None, v=None, eps=0.2, tau=(1.0, 1.0499999523162842),
+    vespo=((2.0, 3.0), (3.0, 2.0)), **regulation_options,
 ):  # fmt: skip
     """
     -1/Σ|o| Σ_t v_it s_it of each row: what f multiplies; differentiable in the model.
 
-    `old_logps`: per row and token; `own`: per row, mask of the policy's own tokens; `correction`: per row and token,
-    the ratio of model to sampler, which multiplies the token's term, or for VESPO enters the sequence's w.
+    τ of SAPO are float32, as TRL makes a tensor of them. `old_logps`: per row and token; `own`: per row, mask of the
+    policy's own tokens; `correction`: per row and token, the ratio of model to sampler, which multiplies the token's
+    term, or for VESPO enters the sequence's w; `v`: per row and token, or by the name `regulation`.
     """
     import torch
 
     own = [[1] * len(c) for c in completions] if own is None else own
+    given_v = [None] * len(completions) if v is None else v
     correction = [[1.0] * len(c) for c in completions] if correction is None else correction
     tokens = sum(sum(mask) for mask in own)
     terms = []
-    for prompt, completion, old, advantage, mask, ratios in zip(
-        prompts, completions, old_logps, advantages, own, correction, strict=True
+    for prompt, completion, old, advantage, mask, ratios, weights in zip(
+        prompts, completions, old_logps, advantages, own, correction, given_v, strict=True
     ):
         logits = model(torch.tensor([prompt + completion])).logits[0].double()
         logps = [torch.log_softmax(logits[len(prompt) + t - 1], dim=-1)[token] for t, token in enumerate(completion)]
         mine = [t for t in range(len(completion)) if mask[t]]
         term = 0.0
         for t in mine:
-            v = 1.0 if regulation is None else probability_weight(logps[t].item(), regulation, **regulation_options)
+            v = 1.0 if weights is None else weights[t]
+            if regulation is not None:
+                v = probability_weight(logps[t].item(), regulation, **regulation_options)
             if level == "sequence":
                 ratio = torch.exp(sum(logps[s] - old[s] for s in mine) / len(mine))
             else:

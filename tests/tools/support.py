@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from trl import GRPOConfig
 
 VOCABULARY = 32
@@ -27,8 +29,41 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int = 0, std: float = 0.6, hidden: int = 16) -> Qwen2ForCausalLM:
-    """Random weights large enough that token probabilities spread over (0, 1)."""
+class DoubleNorm(Qwen2RMSNorm):
+    """The same norm without its cast to float32."""
+
+    def forward(self, hidden_states):
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+
+class DoubleRotary(Qwen2RotaryEmbedding):
+    """The same angles without their cast to float32, whose cosine depends on the width of a vector register."""
+
+    def forward(self, x, position_ids):
+        half = position_ids[..., None].double() * self.inv_freq.double()
+        angles = torch.cat((half, half), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class DoubleAttention(Qwen2Attention):
+    """The same attention by plain matrix products: the fused one keeps a float32 sum for its backward pass."""
+
+    def forward(self, *args, **kwargs):
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().forward(*args, **kwargs)
+
+
+# What a Qwen2 in float64 computes in float32 all the same -> the same in float64.
+IN_DOUBLE = {Qwen2RMSNorm: DoubleNorm, Qwen2RotaryEmbedding: DoubleRotary, Qwen2Attention: DoubleAttention}
+
+
+def build_model(seed: int = 0, std: float = 0.6, hidden: int = 16, double: bool = False) -> Qwen2ForCausalLM:
+    """
+    Random weights large enough that token probabilities spread over (0, 1).
+
+    `double` computes the same weights in float64 throughout; a trainer that `build` puts around it does so too.
+    """
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -44,7 +79,12 @@ def build_model(seed: int = 0, std: float = 0.6, hidden: int = 16) -> Qwen2ForCa
         eos_token_id=EOS,
         bos_token_id=None,
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    if double:
+        model.double()
+        for module in model.modules():
+            module.__class__ = IN_DOUBLE.get(type(module), type(module))
+    return model
 
 
 def prompt(p: int) -> str:
@@ -54,7 +94,7 @@ def prompt(p: int) -> str:
 @functools.cache
 def sample_completions(lengths: tuple[int, ...], num_generations: int, seed: int) -> tuple[tuple[int, ...], ...]:
     """Tokens drawn from the tiny model itself, so that their probabilities are those of a policy's own samples."""
-    model, tokenizer = build_model(), build_tokenizer()
+    model, tokenizer = build_model(double=True), build_tokenizer()  # the same tokens on every processor
     generator = torch.Generator().manual_seed(seed)
     completions = []
     for row, length in enumerate(lengths):
@@ -62,7 +102,7 @@ def sample_completions(lengths: tuple[int, ...], num_generations: int, seed: int
         start = len(ids)
         for _ in range(length):
             with torch.no_grad():
-                probs = model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1)
+                probs = model(torch.tensor([ids])).logits[0, -1].softmax(dim=-1).float()
             probs[:2] = 0  # neither padding nor an early end
             ids = [*ids, torch.multinomial(probs, 1, generator=generator).item()]
         completions.append(tuple(ids[start:]))
@@ -78,6 +118,7 @@ class Batch:
     # Mask of own tokens: (row, length) -> mask, or all of them by row
     env_mask: Callable[[int, int], list[int]] | list[list[int]] | None = None
     seed: int = 0
+    tied: list[int] = field(default_factory=list)  # groups whose responses all have the same reward
 
     def __post_init__(self):
         lengths = [n for group in self.lengths for n in group]
@@ -86,6 +127,9 @@ class Batch:
             list(tokens) if row in self.truncated else [*tokens[:-1], EOS] for row, tokens in enumerate(drawn)
         ]
         self.rewards = torch.rand(len(lengths), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        for p in self.tied:
+            size = self.num_generations
+            self.rewards[p * size : (p + 1) * size] = [0.7] * size
 
     @property
     def num_generations(self) -> int:
@@ -144,9 +188,6 @@ class _Watch(TrainerCallback):
             if p.grad is not None and type(p.grad) is torch.Tensor  # engines keep shards of their own kinds
         }
         self.run.grads.append(named)
-        parameter = getattr(self.run.trainer, "_lambda", None)
-        grad = None if parameter is None or parameter.tensor.grad is None else parameter.tensor.grad.item()
-        self.run.lambda_grads.append(grad)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.run.lambdas.append(getattr(self.run.trainer, "lambda_value", None))
@@ -182,14 +223,19 @@ def config(config_class: type[GRPOConfig], batch: Batch, **options) -> GRPOConfi
 def build(trainer_class, args, batch: Batch, model=None, noise: float = 0.0, **options):
     """
     A trainer on prepared completions, whose losses are recorded in `trainer.seen_losses`. `noise` puts the old
-    log-probabilities that far off the current ones, by row and token, so that ratios are not 1.
+    log-probabilities that far off the current ones, by row and token, so that ratios are not 1. Around a model in
+    float64 (`build_model(double=True)`) advantages, lengths and λ are float64 as well.
     """
+    model = build_model() if model is None else model
+    is_double = getattr(model, "dtype", None) is torch.float64
 
     class Recording(trainer_class):
         def _generate_and_score_completions(self, inputs):
             output = super()._generate_and_score_completions(inputs)
             if noise:
                 output["old_per_token_logps"] = off_policy_logps(self, output, noise)
+            if is_double:
+                output["advantages"] = output["advantages"].double()
             return output
 
         def compute_loss(self, *a, **k):
@@ -199,8 +245,8 @@ def build(trainer_class, args, batch: Batch, model=None, noise: float = 0.0, **o
 
     Recording.__name__ = trainer_class.__name__
     Recording.seen_losses = []
-    return Recording(
-        model=build_model() if model is None else model,
+    trainer = Recording(
+        model=model,
         reward_funcs=options.pop("reward_funcs", batch.reward),
         args=args,
         train_dataset=options.pop("train_dataset", batch.dataset(repeats=8)),
@@ -208,6 +254,30 @@ def build(trainer_class, args, batch: Batch, model=None, noise: float = 0.0, **o
         rollout_func=batch.rollout,
         **options,
     )
+    if is_double:
+        score_in_double(trainer.model)
+    if is_double and getattr(trainer, "_lambda", None) is not None:
+        trainer._lambda.tensor.data = trainer._lambda.tensor.data.double()
+    return trainer
+
+
+def score_in_double(model) -> None:
+    """Compute log-probabilities and entropies in float64 where TRL's fused LM head (1.15 and newer) casts to float32."""
+    forward = model.forward
+
+    def double_forward(*args, fused_lm_head=False, labels=None, **kwargs):
+        if not fused_lm_head:
+            return forward(*args, **kwargs)
+        logps = forward(*args, **kwargs).logits[:, :-1].log_softmax(dim=-1)
+        targets = labels[:, 1:]
+        chosen = logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        entropies = -(logps.exp() * logps).sum(dim=-1)
+        chosen, entropies = (values.masked_fill(targets == -100, 0) for values in (chosen, entropies))
+        from trl.trainer.utils import FusedCausalLMOutput  # what this stands for: older versions have neither
+
+        return FusedCausalLMOutput(log_probs=chosen, entropy=entropies)
+
+    model.forward = double_forward
 
 
 def train(trainer_class, config_class, batch: Batch | None = None, *, model=None, trainer_options=None, **options):
@@ -223,6 +293,15 @@ def watch(trainer) -> Run:
     """A `Run` that fills while the trainer trains."""
     run = Run(trainer, trainer.seen_losses, [], [], [])
     trainer.callback_handler.callbacks.insert(0, _Watch(run))
+    parameter = getattr(trainer, "_lambda", None)
+    if parameter is not None and parameter.learning.is_learnable:
+        clip = parameter.clip_gradient
+
+        def watched_clip():
+            clip()
+            run.lambda_grads.append(parameter.grads[-1])
+
+        parameter.clip_gradient = watched_clip
     return run
 
 

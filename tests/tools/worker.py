@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
-from trl_lambda.weights.custom import import_function
+from trl_lambda.weights.own_functions import import_path
 
 CLASSES = {
     "lambda": (LambdaGRPOTrainer, LambdaGRPOConfig),
@@ -83,6 +83,12 @@ def not_finite_at(trainer_class: type, rank: int, step: int) -> type:
     return NotFinite
 
 
+def own_optimizer(trainer):
+    """λ's own optimizer, where an engine or the user owns the trainer's."""
+    step = getattr(trainer, "_lambda_step", None)
+    return None if step is None else step._own
+
+
 def run_job(job: dict) -> dict:
     """Train as the job says; what it did, as plain lists and tensors."""
     trainer_class, config_class = CLASSES[job["trainer"]]
@@ -94,7 +100,7 @@ def run_job(job: dict) -> dict:
         trainer_options["peft_config"] = LoraConfig(**trainer_options.pop("peft"))
     for name in ("length_weight", "token_weight"):
         if name in job:
-            trainer_options[name] = import_function(job[name], name)
+            trainer_options[name] = import_path(job[name], name)
     if job.get("eval"):
         trainer_options["eval_dataset"] = batch.dataset()
     model = job.get("model") or build_model(**job.get("build", {}))
@@ -121,7 +127,7 @@ def run_job(job: dict) -> dict:
     parameter = getattr(trainer, "_lambda", None)
     optimizer_state, states = None, {}
     if parameter is not None and parameter.learnable:
-        holder = parameter.companion or trainer.optimizer
+        holder = own_optimizer(trainer) or trainer.optimizer
         while hasattr(holder, "optimizer"):
             holder = holder.optimizer
         states = holder.state
@@ -139,7 +145,7 @@ def run_job(job: dict) -> dict:
         "lambda_at_end": getattr(trainer, "lambda_value", None),
         "model": {name: value.clone() for name, value in (state or {}).items()},
         "wrapper": type(trainer.model_wrapped).__name__,
-        "companion": parameter is not None and parameter.companion is not None,
+        "own_optimizer": own_optimizer(trainer) is not None,
         "history": trainer.state.log_history,
     }
 

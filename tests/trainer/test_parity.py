@@ -1,8 +1,7 @@
 """TRL's own loss is the oracle wherever a member coincides with a `loss_type`: loss and gradient."""
 
 import pytest
-import torch
-from support import Batch, assert_same_bits, largest_deviation, train
+from support import Batch, assert_same_bits, build_model, largest_deviation, train
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
@@ -21,10 +20,19 @@ LEVELS = ["token", "sequence"]
 FIXED = {"lambda_learnable": False}
 
 
-def both(ours: dict, theirs: dict, batch=None, **options):
-    model = options.pop("model", None)
-    mine = train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, model=model, **options, **ours)
-    return mine, train(GRPOTrainer, GRPOConfig, batch, model=model, **options, **theirs)
+def both(ours: dict, theirs: dict, batch=None, *, model=None, double=False, **options):
+    def fresh():
+        return build_model(double=True) if double else model
+
+    mine = train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, model=fresh(), **options, **ours)
+    return mine, train(GRPOTrainer, GRPOConfig, batch, model=fresh(), **options, **theirs)
+
+
+def assert_equal_in_double(mine, theirs) -> None:
+    """Losses and gradients of every step, two runs in float64 that divide in another order."""
+    assert mine.losses == pytest.approx(theirs.losses, rel=1e-9, abs=1e-9)
+    for step, (a, b) in enumerate(zip(mine.grads, theirs.grads, strict=True)):
+        assert largest_deviation(a, b) < 1e-9, step
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -32,12 +40,12 @@ def both(ours: dict, theirs: dict, batch=None, **options):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_nothing_on_is_trl(loss_type, level, beta, model_folder):
     options = CUT | {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "model": model_folder}
-    assert_same_bits(*both({"aggregation": None}, {}, **options))
+    assert_same_bits(*both({"length_weight": None}, {}, **options))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("ours", [{"aggregation": "dapo"}, FIXED, FIXED | {"aggregation": "power"}])
+@pytest.mark.parametrize("ours", [{"length_weight": "dapo"}, FIXED, FIXED | {"length_weight": "power"}])
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
 def test_weight_one_is_trl_token_mean_to_the_last_bit(loss_type, ours, level, beta, model_folder):
     options = CUT | {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "model": model_folder}
@@ -47,20 +55,20 @@ def test_weight_one_is_trl_token_mean_to_the_last_bit(loss_type, ours, level, be
     assert {key: mine.logs[-1][key] for key in clip} == {key: theirs.logs[-1][key] for key in clip}
 
 
-@pytest.mark.parametrize("aggregation", ["lambda", "power"])
-def test_a_learnable_lambda_at_zero_is_trl_dapo_to_the_last_bit(aggregation):
-    mine, theirs = both({"aggregation": aggregation}, {}, **CUT | {"max_steps": 1})
+@pytest.mark.parametrize("length_weight", ["lambda_grpo", "power"])
+def test_a_learnable_lambda_at_zero_is_trl_dapo_to_the_last_bit(length_weight):
+    mine, theirs = both({"length_weight": length_weight}, {}, **CUT | {"max_steps": 1})
     assert_same_bits(mine, theirs)
     assert mine.lambda_grads[0] != 0.0
 
 
 MEMBERS = [
-    ({"aggregation": "grpo"}, {"loss_type": "grpo"}),
-    ({"aggregation": "grpo", "aggregation_scope": "prompt"}, {"loss_type": "grpo"}),
-    ({"aggregation": "power", "lambda_init": -1.0, "lambda_learnable": False}, {"loss_type": "grpo"}),
-    ({"aggregation": "dr_grpo"}, {"loss_type": "dr_grpo"}),
-    ({"aggregation": "dr_grpo", "aggregation_scope": "prompt"}, {"loss_type": "dr_grpo"}),
-    ({"aggregation": "grpo", "loss_type": "sapo"}, {"loss_type": "sapo"}),
+    ({"length_weight": "grpo"}, {"loss_type": "grpo"}),
+    ({"length_weight": "grpo", "length_weight_scope": "prompt"}, {"loss_type": "grpo"}),
+    ({"length_weight": "power", "lambda_init": -1.0, "lambda_learnable": False}, {"loss_type": "grpo"}),
+    ({"length_weight": "dr_grpo"}, {"loss_type": "dr_grpo"}),
+    ({"length_weight": "dr_grpo", "length_weight_scope": "prompt"}, {"loss_type": "dr_grpo"}),
+    ({"length_weight": "grpo", "loss_type": "sapo"}, {"loss_type": "sapo"}),
 ]
 CUTS = [
     CUT,
@@ -75,10 +83,7 @@ CUTS = [
 @pytest.mark.parametrize(("ours", "theirs"), MEMBERS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_members_equal_trl_loss_types(ours, theirs, level, cut):
-    mine, trl = both(ours, theirs, **CUTS[cut], importance_sampling_level=level)
-    torch.testing.assert_close(torch.tensor(mine.losses), torch.tensor(trl.losses), rtol=1e-5, atol=1e-6)
-    for step, (a, b) in enumerate(zip(mine.grads, trl.grads, strict=True)):
-        assert largest_deviation(a, b) < 1e-5, step
+    assert_equal_in_double(*both(ours, theirs, double=True, **CUTS[cut], importance_sampling_level=level))
 
 
 def own_tokens_of_tools(row: int, length: int) -> list[int]:
@@ -107,7 +112,7 @@ def feature_batch(feature: str) -> Batch:
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("ours", [{"aggregation": "dapo"}, FIXED, FIXED | {"aggregation": "power"}])
+@pytest.mark.parametrize("ours", [{"length_weight": "dapo"}, FIXED, FIXED | {"length_weight": "power"}])
 def test_weight_one_is_trl_with_every_feature(ours, feature, model_folder):
     options = CUT | FEATURES[feature] | {"model": model_folder}
     assert_same_bits(*both(ours, {}, feature_batch(feature), **options))
@@ -118,17 +123,15 @@ def test_weight_one_is_trl_with_every_feature(ours, feature, model_folder):
 @pytest.mark.parametrize("member", ["grpo", "dr_grpo"])
 def test_members_equal_trl_with_every_feature(member, feature):
     options = CUT | FEATURES[feature]
-    mine, theirs = both({"aggregation": member}, {"loss_type": member}, feature_batch(feature), **options)
-    torch.testing.assert_close(torch.tensor(mine.losses), torch.tensor(theirs.losses), rtol=1e-5, atol=1e-6)
-    for a, b in zip(mine.grads, theirs.grads, strict=True):
-        assert largest_deviation(a, b) < 1e-5
+    runs = both({"length_weight": member}, {"loss_type": member}, feature_batch(feature), double=True, **options)
+    assert_equal_in_double(*runs)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "sapo", "luspo"])
 def test_a_token_weight_of_one_leaves_every_reduction_alone(loss_type):
     """AR with α = 0 weights every token by 1, through the (B, T) path."""
     options = CUT | {"loss_type": loss_type}
-    mine = train(TRGRPOTrainer, TRGRPOConfig, token_regulation="linear", regulation_alpha=0.0, **options)
+    mine = train(TRGRPOTrainer, TRGRPOConfig, token_weight="ar", token_weight_kwargs={"alpha": 0.0}, **options)
     assert_same_bits(mine, train(GRPOTrainer, GRPOConfig, **options))
 
 
@@ -144,7 +147,7 @@ def test_evaluation_with_one_generation_per_prompt_is_trl():
     }
     runs = []
     for trainer, config, own in [
-        (LambdaGRPOTrainer, LambdaGRPOConfig, {"aggregation": "lambda", "lambda_init": 3.0}),
+        (LambdaGRPOTrainer, LambdaGRPOConfig, {"length_weight": "lambda_grpo", "lambda_init": 3.0}),
         (GRPOTrainer, GRPOConfig, {}),
     ]:
         runs.append(
