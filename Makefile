@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm test lint docs pictures release matrix versions engines vllm fuzz mutations arena \
+.PHONY: help setup demo demo-vllm demo-llm llm test test-package numerical lint docs pictures release matrix versions engines vllm fuzz mutations arena \
 	arena-smoke alignment bench gpu gpu-wheels clean
 
 help: ## list the targets
@@ -27,8 +27,19 @@ demo-vllm: $(STAMP) .vllm/.installed ## the demo with vLLM generating, in the tr
 	PYTHONPATH=.vllm $(BIN)/python -m recipes.playground.vllm_cpu --config recipes/configs/playground/demo.yaml \
 		--use_vllm --vllm_mode colocate --short_progress --output_dir runs/playground_vllm
 
-test: lint ## lint and run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+test: lint ## lint and run all tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
+
+test-package: $(STAMP) ## the package's own tests, at most three minutes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 -m package
+
+# Any x86 machine plays a processor without AVX, and one without AVX-512.
+SSE := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+
+numerical: $(STAMP) ## the numerical tests as on two other processors (REDUCED=1: a third of them on each)
+	$(SSE) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m numerical $(if $(REDUCED),--part 1/3)
+	$(AVX2) $(BIN)/python -m pytest -q -n 2 --dist loadfile -m numerical $(if $(REDUCED),--part 2/3)
 
 lint: $(STAMP) ## ruff: rules and format; pyright: the package's types
 	$(BIN)/ruff check .
