@@ -2,13 +2,10 @@
 
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .lambda_parameter import LAMBDA_FILE
 from .weights import LengthWeight, TokenWeight
-
-if TYPE_CHECKING:
-    from .lambda_grpo_trainer import LambdaGRPOTrainer
 
 PAPERS = {
     "2510.06870": {
@@ -52,14 +49,14 @@ def paper_of(length_weight: LengthWeight | None, token_weight: TokenWeight | Non
     return papers[0] | {"name": " and ".join(paper["name"] for paper in papers), "citation": citation}
 
 
-def card_tags(trainer: "LambdaGRPOTrainer", tags: str | list[str] | None) -> list[str]:
+def card_tags(trainer: Any, tags: str | list[str] | None) -> list[str]:
     """Return the caller's tags and those of the papers whose weights are on."""
     paper = paper_of(trainer.length_weight, trainer.token_weight)
     methods = paper["name"].replace("λ", "lambda").lower().split(" and ") if paper else []
     return sorted({*([tags] if isinstance(tags, str) else tags or ()), *methods})
 
 
-def complete_card(trainer: "LambdaGRPOTrainer") -> None:
+def complete_card(trainer: Any) -> None:
     """Add picture, loading code and settings to the card that TRL has written into `output_dir`."""
     path = Path(str(trainer.args.output_dir)) / "README.md"
     before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition(_FOLLOWS)
@@ -67,7 +64,7 @@ def complete_card(trainer: "LambdaGRPOTrainer") -> None:
     path.write_text(f"{sections}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 
-def _with_names(trainer: "LambdaGRPOTrainer", card: str) -> str:
+def _with_names(trainer: Any, card: str) -> str:
     """Fill in what TRL's card calls None without a hub, and name the method instead of the trainer class."""
     base: Any = trainer.model.config._name_or_path
     origin = f"is a fine-tuned version of `{Path(base).name}`" if base else "was trained from a model without a name"
@@ -84,7 +81,7 @@ def _picture(folder: Path) -> list[str]:
     return [f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (folder / name).is_file()][:1]
 
 
-def _loading(trainer: "LambdaGRPOTrainer") -> str:
+def _loading(trainer: Any) -> str:
     """Return the code that loads the model or adapter, and λ if there is one."""
     is_adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     package, kind = ("peft", "AutoPeftModel") if is_adapter else ("transformers", "AutoModel")
@@ -110,7 +107,7 @@ def _loading(trainer: "LambdaGRPOTrainer") -> str:
     return "### How to load it again\n\n```python\n" + "\n".join(code) + "\n```"
 
 
-def _settings(trainer: "LambdaGRPOTrainer") -> str:
+def _settings(trainer: Any) -> str:
     """Return the settings of the weights that had an effect, as a table."""
     args, f, v = trainer.args, trainer.length_weight, trainer.token_weight
     changed = [field.name for field in fields(args) if getattr(args, field.name) != field.default]
