@@ -50,7 +50,9 @@ def test_options_of_a_weight_that_the_trainers_own_replaces():
 
 def test_liger_where_it_bypasses_the_loss(monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", None, raising=False)
-    refused("use_liger_kernel=True makes this TRL compute its loss in a fused kernel", change={"use_liger_kernel": True})
+    refused(
+        "use_liger_kernel=True makes this TRL compute its loss in a fused kernel", change={"use_liger_kernel": True}
+    )
 
 
 def test_unsloth_as_a_base_class_and_as_a_patched_method(monkeypatch):
@@ -61,6 +63,9 @@ def test_unsloth_as_a_base_class_and_as_a_patched_method(monkeypatch):
         return None
 
     compute_loss.__module__ = "unsloth_compiled_cache.UnslothTrainers"
-    refused("Unsloth has replaced GRPOTrainer's loss", type("Patched", (LambdaGRPOTrainer,), {"compute_loss": compute_loss}))
+    refused(
+        "Unsloth has replaced GRPOTrainer's loss",
+        type("Patched", (LambdaGRPOTrainer,), {"compute_loss": compute_loss}),
+    )
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
     refused("Unsloth has replaced GRPOTrainer's loss", TRGRPOTrainer, TRGRPOConfig)

@@ -6,7 +6,7 @@ TRL's own loss for the same subclass of `GRPOTrainer` is the oracle: loss and gr
 
 import pytest
 import torch
-from support import Batch, assert_same_bits, build, build_model, config, largest_deviation, train, watch
+from support import Batch, assert_same_bits, build_model, largest_deviation, train, watch
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
@@ -154,9 +154,7 @@ def test_f_of_groups_that_were_put_together_is_f_of_each():
     mine = run(DynamicSampling, batch=Turning(), noise=0, lambda_init=1.5, lambda_learnable=False)
     scored = mine.trainer._scoring.batches["train"]
     assert scored.lengths.tolist() == [[3, 1, 12, 6], [2, 2, 9, 5], [2, 2, 9, 5]]
-    plain = run(
-        None, batch=Batch(lengths=scored.lengths.tolist()), noise=0, lambda_init=1.5, lambda_learnable=False
-    )
+    plain = run(None, batch=Batch(lengths=scored.lengths.tolist()), noise=0, lambda_init=1.5, lambda_learnable=False)
     weights = [r.trainer._response_weights.weights_of(r.trainer._scoring.batches["train"], 1) for r in (mine, plain)]
     assert torch.equal(*weights) and weights[0].max() > 1.1
 
@@ -217,9 +215,7 @@ def test_lengths_and_features_are_those_of_what_the_loss_sees(mixin, options):
     batch, known = Batch(), Batch(env_mask=lambda row, n: [int(kept(row, t)) for t in range(n)])
     batch.rewards = known.rewards = [len(c) / 12 for c in batch.completions]
     options = options | CUT | {"max_steps": 3, "lambda_learning_rate": 0.5, "noise": 0}
-    mine, theirs, unmasked = (
-        run(m, batch=b, **options) for m, b in ((mixin, batch), (None, known), (None, batch))
-    )
+    mine, theirs, unmasked = (run(m, batch=b, **options) for m, b in ((mixin, batch), (None, known), (None, batch)))
     assert_equal(mine, theirs)
     assert mine.lambdas == pytest.approx(theirs.lambdas, rel=1e-9) and mine.lambdas[-1] != 0
     assert mine.lambdas[-1] != pytest.approx(unmasked.lambdas[-1], rel=1e-2)
