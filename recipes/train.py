@@ -1,5 +1,5 @@
 """
-`trl-lambda train` with tools and environments, as a script for `accelerate launch` in a clone.
+`trl-lambda train` with tools, environments and tasks of reasoning-gym, as a script for `accelerate launch` in a clone.
 
     accelerate launch recipes/train.py --config recipes/configs/playground/demo.yaml
 """
@@ -23,13 +23,14 @@ from recipes.agents.checks import (  # noqa: E402
     load_environment,
     load_tools,
 )
+from recipes.reasoning_gym_tasks import ReasoningGymArguments, trainer_datasets  # noqa: E402
 from trl_lambda.scripts import grpo  # noqa: E402
 
 
 @dataclass
-class RecipeArguments(grpo.LambdaGRPOScriptArguments):
+class RecipeArguments(ReasoningGymArguments, grpo.LambdaGRPOScriptArguments):
     """
-    Arguments of a recipe: those of `trl-lambda train`, and those of agents.
+    Arguments of a recipe: those of `trl-lambda train`, of [`ReasoningGymArguments`], and those of agents.
 
     Args:
         tools (`list[str]`, *optional*):
@@ -111,7 +112,7 @@ def main() -> Any:
     """Train as the command line of this process says, and return the trainer."""
     with grpo.one_line_errors():
         parsed = grpo.parse_in_script(RecipeArguments)
-        kwargs = agent_kwargs(*parsed)
+        kwargs = agent_kwargs(*parsed) | trainer_datasets(parsed[0])
     if parsed[0].short_progress:
         transformers.trainer.DEFAULT_PROGRESS_CALLBACK = ShortProgress
     return grpo.main(*parsed, **kwargs)
