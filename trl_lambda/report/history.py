@@ -25,12 +25,9 @@ def read_log_history(folder: str | Path) -> LogHistory:
         `list[dict]`: one entry per log, as in `trainer.state.log_history`.
 
     Raises:
-        ValueError: if neither `folder` nor its newest `checkpoint-N` holds a `trainer_state.json` with a log history.
+        ValueError: if neither `folder` nor a `checkpoint-N` in it holds a `trainer_state.json`, or one is damaged.
     """
-    folder = Path(folder)
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    newest = sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))[-1:]
-    files = [place / _STATE for place in (folder, *newest) if (place / _STATE).is_file()]
+    files = [*Path(folder).glob(_STATE), *Path(folder).glob(f"checkpoint-*/{_STATE}")]
     if not files:
         raise ValueError(f"{str(folder)!r} has no {_STATE}, nor has a checkpoint-N in it; give a run's output_dir.")
     return max(map(_read_state, files), key=lambda history: max((entry["step"] for entry in history), default=-1))
@@ -38,8 +35,7 @@ def read_log_history(folder: str | Path) -> LogHistory:
 
 def _read_state(file: Path) -> LogHistory:
     try:
-        history = json.loads(file.read_text(encoding="utf-8"))["log_history"]
-        return [{"step": int(entry["step"])} | entry for entry in history]
+        return [{"step": int(entry["step"])} | entry for entry in json.loads(file.read_bytes())["log_history"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged, it holds no log history of a Trainer ({error}).") from error
 

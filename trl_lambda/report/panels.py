@@ -1,6 +1,7 @@
 """The panels of the picture of a run. Curves differ by dash and grey, areas by lightness: all of it reads in grey."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,7 @@ PANELS = (
 def panels_of(history: LogHistory) -> list[Panel]:
     """Return the panels that a run has values for, with one for its reward functions if there are several."""
     # matplotlib hides a label that begins with an underscore
-    functions = {name.replace("_", " _", name[0] == "_"): f"rewards/{name}/mean" for name in reward_functions(history)}
+    functions = {re.sub("^_", " _", name): f"rewards/{name}/mean" for name in reward_functions(history)}
     by_function = [Panel("Reward by function", "mean over completions", functions)] if len(functions) > 1 else []
     return [panel for panel in (PANELS[0], *by_function, *PANELS[1:]) if panel.has_data(history)]
 
@@ -94,19 +95,14 @@ def draw_panel(axes: Any, panel: Panel, history: LogHistory) -> None:
     """Draw a panel with its title, units and legend, which is above the data and so covers none."""
     (_draw_areas if panel.stacked else _draw_curves)(axes, panel, history)
     labels = axes.get_legend_handles_labels()[1]
-    width = max(map(len, labels), default=0)
-    one_line = sum(map(len, labels)) + 6 * len(labels) <= 48  # a line's mark is as wide as six characters
-    columns = len(labels) if one_line else max(1 + (width <= 18), math.ceil(len(labels) / 6))
-    if labels:
-        style = {"frameon": False, "fontsize": 9, "handlelength": 1.9, "columnspacing": 1.0, "borderaxespad": 0.2}
-        legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=columns, **style)
-        legend.set_in_layout(False)  # all panels are equally wide
-        for text in legend.get_texts():
-            text.set_parse_math(False)  # a `$` in the name of a reward function
-    rows = math.ceil(len(labels) / max(columns, 1))
-    axes.set_title(panel.title, loc="left", fontsize=11, pad=7 + 14 * rows)
-    axes.set_ylabel(panel.unit, fontsize=9.5)
-    axes.set_xlabel("optimizer step", fontsize=9.5)
+    one_line = sum(map(len, labels)) + 6 * len(labels) <= 48  # a mark is as wide as six characters
+    two_columns = max(map(len, labels)) <= 18
+    columns = len(labels) if one_line else max(1 + two_columns, math.ceil(len(labels) / 6))
+    style = {"frameon": False, "fontsize": 9, "handlelength": 1.9, "columnspacing": 1.0, "borderaxespad": 0.2}
+    legend = axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), ncols=columns, **style)
+    legend.set_in_layout(False)  # all panels are equally wide
+    axes.set_title(panel.title, loc="left", fontsize=11, pad=7 + 14 * math.ceil(len(labels) / columns))
+    axes.set(xlabel="optimizer step", ylabel=panel.unit)
     axes.xaxis.get_major_locator().set_params(nbins=6, integer=True)
     axes.margins(x=0.02)
     axes.grid(True, color="0.92")
@@ -149,7 +145,7 @@ def _draw_areas(axes: Any, panel: Panel, history: LogHistory) -> None:
     parts = np.array([running_mean(series(entries, key)[1], window_of(history)) for key in keys])
     parts[:, np.isnan(parts).any(axis=0)] = np.nan
     tops = np.cumsum(np.vstack([np.zeros(len(steps)), parts]), axis=0)
-    half = np.diff(steps).min() / 2 if len(steps) > 1 else 0.5
+    half = np.median(np.diff(steps)) / 2 if len(steps) > 1 else 0.5
     edges = np.stack([steps - half, steps + half], axis=1).flatten()  # one log alone is as wide as its interval
     for label, shade, low, high in zip(panel.curves, _SHADES, tops, tops[1:], strict=False):
         style = {"facecolor": shade, "edgecolor": "white", "linewidth": 0.5}

@@ -105,15 +105,14 @@ def _last_completions(folder: Path | None) -> str:
     rows = next((table for table in tables if any(row["advantage"] for row in table)), [])[:_SHOWN]
     if not rows:
         return ""
-    # An f of its own in each row, unless TRL's reduction is on. pandas wrote NaN as None.
-    weights = [abs(row["advantage"] or 0) * (row.get("length_weight", 1) or 0) for row in rows]
-    largest = max(weights) or 1.0
-    parts = [f"<h2>Completions of step {rows[0]['step']}</h2>{colour_bar('weight of a token: f·|A|', (0, largest))}"]
-    for row, weight in zip(rows, weights, strict=True):
-        f = f", f = {row['length_weight']:.2f}" if row.get("length_weight") else ""
+    largest = max(abs(row["advantage"] or 0.0) for row in rows) or 1.0
+    key = colour_bar("|A|, before f and v", (0, largest))
+    parts = [f"<h2>Completions of step {rows[0]['step']}</h2><p>Darker ones count more.</p>{key}"]
+    for row in rows:
+        advantage = row["advantage"] or 0.0  # pandas wrote NaN as None
         prompt, completion = (_text(row[column]) for column in ("prompt", "completion"))
-        parts.append(f"<p>A = {row['advantage'] or 0:+.2f}{f}. Prompt: {html.escape(prompt)}</p>")
-        parts.append(f'<p class="tokens">{token_spans([completion], [weight / largest], [weight])}</p>')
+        parts.append(f"<p>A = {advantage:+.2f}. Prompt: {html.escape(prompt)}</p>")
+        parts.append(f'<p class="tokens">{token_spans([completion], [abs(advantage) / largest], [advantage])}</p>')
     return "\n".join(parts)
 
 

@@ -2,7 +2,6 @@
 
 import html
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -85,7 +84,7 @@ def shade(fraction: float) -> tuple[int, ...]:
 
 def _ink(fraction: float) -> str:
     """Return the text colour of the larger contrast on `shade(fraction)`."""
-    return "#000000" if fraction < 0.63 else "#ffffff"
+    return "#000000" if fraction < 0.65 else "#ffffff"
 
 
 def token_spans(tokens: Sequence[str], shades: Sequence[float | None], values: Sequence[float]) -> str:
@@ -108,12 +107,7 @@ def colour_bar(label: str, limits: Limits) -> str:
 def _visible(token: str) -> str:
     """Return the token with its line breaks and other controls shown. A break is still made after `↵`."""
     text = token.replace("\r\n", "\n").replace("\t", "→").replace("\n", "↵\n")
-    return "".join("·" if unicodedata.category(c) in ("Cc", "Cs") and c != "\n" else c for c in text)
-
-
-def _width(text: str) -> int:
-    """Return how many monospace cells `text` takes."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
 
 
 def _place(tokens: Sequence[str]) -> Iterator[tuple[int, int, str, int]]:
@@ -122,10 +116,10 @@ def _place(tokens: Sequence[str]) -> Iterator[tuple[int, int, str, int]]:
     for number, token in enumerate(tokens):
         for part in re.findall(f".{{1,{_COLUMNS // 2}}}\n?", _visible(token)):
             text = part.removesuffix("\n")
-            if column + _width(text) > _COLUMNS:
+            if column + len(text) > _COLUMNS:
                 line, column = line + 1, 0
             yield line, column, text, number
-            line, column = (line + 1, 0) if part != text else (line, column + _width(text))
+            line, column = (line + 1, 0) if part != text else (line, column + len(text))
 
 
 def _picture(tokens: Sequence[str], shades: Sequence[float | None], limits: Limits, title: str, label: str) -> bytes:
@@ -135,7 +129,7 @@ def _picture(tokens: Sequence[str], shades: Sequence[float | None], limits: Limi
     from matplotlib.patches import Rectangle
 
     parts = list(_place(tokens))
-    lines, columns = parts[-1][0] + 1, max(column + _width(text) for _, column, text, _ in parts)
+    lines, columns = parts[-1][0] + 1, max(column + len(text) for _, column, text, _ in parts)
     height = lines * 0.26  # inches
     figure = Figure(figsize=(columns * 0.0845, height), dpi=120)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, columns), ylim=(lines, 0))
@@ -145,7 +139,7 @@ def _picture(tokens: Sequence[str], shades: Sequence[float | None], limits: Limi
         if fraction is not None:
             look = {"facecolor": [value / 255 for value in shade(fraction)], "edgecolor": "white", "linewidth": 0.8}
             ink = _ink(fraction)
-        axes.add_patch(Rectangle((column, line + 0.06), _width(text), 0.88, **look))
+        axes.add_patch(Rectangle((column, line + 0.06), len(text), 0.88, **look))
         style = {"family": "DejaVu Sans Mono", "fontsize": 10, "va": "center_baseline", "parse_math": False}
         axes.text(column + 0.1, line + 0.5, text, color=ink, **style)
     axes.set_title(title, loc="left", fontsize=11, parse_math=False)
