@@ -70,7 +70,9 @@ def test_it_trains_and_resumes_to_the_bit(tmp_path, setup):
         assert torch.equal(value, trained(again)[name]), name
 
 
-def test_the_cards_own_code_loads_the_adapter(tmp_path, monkeypatch):
+def test_the_cards_own_code_loads_the_adapter(tmp_path):
+    from peft import get_peft_model_state_dict
+
     trainer = build(tmp_path / "run", lora=True, max_steps=1, save_strategy="no")
     trainer.train()
     trainer.save_model(str(tmp_path / "run"))
@@ -80,10 +82,13 @@ def test_the_cards_own_code_loads_the_adapter(tmp_path, monkeypatch):
     for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         if "from_pretrained" in code or "lambda.json" in code:
             exec(code, namespace)
-    merged = namespace["model"].merge_and_unload()
+    loaded, mine = get_peft_model_state_dict(namespace["model"]), get_peft_model_state_dict(trainer.model)
+    assert loaded.keys() == mine.keys()
+    for name, value in mine.items():
+        assert torch.equal(loaded[name].float(), value.float()), name
     ids = namespace["tokenizer"]("What is 2 * 3?", return_tensors="pt")
-    expected = trainer.model.merge_and_unload().float()(**ids).logits
-    torch.testing.assert_close(merged.float()(**ids).logits, expected, rtol=0, atol=1e-2)  # saved in bf16
+    merged = namespace["model"].merge_and_unload()
+    assert namespace["tokenizer"].decode(merged.generate(**ids, max_new_tokens=4)[0]).startswith("What is 2 * 3?")
     assert namespace["lam"] == trainer.lambda_value
 
 
