@@ -260,7 +260,8 @@ class LambdaGRPOConfig(GRPOConfig):
     def _check_values(self) -> None:
         for name in _NUMBERS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            is_off = value is None and name == "length_target"
+            if not is_off and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
         target, most, init, bounds = (
             self.length_target,
@@ -269,8 +270,10 @@ class LambdaGRPOConfig(GRPOConfig):
             self.lambda_bounds,
         )
         largest = torch.finfo(torch.float32).max  # float32 is the dtype of λ
-        low, high = bounds if isinstance(bounds, list | tuple) and len(bounds) == 2 else (-largest, largest)
-        right = bounds is None or (low, high) != (-largest, largest)
+        is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
+        is_pair = is_pair and all(isinstance(bound, int | float) for bound in bounds)
+        low, high = bounds if is_pair else (-largest, largest)
+        right = bounds is None or is_pair
         for name, is_right, accepted in (
             ("positive_weight", 0 < self.positive_weight < math.inf, "finite and > 0"),
             ("lambda_learning_rate", 0 < self.lambda_learning_rate < math.inf, "finite and > 0"),
