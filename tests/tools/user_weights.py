@@ -48,7 +48,7 @@ def every_token_argument(probs, advantages, entropies, old_logps, mask, lengths,
     """A token weight that each of its arguments moves, 0 for improbable tokens of wrong answers."""
     old = probs.log() if old_logps is None else old_logps  # on policy
     weights = (1 + probs + 0.1 * advantages.tanh() + 0.1 * entropies - 0.05 * old) * (0.5 + mask / 2)
-    return (weights + 1 / lengths.clamp(min=1) + 0.2 * step) * ~((probs < 0.1) & (advantages < 0))
+    return (weights + 1 / lengths.clamp(min=1).to(probs) + 0.2 * step) * ~((probs < 0.1) & (advantages < 0))
 
 
 @dataclass(frozen=True)
