@@ -52,7 +52,7 @@ def has_values(history: LogHistory, key: str) -> bool:
     return not all(map(math.isnan, series(history, key)[1]))
 
 
-def held_out_sets(history: LogHistory) -> dict[str, LogHistory]:
+def held_out_sets(history: LogHistory) -> Mapping[str, LogHistory]:
     """
     Return the evaluations of a run by held-out data set, "" for one that has no name.
 

@@ -44,7 +44,7 @@ def plot_run(run: LogHistory | str | Path, path: str | Path, *, title: str | Non
     """
     require_matplotlib()
     folder = Path(run) if isinstance(run, str | Path) else None
-    history = read_log_history(folder) if folder else run
+    history = read_log_history(run) if isinstance(run, str | Path) else run
     title = title or (folder.resolve().name if folder else "A run")
     panels = panels_of(history)
     if not panels:

@@ -68,7 +68,7 @@ def heatmap(
     low, high = limits or (values[own].min(), values[own].max())
     fractions = np.clip((values - low) / (high - low), 0, 1) if high > low else np.full(len(values), 0.5)
     shades = [fraction if mine else None for fraction, mine in zip(fractions, own, strict=True)]
-    body = f'<p class="tokens">{token_spans(tokens, shades, values)}</p>{colour_bar(label, (low, high))}'
+    body = f'<p class="tokens">{token_spans(tokens, shades, values.tolist())}</p>{colour_bar(label, (low, high))}'
     body += f'<p><span class="other">{_OTHERS}</span></p>' if None in shades else ""
     return write_file(
         path,
