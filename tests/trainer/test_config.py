@@ -11,7 +11,6 @@ from transformers import HfArgumentParser
 from trl import GRPOConfig
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, LengthWeight, TokenWeight, TRGRPOConfig
-from trl_lambda.weights import LENGTH_WEIGHTS
 
 BASE = {"output_dir": "unused", "bf16": False, "use_cpu": True, "report_to": "none"}
 DEFAULTS = {
