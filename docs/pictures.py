@@ -1,5 +1,5 @@
 """
-The picture of the formulas: f over length for several λ, beside v over π.
+The picture of the formulas: f over length for several λ, and v over π.
 
     python docs/pictures.py    # writes docs/images/f_and_v.png
 """
@@ -8,53 +8,61 @@ import argparse
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trl_lambda.weights import length_weights, probability_weights
+from trl_lambda.weights import length_weights, token_weights
 
 IMAGES = Path(__file__).parent / "images"
 LENGTHS = torch.tensor([[60, 120, 180, 240, 300, 360, 480, 600]])  # one group of eight responses, in tokens
-LAMBDAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+# Each family's λ, with names for two of them.
+FAMILIES = {
+    "power": {-1.0: "λ = -1: GRPO", -0.5: "λ = -0.5", 0.0: "λ = 0: DAPO", 0.5: "λ = 0.5", 1.0: "λ = 1"},
+    "lambda_grpo": {-4.0: "λ = -4", -2.0: "λ = -2", 0.0: "λ = 0: DAPO", 2.0: "λ = 2", 4.0: "λ = 4"},
+}
 DASHES = ((0, (1, 1)), (0, (3, 1.5)), "solid", (0, (3, 1.5)), (0, (1, 1)))
 COLOURS = ("#2166ac", "#67a9cf", "0.25", "#ef8a62", "#b2182b")
+TOKEN_WEIGHTS = {"tr_grpo": ("TR-GRPO", "solid", (0.5, 1.425)), "ar": ("AR, α = 0.2", (0, (3, 1.5)), (0.62, 0.87))}
 
 
 def draw() -> Figure:
-    """The two panels; colours carry nothing that labels at the curves do not."""
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lengths = LENGTHS[0].tolist()
-    named = {-1.0: "λ = -1: GRPO", 0.0: "λ = 0: DAPO"}
-    for lam, dash, colour in zip(LAMBDAS, DASHES, COLOURS, strict=True):
-        weights = length_weights(LENGTHS, lam, aggregation="power")[0].tolist()
-        left.plot(lengths, weights, color=colour, linestyle=dash, marker="o", markersize=4)
-        left.annotate(named.get(lam, f"λ = {lam:+g}"), (lengths[-1], weights[-1]), (8, 0), va="center",
-                      textcoords="offset points", color=colour, fontsize=9)  # fmt: skip
-    left.set(xlabel="response length |o| (tokens)", ylabel="f, weight of the response", yscale="log")
-    left.set(xlim=(40, 800), xticks=lengths[::2] + [600])
-    left.set_yticks((0.2, 0.5, 1, 2, 5), ("0.2", "0.5", "1", "2", "5"))
-    left.minorticks_off()
-    left.set_title("f: how much a response counts for its length (“power”)", loc="left", fontsize=10)
-
-    probs = torch.linspace(0.002, 1, 500)
-    styles = {"sigmoid": ("TR-GRPO", "solid", (0.5, 1.425)), "linear": ("AR, α = 0.2", (0, (3, 1.5)), (0.62, 0.87))}
-    for regulation, (label, dash, where) in styles.items():
-        weights = probability_weights(probs.log(), regulation=regulation).tolist()
-        right.plot(probs.tolist(), weights, color="0.1", linestyle=dash)
-        right.text(*where, label, fontsize=9)
-    right.axhline(1, color="0.75", linewidth=0.8, zorder=0)
-    right.set(
-        xlabel="the policy's probability π of the token",
-        ylabel="v, weight of the token",
-        xlim=(0, 1),
-        ylim=(0.75, 1.5),
-    )
-    right.set_title("v: how much a token counts for its probability", loc="left", fontsize=10)
-    for axes in (left, right):
+    """Three panels in a column, legible on a phone. Labels at the curves say all that colours say."""
+    figure = Figure(figsize=(5.6, 9.6), layout="constrained")
+    panels = figure.subplots(3, 1)
+    for axes, (family, names) in zip(panels, FAMILIES.items(), strict=False):
+        draw_length_weight(axes, family, names)
+    draw_token_weight(panels[2])
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.93")
         axes.set_axisbelow(True)
     return figure
+
+
+def draw_length_weight(axes: Axes, family: str, names: dict[float, str]) -> None:
+    """f over length, a curve per λ."""
+    lengths = LENGTHS[0].tolist()
+    for (lam, label), dash, colour in zip(names.items(), DASHES, COLOURS, strict=True):
+        weights = length_weights(LENGTHS, lam, length_weight=family)[0].tolist()
+        axes.plot(lengths, weights, color=colour, linestyle=dash, marker="o", markersize=4)
+        axes.annotate(label, (lengths[-1], weights[-1]), (8, 0), va="center", textcoords="offset points", color=colour)
+    axes.set(xlabel="response length |o| (tokens)", ylabel="f, weight of the response", yscale="log")
+    axes.set(xlim=(40, 800), xticks=[60, 180, 300, 480, 600], ylim=(0.18, 5))
+    axes.set_yticks((0.2, 0.5, 1, 2, 5), ("0.2", "0.5", "1", "2", "5"))
+    axes.minorticks_off()
+    axes.set_title(f"length weight “{family}”", loc="left", fontsize=12)
+
+
+def draw_token_weight(axes: Axes) -> None:
+    """v over the token's probability, a curve per member."""
+    probs = torch.linspace(0.002, 1, 500)
+    for name, (label, dash, where) in TOKEN_WEIGHTS.items():
+        axes.plot(probs.tolist(), token_weights(probs.log(), token_weight=name).tolist(), color="0.1", linestyle=dash)
+        axes.text(*where, label)
+    axes.axhline(1, color="0.75", linewidth=0.8, zorder=0)
+    axes.set(xlabel="the policy's probability π of the token", ylabel="v, weight of the token")
+    axes.set(xlim=(0, 1), ylim=(0.75, 1.5))
+    axes.set_title("token weights", loc="left", fontsize=12)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The pages: built without a warning, no dead link, every public name, code that runs, figures of the arena."""
+"""The pages: built without a warning, no dead link, every public name and metric, code that runs."""
 
 import inspect
 import os
@@ -7,30 +7,40 @@ import subprocess
 import sys
 from pathlib import Path
 
+import combinations
 import pytest
+import torch
+from accelerate import Accelerator
 from documents import MORE_PAGES, PAGES, REPOSITORY, ROOT, anchors, fences, links, name
 
 import trl_lambda
 import trl_lambda.report
-import trl_lambda.training
 import trl_lambda.weights
+from trl_lambda.generation_batch import GenerationBatch
+from trl_lambda.lambda_parameter import LambdaParameter, Regression, Target
+from trl_lambda.metrics.loss_metrics import LossMetrics, lambda_metrics
+from trl_lambda.scripts.grpo import LambdaGRPOScriptArguments
 
 DOCS = ROOT / "docs"
-# What is exported beside the public names, for the package's own rooms.
+# Exported for the package's own rooms.
 INTERNAL = {
-    "LEARNABLE_AGGREGATIONS", "LENGTH_AGGREGATIONS", "SCOPES", "TOKEN_REGULATIONS", "SIDES", "make_length_weight",
-    "make_token_weight", "sequence_mean_weights", "main", "require_matplotlib", "FEATURES", "Power",
-}  # fmt: skip
+    *("LENGTH_WEIGHTS", "SCOPES", "SIDES", "TOKEN_WEIGHTS", "groups_with_signal", "probabilities", "main"),
+    *("require_matplotlib", "sequence_mean_weights", "weight_from_name"),
+}
 
 
-def run(*command: object) -> subprocess.CompletedProcess:
+def run(*command: object) -> None:
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    return subprocess.run([str(x) for x in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([str(x) for x in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def read(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
-    done = run(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path)
     pages = {path.stem for path in DOCS.glob("*.md")} - {"index"}
     assert {path.parent.name for path in tmp_path.glob("*/index.html")} == pages
     page = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
@@ -39,29 +49,21 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert not fetched, "a reader without a network would miss these"
 
 
-def test_the_pictures_are_drawn(tmp_path):
-    done = run(sys.executable, "docs/pictures.py", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_picture_shows_the_formulas(tmp_path, monkeypatch):
+    """f·length is constant for GRPO, f is 1 for DAPO, a group's f add up to its size, v runs from 1 to 1.4."""
+    run(sys.executable, "docs/pictures.py", "--out", tmp_path)
     drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {"f_and_v.png"} <= {path.name for path in (DOCS / "images").iterdir()}
-    assert all((tmp_path / picture).read_bytes().startswith(b"\x89PNG") for picture in drawn)
+    assert drawn == {path.name for path in (DOCS / "images").iterdir()} == {"f_and_v.png"}
+    monkeypatch.syspath_prepend(str(DOCS))
+    import pictures
 
-
-def test_the_picture_shows_what_its_labels_say():
-    """λ = -1 gives every response the same weight times length, λ = 0 is 1 everywhere, v runs from 1 to 1.4."""
-    sys.path.insert(0, str(DOCS))
-    try:
-        import pictures
-    finally:
-        sys.path.remove(str(DOCS))
-    left, right = pictures.draw().axes
-    curves = {line.get_linestyle(): line for line in right.lines[:2]}
-    by_label = dict(zip([text.get_text() for text in left.texts], left.lines, strict=True))
-    lengths, weights = by_label["λ = -1: GRPO"].get_data()
+    power, softmax, tokens = pictures.draw().axes
+    curves = {text.get_text(): line for text, line in zip(power.texts, power.lines, strict=True)}
+    lengths, weights = curves["λ = -1: GRPO"].get_data()
     assert max(lengths * weights) == pytest.approx(min(lengths * weights), rel=1e-5)
-    assert set(by_label["λ = 0: DAPO"].get_ydata()) == {1.0}
-    sigmoid = curves["-"].get_ydata()
-    assert (min(sigmoid), max(sigmoid)) == pytest.approx((1.0, 1.4))
+    assert set(curves["λ = 0: DAPO"].get_ydata()) == {1.0}
+    assert all(sum(line.get_ydata()) == pytest.approx(8, rel=1e-5) for line in softmax.lines)
+    assert (min(tokens.lines[0].get_ydata()), max(tokens.lines[0].get_ydata())) == pytest.approx((1.0, 1.4))
 
 
 # ---- Links ----
@@ -71,8 +73,11 @@ def test_the_picture_shows_what_its_labels_say():
 def test_no_internal_link_is_dead(path: Path):
     for link in links(path):
         target, _, anchor = link.partition("#")
-        if target.startswith(f"{REPOSITORY}/blob/main/"):
-            file = ROOT / target.removeprefix(f"{REPOSITORY}/blob/main/")
+        inside = re.match(rf"{REPOSITORY}/(?:blob|tree)/main/(.*)", target) or re.match(
+            rf"{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/main/(.*)", target
+        )
+        if inside:
+            file = ROOT / inside[1]
         elif "://" in target:
             continue
         else:
@@ -83,7 +88,7 @@ def test_no_internal_link_is_dead(path: Path):
 
 
 def test_the_pages_of_the_site_link_to_no_file_outside_it():
-    """Such a link works in a checkout and is dead on the site."""
+    """Such a link works in a clone and is dead on the site."""
     for path in DOCS.glob("*.md"):
         for link in links(path):
             assert "://" in link or (DOCS / link.partition("#")[0]).resolve().is_relative_to(DOCS), (path.name, link)
@@ -92,45 +97,61 @@ def test_the_pages_of_the_site_link_to_no_file_outside_it():
 # ---- Public names ----
 
 
-def public_names() -> set[str]:
+def public_things() -> dict[str, object]:
     modules = (trl_lambda, trl_lambda.weights, trl_lambda.report)
-    return {n for module in modules for n in module.__all__} - INTERNAL
+    return {n: getattr(module, n) for module in modules for n in module.__all__ if n not in INTERNAL}
 
 
 def test_every_public_name_is_on_the_page_of_the_api():
-    shown = re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert {path.rpartition(".")[2] for path in shown} - {"LambdaGRPOScriptArguments"} == public_names()
-
-
-def undocumented(thing: object, label: str) -> list[str]:
-    """Names without a docstring: the thing's, and those of its own public methods."""
-    missing = [] if (inspect.getdoc(thing) or "").strip() else [label]
-    if inspect.isclass(thing):
-        for key, member in vars(thing).items():
-            is_method = inspect.isfunction(member) or isinstance(member, property)
-            if is_method and not key.startswith("_") and not inspect.getdoc(getattr(thing, key)):
-                missing.append(f"{label}.{key}")
-    return missing
+    shown = re.findall(r"^::: ([\w.]+)$", read("api.md"), re.MULTILINE)
+    assert {path.rpartition(".")[2] for path in shown} == {*public_things(), "LambdaGRPOScriptArguments"}
 
 
 def test_every_public_name_has_a_docstring():
-    modules = (trl_lambda, trl_lambda.weights, trl_lambda.report)
-    things = {n: getattr(module, n) for module in modules for n in module.__all__ if n not in INTERNAL}
-    assert not [text for label, thing in things.items() for text in undocumented(thing, label)]
-
-    def bare(): ...
-
-    assert undocumented(bare, "bare") == ["bare"]
+    for label, thing in public_things().items():
+        assert inspect.getdoc(thing), label
+        for key, member in vars(thing).items() if inspect.isclass(thing) else ():
+            if (inspect.isfunction(member) or isinstance(member, property)) and not key.startswith("_"):
+                assert inspect.getdoc(getattr(thing, key)), f"{label}.{key}"
 
 
 def test_every_field_of_the_configuration_is_documented():
-    for config in (trl_lambda.LambdaGRPOConfig, trl_lambda.training.LambdaGRPOScriptArguments):
-        own = [key for key in config.__annotations__ if key not in config.__mro__[1].__dataclass_fields__]
-        text = inspect.getdoc(config)
-        assert own and not [key for key in own if not re.search(rf"^\s*{key} \(`", text, re.MULTILINE)]
+    config = trl_lambda.LambdaGRPOConfig
+    own = [key for key in config.__annotations__ if key not in config.__mro__[1].__dataclass_fields__]
+    assert own and all(re.search(rf"^\s*{key} \(`", inspect.getdoc(config), re.MULTILINE) for key in own)
+    script = LambdaGRPOScriptArguments.__dataclass_fields__
+    assert all(script[key].metadata["help"] for key in LambdaGRPOScriptArguments.__annotations__)
 
 
-# ---- Code ----
+def logged_names() -> set[str]:
+    """Every name that the package logs, from one batch shown to everything that has metrics."""
+    lengths = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]], dtype=torch.int32)
+    advantages = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1]])
+    statistics = {key: -torch.rand(2, 4) for key in ("mean_logp", "min_logp", "rewards")}
+    batch = GenerationBatch(torch.arange(8), lengths, lengths.sum().double(), advantages, statistics)
+    places, mask, f = torch.arange(8), torch.ones(8, 4), torch.ones(2, 4)
+    metrics = LossMetrics()
+    metrics.add_generation_batch(batch)
+    metrics.add_length_weights(f, batch, by_sign=True)
+    metrics.add_masses(f, batch)
+    metrics.add_tokens(batch, places, f, advantages.view(8, 1), -mask, mask, mask, (1.0, 1.4))
+    names = set(metrics.flush(Accelerator(cpu=True)))
+    features = ("length", "mean_logp", "min_logp")
+    for learning in (Regression(features, 2.0, "positive"), Target(2.0, 1, "positive", (-3.0, 3.0))):
+        learning.observe(batch, 2.5)
+        names |= set(lambda_metrics(LambdaParameter(0.0, learning, device=torch.device("cpu"), features=features)))
+    return names
+
+
+def test_every_logged_metric_is_on_its_page():
+    on_page = set(re.findall(r"`([\w/]+)`", "\n".join(re.findall(r"^\| (`.*?) \| ", read("metrics.md"), re.MULTILINE))))
+    logged = logged_names()
+    assert len(logged) > 40 and not logged - on_page
+    rooms = {key.partition("/")[0] for key in logged}
+    assert not {key for key in on_page if key.partition("/")[0] in rooms} - logged, "these are gone"
+
+
+# ---- Code and tables ----
 
 CODE = [path for path in PAGES if path.parent == DOCS and fences(path, "python")]
 
@@ -138,34 +159,34 @@ CODE = [path for path in PAGES if path.parent == DOCS and fences(path, "python")
 @pytest.mark.parametrize("path", CODE, ids=name)
 def test_the_code_of_a_page_runs_from_top_to_bottom(path: Path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # as from the root of the repository; output goes here
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # as from the root of the repository, with its output here
     code = "\n".join(fences(path, "python"))
-    # TRL's default precision needs a GPU; nothing else is replaced.
-    code = re.sub(r'(GRPOConfig\(\s*"out")', r"\1, use_cpu=True, bf16=False", code)
+    # TRL's default precision needs a GPU, and a model of a hub a network. Nothing else is replaced.
+    if "use_cpu" not in code:
+        code = re.sub(r'(GRPOConfig\(\s*"out")', r"\1, use_cpu=True, bf16=False", code)
+    code = re.sub(r'model="[\w.-]+/[\w.-]+"', 'model="recipes/playground/base_model"', code)
     exec(compile(code, path.name, "exec"), {})
 
 
-# ---- Figures ----
+def test_the_table_of_legal_combinations_is_the_codes():
+    written = read("choosing.md").partition(combinations.BEGIN)[2].partition(combinations.END)[0]
+    assert written == combinations.table()
+    assert "yes" in written and "–" in written
+    for length_weight in (*trl_lambda.weights.LENGTH_WEIGHTS, None):
+        assert combinations.is_legal(length_weight=length_weight, **combinations.OF_ALL)
 
 
-def test_what_the_papers_did_here_stands_in_the_arenas_tables():
-    arena = (ROOT / "recipes" / "arena" / "first_round.md").read_text(encoding="utf-8")
-    table = arena.partition("<!-- table: accuracy -->")[2].partition("<!-- end -->")[0]
-    parts = dict(re.findall(r"^\*\*(\w+)\*\*\n(.*?)(?=^\*\*|\Z)", table, re.MULTILINE | re.DOTALL))
-    row = re.compile(r"^\| `([\w+.-]+)` \| \d+ \| [^|]+ \| ([^|]*?) \|", re.MULTILINE)
-    rows = {task: dict(row.findall(part)) for task, part in parts.items()}
-    page = " ".join((DOCS / "papers.md").read_text(encoding="utf-8").replace("\\*", "*").split())
-    cell = r"([+-][\d.]+ \[[^\]]+\](?: \*)?)"
-    said = re.findall(rf"`([a-z_]+)` {cell} on `running_sum`, {cell} on `slippery_chain`", page)
-    assert len(said) == page.count("on `running_sum`") >= 9
-    for arm, first, second in said:
-        assert (first, second) == (rows["running_sum"][arm], rows["slippery_chain"][arm]), arm
-
-
-@pytest.mark.parametrize("page", ["verification.md", "cost.md"])
-def test_machine_written_tables_are_where_their_commands_write(page: str):
-    kind = {"verification.md": "matrix", "cost.md": "bench"}[page]
-    text = (DOCS / page).read_text(encoding="utf-8")
-    block = re.search(rf"<!-- {kind}: begin -->\n(.*?)<!-- {kind}: end -->", text, re.DOTALL).group(1)
+@pytest.mark.parametrize(("page", "kind"), [("verification.md", "matrix"), ("cost.md", "bench")])
+def test_machine_written_tables_are_where_their_commands_write(page: str, kind: str):
+    block = re.search(rf"<!-- {kind}: begin -->\n(.*?)<!-- {kind}: end -->", read(page), re.DOTALL).group(1)
     assert block.count("\n|") > 5
     assert f"docs/{page}" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_the_answers_of_the_study_stand_in_its_tables():
+    """Every interval on the page of evidence is one of the studies' own tables or of their text."""
+    studies = [ROOT / "recipes" / "studies" / path for path in ("arena/README.md", "arena/first_round.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in studies)
+    quoted = re.findall(r"[+-][\d.]+ (?:points )?(\[[+-][\d.]+, [+-][\d.]+\])", read("evidence.md"))
+    assert len(quoted) >= 8
+    assert not [interval for interval in quoted if interval not in text]

@@ -1,51 +1,55 @@
-"""README: its snippet runs, and its versions are those that the package says it was tested on."""
+"""README: its snippet runs and is the start page's, it links to every page, and the versions are those of the code."""
 
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
+from documents import ROOT, fences, links
 from launch import HANG
 
 from trl_lambda.trl_seam.contract import TESTED_VERSIONS
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
 
 
 def test_the_snippet_runs(tmp_path):
-    snippet = re.search(r"<!-- snippet.*?-->\n```python\n(.*?)```", README, re.DOTALL).group(1)
+    (snippet,) = fences(README, "python")
     assert len(snippet.splitlines()) <= 13
-    snippet = snippet.replace('"runs/snippet"', repr(str(tmp_path)))
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
+    assert snippet in fences(ROOT / "docs" / "index.md", "python")
+    code, replaced = re.subn(r'model="[\w.-]+/[\w.-]+"', f"model={str(ROOT / 'recipes/playground/base_model')!r}", snippet)
+    assert replaced == 1
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r})\n{code}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=HANG,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^λ = -?0\.\d{4}$", done.stdout, re.MULTILINE)
 
 
-def test_the_two_names_of_the_swap_are_imported_from_the_package():
-    added = re.search(r"^\+(from trl_lambda .*)$", README, re.MULTILINE).group(1)
-    namespace = {}
-    exec(added, namespace)
-    removed = re.search(r"^-from trl import (.*)$", README, re.MULTILINE).group(1)
-    assert set(removed.split(", ")) <= namespace.keys()
+def test_it_links_to_the_pages():
+    """All but the reference pages, which the site's menu has."""
+    linked = {re.split(r"[/#]", link)[-1] for link in links(README)} | {
+        link.partition("#")[0].rpartition("/")[2] for link in links(README)
+    }
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages - linked <= {"index.md", "api.md", "engines.md", "cost.md", "length-target.md", "your-own.md"}
+
+
+def test_a_package_index_can_follow_its_links():
+    """The package's description is this file, and relative links are dead there."""
+    assert not [link for link in links(README) if "://" not in link]
 
 
 def test_versions():
-    row = re.search(r"^\| TRL \| (.*?) \(", README, re.MULTILINE).group(1)
+    page = (ROOT / "docs" / "verification.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| TRL \| (.*?) \|", page, re.MULTILINE).group(1)
     assert tuple(row.split(", ")) == TESTED_VERSIONS
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     floors = {re.match(r"[a-z]+", text).group(): text for text in declared["dependencies"]}
     for name in ("trl", "transformers", "accelerate", "datasets", "torch"):
-        (row,) = re.findall(rf"^\| {name} \| (.*)$", README, re.MULTILINE | re.IGNORECASE)
+        (row,) = re.findall(rf"^\| {name} \| (.*)$", page, re.MULTILINE | re.IGNORECASE)
         assert row.endswith(f"| `{floors[name].removeprefix(name)}` |")
-    (row,) = re.findall(r"^\| Python \| (.*)$", README, re.MULTILINE)
+    (row,) = re.findall(r"^\| Python \| (3.*)$", page, re.MULTILINE)
     versions = {text.rpartition(" ")[2] for text in declared["classifiers"] if "Python :: 3." in text}
     assert set(re.findall(r"3\.\d+", row)) == versions
-
-
-def test_it_is_one_screen_and_every_page_has_its_line():
-    before, _, after = README.partition("## Read on")
-    assert len(before.splitlines()) <= 85
-    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
-    assert set(re.findall(r"^\| \[[^\]]+\]\(docs/([a-z-]+\.md)\) \|", after, re.MULTILINE)) == pages
