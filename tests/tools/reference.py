@@ -143,10 +143,13 @@ def response_statistics(logps, entropies, own):
 
 
 def regression(batches, features, gain, decay=0.9, ridge=0.1):
-    """κ·w after each of `batches`, lists of (lengths, advantages, raw features): the normal equations by Cramer."""
+    """
+    After each of `batches`, lists of (lengths, advantages, [mean_logp, min_logp]): κ·w of `features` by the normal
+    equations, the part of Σa² that w explains, and the plain slope of the first feature.
+    """
     import numpy
 
-    size, paths = 1 + features, []
+    names, size, out = ("length", "mean_logp", "min_logp"), len(features), []
     m, b, total, count = numpy.zeros((size, size)), numpy.zeros(size), 0.0, 0.0
     for lengths, advantages, raw in batches:
         m, b, total, count = m * decay, b * decay, total * decay, count * decay
@@ -154,7 +157,8 @@ def regression(batches, features, gain, decay=0.9, ridge=0.1):
             present = [i for i, n in enumerate(group) if n > 0]
             if len({advantages[p][i] for i in present}) < 2:
                 continue
-            rows = [[math.log(group[i]), *(x[p][i] for x in raw)] for i in present]
+            every = [[math.log(group[i]), *(x[p][i] for x in raw)] for i in present]
+            rows = [[row[names.index(name)] for name in features] for row in every]
             means = [math.fsum(c) / len(c) for c in zip(*rows, strict=True)]
             mean_a = math.fsum(advantages[p][i] for i in present) / len(present)
             count += len(present) - 1
@@ -166,10 +170,11 @@ def regression(batches, features, gain, decay=0.9, ridge=0.1):
                     for k in range(size):
                         m[j, k] += x[j] * x[k]
         w = numpy.linalg.inv(m + (ridge if size > 1 else 0.0) * numpy.diag(numpy.diag(m))) @ b
-        explained = float(b @ w)
-        noise = (total - explained) / count
-        paths.append([gain * max(0.0, 1 - size * noise / explained) * float(v) for v in w])
-    return paths
+        noise = (total - b @ w) / count
+        w = w * max(0.0, 1 - size * noise / (b @ w))
+        explained = (total - (total - 2 * b @ w + w @ m @ w)) / total  # Σa² - Σ(a - w·x)²
+        out.append(([gain * float(v) for v in w], float(explained), b[0] / m[0, 0]))
+    return out
 
 
 def target_path(lengths, target, steps, side, bounds, init, eps, rate=0.1):
