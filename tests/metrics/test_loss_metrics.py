@@ -14,7 +14,7 @@ from worker import run_job
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.generation_batch import GenerationBatch
 from trl_lambda.metrics.dead_run import BATCHES, DeadRunWarning
-from trl_lambda.metrics.diagnostics import effective_sample_size, quartile_index, quartile_shares
+from trl_lambda.metrics.diagnostics import quartile_shares
 from trl_lambda.metrics.loss_metrics import LossMetrics, lambda_metrics
 
 double = torch.float64
@@ -188,18 +188,6 @@ def test_shares_of_a_histogram_split_the_bin_on_an_edge():
     assert quartile_shares([6.0, 2.0], [6.0, 10.0]) == pytest.approx([2 / 16, 2 / 16, 2 / 16, 10 / 16])
     assert quartile_shares([0.0, 8.0, 0.0], [0.0, 4.0, 0.0]) == pytest.approx([0.25] * 4)
     assert all(math.isnan(share) for share in quartile_shares([0.0], [0.0]) + quartile_shares([4.0], [0.0]))
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 97])
-def test_quartiles_are_of_the_masked_values_only(count):
-    values = torch.randint(0, 12, (count,), generator=torch.Generator().manual_seed(count)).float()  # with ties
-    padded, mask = torch.cat([values, torch.tensor([-99.0, 99.0])]), torch.arange(count + 2) < count
-    assert quartile_index(padded, mask)[:count].tolist() == quartiles(values.tolist())
-
-
-def test_effective_sample_size_is_of_the_rows_with_tokens():
-    ess = effective_sample_size(torch.tensor([[1.0, 1.0, 1.0, 0.0], [2.0, 0.0, 1e-9, 0.0], [0.0, 0.0, 0.0, 0.0]]))
-    assert ess[:2].tolist() == pytest.approx([1.0, 0.5]) and ess[2].isnan()
 
 
 # ---- In the trainer ----

@@ -256,16 +256,6 @@ def probability_weight(logp, token_weight, alpha=None, k=9.0, p0=0.25, low=1.0, 
     return min(max(alpha / (1 + math.exp(-k * (pi - p0))), low), high)
 
 
-def clipped_inside(logp, old_logp, advantage, weight, eps=0.2, delta=None):
-    """min(min(vρ, δ)A, clip(vρ, 1 ± ε)A) of one token and its derivative in log π (v a constant)."""
-    ratio = weight * math.exp(logp - old_logp)
-    clipped = min(max(ratio, 1 - eps), 1 + eps)
-    bounded = ratio if delta is None else min(ratio, delta)
-    if bounded * advantage <= clipped * advantage:
-        return bounded * advantage, ratio * advantage if bounded == ratio else 0.0
-    return clipped * advantage, 0.0
-
-
 def score(model, prompt, completion):
     """Log-probability of each token of a completion, and the entropy of what it was drawn from; floats."""
     import torch

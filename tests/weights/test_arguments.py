@@ -187,6 +187,57 @@ def test_two_processes_equal_one(tmp_path):
                 torch.testing.assert_close(mine[name], theirs[name], rtol=1e-9, atol=1e-9)
 
 
+TIED = [True, False, True]
+PLAIN = reference.length_weights
+IN_THE_LOSS = {  # options -> f, from lengths and advantages of the three groups, the second of them of equal rewards
+    **{
+        f"{name}, {side}": (
+            {"length_weight": name, "lambda_side": side, "lambda_init": 0.75, "lambda_learnable": False},
+            lambda n, a, name=name, side=side: reference.side_weights(n, a, [0.75], name, side),
+        )
+        for name in ("lambda_grpo", "power")
+        for side in ("signed", "positive", "negative")
+    },
+    "balanced": ({"length_weight": "balanced"}, reference.balanced_weights),
+    "positive weight": (
+        {"length_weight": "grpo", "positive_weight": 2.5},
+        lambda n, a: reference.favour_positive(PLAIN(n, None, "grpo"), n, a, 2.5),
+    ),
+    "positive weight on TRL's own": (
+        {"length_weight": None, "loss_type": "grpo", "positive_weight": 2.5},
+        lambda n, a: reference.favour_positive(PLAIN(n, None, "grpo"), n, a, 2.5),
+    ),
+    **{
+        f"{name} without tied groups, {scope}": (
+            {"length_weight": name, "length_weight_scope": scope, "drop_tied_groups": True},
+            lambda n, a, name=name, scope=scope: reference.drop_tied(
+                PLAIN(n, None, name, scope), n, TIED, name, scope
+            ),
+        )
+        for name, scope in (("dapo", "batch"), ("dapo", "prompt"), ("grpo", "batch"))
+    },
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_LOSS)
+def test_every_f_in_the_loss_equals_plain_loops(name):
+    """Loss and gradient on policy, TRL's PPO clip; rewards of 0.7 leave advantages of 6e-4 in the second group."""
+    options, f = IN_THE_LOSS[name]
+    batch, model = Batch(tied=[1]), build_model(double=True)
+    run = train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, model=model, token_weight="tr_grpo", **options)
+    a = run.trainer._scoring.batches["train"].advantages
+    clean = torch.where(torch.tensor(TIED).unsqueeze(1), a, 0.0)  # rounding has no sign
+    weights = sum(f(batch.lengths, clean.tolist()), [])
+    ids = [run.trainer.processing_class(prompt(row // 4))["input_ids"] for row in range(12)]
+    old = [reference.score(model, *row)[0] for row in zip(ids, batch.completions, strict=True)]
+    loss = reference.policy_loss(
+        model, ids, batch.completions, old, a.flatten().tolist(), weights, loss_type="dapo", regulation="tr_grpo"
+    )
+    assert run.losses == [pytest.approx(loss.item(), rel=1e-9, abs=1e-12)]
+    for (key, mine), theirs in zip(run.grads[0].items(), torch.autograd.grad(loss, model.parameters()), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9, msg=key)
+
+
 # ---- A weight of 0, and weights that write into their arguments ----
 
 
