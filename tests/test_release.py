@@ -1,6 +1,7 @@
 """Wheel and sdist: what is in them, and that a user without a checkout can train, draw and launch with the wheel."""
 
-import tomllib
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 import trl_lambda
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = release.PROJECT
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     held = {name for name in release.names(wheel) if not name.startswith(f"trl_lambda-{version}.dist-info/")}
     assert held == set(tracked) and "trl_lambda/py.typed" in held
     assert {*tracked, "LICENSE", "README.md", "pyproject.toml"} <= release.names(sdist)
+
+
+def test_the_links_of_the_description_hold_on_a_package_index(built):
+    wheel = zipfile.ZipFile(built[0])
+    (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    links = re.findall(r"\]\(([^)]*)\)", wheel.read(metadata).decode())
+    assert links and all(link.startswith(("https://", "#")) for link in links)
 
 
 def test_a_user_without_a_checkout_trains_draws_and_launches(printed):

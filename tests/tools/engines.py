@@ -6,7 +6,8 @@
     python tests/tools/engines.py --only optimizers   # λ beside 8-bit Adam, GaLore, APOLLO, LOMO, schedule-free AdamW
 
 Each run asserts the wrapper class it ran under and is compared with the plain single-process run: losses, λ after
-every step, model at the end. λ must be the same to the last bit on all ranks.
+every step, model at the end. λ must be the same to the last bit on all ranks, and a run resumed in the same engine the
+same to the last bit as one without a break. In another engine it is refused.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Engine:
 
     wrapper: str
     processes: int
-    companion: bool
+    own_optimizer: bool  # λ is in one, beside the engine's
     command: tuple[str, ...] | None = None
     job: dict = field(default_factory=dict)
     env: dict = field(default_factory=dict)
@@ -99,7 +100,7 @@ def run_engine(name: str, folder: Path, single: dict, **options) -> dict[str, fl
     )
     for rank in ranks:
         assert rank["wrapper"] == engine.wrapper, f"{name} ran under {rank['wrapper']}"
-        assert rank["companion"] == engine.companion
+        assert rank["own_optimizer"] == engine.own_optimizer
         assert rank["lambdas"] == ranks[0]["lambdas"], f"{name}: λ differs between ranks"
     losses, expected = step_losses(ranks), step_losses([single])
     lambdas, true = torch.tensor(ranks[0]["lambdas"]), torch.tensor(single["lambdas"])
@@ -122,13 +123,12 @@ RESUMED = {
 }
 
 
-def run_resume(name: str, folder: Path) -> dict[str, float]:
+def run_resume(name: str, folder: Path) -> int:
     """
-    Stop after two of four steps, resume from the checkpoint, and compare with going through.
+    Stop after two of four steps, resume from the checkpoint, and compare with going through, bit for bit.
 
     Returns:
-        `dict[str, float]`: largest relative deviation of λ and of the model; λ's optimizer state must be the same to
-        the last bit.
+        `int`: how many tensors were compared: λ after each step, its optimizer's state and the model at the end.
     """
     engine = ENGINES[name.split(",")[0]]
     output = folder / "output"
@@ -145,19 +145,40 @@ def run_resume(name: str, folder: Path) -> dict[str, float]:
     through, resumed = results
     for mine, theirs in zip(resumed, through, strict=True):
         assert mine["wrapper"] == engine.wrapper
-        assert all(torch.equal(mine["lambda_state"][key], value) for key, value in theirs["lambda_state"].items())
-    mine, theirs = torch.tensor(resumed[0]["lambdas"]), torch.tensor(through[0]["lambdas"][2:])
-    return {
-        "λ": ((mine - theirs).abs() / theirs.abs()).max().item(),
-        "model": max(
-            ((resumed[0]["model"][key] - value).abs().max() / value.abs().max()).item()
-            for key, value in through[0]["model"].items()
-        ),
-    }
+        assert mine["lambdas"] == theirs["lambdas"][2:], f"{name}: λ differs after resuming"
+        for kind in ("lambda_state", "model"):
+            assert mine[kind].keys() == theirs[kind].keys()
+            for key, value in theirs[kind].items():
+                assert torch.equal(mine[kind][key], value), f"{name}: {kind}, {key} differs after resuming"
+    return len(resumed[0]["lambdas"]) + len(resumed[0]["lambda_state"]) + len(resumed[0]["model"])
+
+
+# Engine of the checkpoint, engine that it must not be resumed in, and a part of what that one says.
+REFUSED = (
+    ("fsdp2 ×2", "ddp ×2", "to a new trainer"),
+    ("ddp ×2", "fsdp2 ×2", "to a new trainer"),
+    ("ddp ×2", "zero2 ×2", "to a new trainer"),
+    ("zero3 ×2", "ddp ×2", "to a new trainer"),
+)
+
+
+def run_refusal(saved: str, other: str, remedy: str, folder: Path) -> None:
+    """A checkpoint of one engine is refused in another, on every rank, and the error says what to do instead."""
+    output = folder / "output"
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": str(output)}
+    for name in (saved, other):
+        engine = ENGINES[name]
+        job = make_job(engine.processes, engine.job, **options)
+        if name == other:
+            job |= {"resume": str(output / "checkpoint-1"), "is_refused": True}
+        command = list(engine.command) if engine.command else None
+        (ranks,) = launch([job], folder / name, engine.processes, command=command, env=engine.env)
+    for rank in ranks:
+        assert remedy in rank["error"], f"{saved} in {other}: {rank['error']}"
 
 
 OPTIMIZERS = {
-    # name -> (options, whether λ gets a companion)
+    # name -> (options, whether λ gets an optimizer of its own)
     "adamw_8bit": ({}, False),
     "paged_adamw_8bit": ({}, False),
     "galore_adamw": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
@@ -183,8 +204,8 @@ def run_optimizers(folder: Path) -> dict[str, float]:
     ]
     exact, *others = [ranks[0] for ranks in launch(jobs, folder, 1, command=[sys.executable])]
     true, deviations = torch.tensor(exact["lambdas"]), {}
-    for (optim, (_, companion)), result in zip(OPTIMIZERS.items(), others, strict=True):
-        assert result["companion"] == companion, optim
+    for (optim, (_, own_optimizer)), result in zip(OPTIMIZERS.items(), others, strict=True):
+        assert result["own_optimizer"] == own_optimizer, optim
         assert all(value.dtype == torch.float32 for value in result["lambda_state"].values() if torch.is_tensor(value))
         if "8bit" in optim:
             assert "torch.uint8" in result["state_dtypes"], f"{optim} has no 8-bit state"
@@ -201,7 +222,7 @@ def step_losses(ranks: list[dict]) -> torch.Tensor:
 def run_engines(names, folder: Path) -> dict[str, dict[str, float]]:
     """Deviations by engine; the single-process run is in a process of its own too."""
     ((single,),) = launch([make_job(1, {})], folder / "single", 1, command=[sys.executable])
-    assert not single["companion"] and len(set(single["lambdas"])) == 3
+    assert not single["own_optimizer"] and len(set(single["lambdas"])) == 3
     results = {}
     for number, name in enumerate(names):
         print(f"{name} …", file=sys.stderr, flush=True)
@@ -211,16 +232,19 @@ def run_engines(names, folder: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", help="run what has a name that begins with this, or `resume`, or `optimizers`")
+    parser.add_argument("--only", help="what has a name that begins with this; or `resume`, `refused` or `optimizers`")
     args = parser.parse_args()
     names = [name for name in ENGINES if not args.only or name.startswith(args.only)]
     if any(name.startswith("zero") for name in names) and importlib.util.find_spec("deepspeed") is None:
         sys.exit("deepspeed is not importable: run `make engines`, or choose others with --only")
     with tempfile.TemporaryDirectory() as folder:
-        results = run_engines(names, Path(folder)) if names else {}
+        results, equal = run_engines(names, Path(folder)) if names else {}, 0
         for number, name in enumerate(RESUMED if not args.only or "resume".startswith(args.only) else ()):
             print(f"{name}, resumed …", file=sys.stderr, flush=True)
-            results[f"{name}, resumed"] = run_resume(name, Path(folder) / f"resume{number}")
+            equal += run_resume(name, Path(folder) / f"resume{number}")
+        for number, names in enumerate(REFUSED if not args.only or "refused".startswith(args.only) else ()):
+            print(f"{names[0]} resumed in {names[1]} …", file=sys.stderr, flush=True)
+            run_refusal(*names, Path(folder) / f"refused{number}")
         if not args.only or "optimizers".startswith(args.only):
             print("optimizers …", file=sys.stderr, flush=True)
             for optim, value in run_optimizers(Path(folder) / "optimizers").items():
@@ -229,9 +253,10 @@ def main() -> None:
     for name, quantities in results.items():
         cells = [f"{quantities[q]:.1e}" if q in quantities else "–" for q in ("losses", "λ", "model")]
         print(f"| {name} | {' | '.join(cells)} |")
-    largest, where = max((v, f"{n}, {q}") for n, quantities in results.items() for q, v in quantities.items())
-    count = sum(len(quantities) for quantities in results.values())
-    print(f"engines: {count} comparisons, largest deviation {largest:.1e} ({where}), tolerance {TOLERANCE:.0e}")
+    found = [(v, f"{n}, {q}") for n, quantities in results.items() for q, v in quantities.items()]
+    largest, where = max(found, default=(0.0, "none"))
+    print(f"resumed in the same engine: {equal} comparisons, all bit-equal")
+    print(f"engines: {len(found)} comparisons, largest deviation {largest:.1e} ({where}), tolerance {TOLERANCE:.0e}")
     sys.exit(largest > TOLERANCE)
 
 

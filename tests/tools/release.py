@@ -9,12 +9,14 @@ The environment is clean of this package, not of its dependencies: torch and the
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import tempfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -23,9 +25,10 @@ import offline  # noqa: F401
 from stand_ins import write_model
 
 ROOT = Path(__file__).parent.parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CONFIG = """\
 model_name_or_path: model
-dataset_name: rows.jsonl
+dataset_name: data
 reward_funcs: my_reward.brevity
 output_dir: out
 max_steps: 2
@@ -55,6 +58,7 @@ def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = 
 def build(outdir: Path) -> tuple[Path, Path]:
     """
     Build from a copy of the files that git tracks, so that nothing else gets in, and nothing is left in the checkout.
+    The copy's README, which a package index shows, has absolute links.
 
     Args:
         outdir (`Path`): Where the two files go.
@@ -69,6 +73,9 @@ def build(outdir: Path) -> tuple[Path, Path]:
             target = Path(folder, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target)
+        readme, links = Path(folder, "README.md"), f"]({PROJECT['urls']['Repository']}/blob/main/"
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(re.sub(r"\]\((?!https?:|#)", links, text), encoding="utf-8")
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", outdir.resolve(), folder)
     (wheel,), (sdist,) = outdir.glob("*.whl"), outdir.glob("*.tar.gz")
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
@@ -117,7 +124,8 @@ def use(bin_folder: Path, folder: Path) -> dict[str, str]:
         `dict[str, str]`: what each command printed.
     """
     write_model(folder / "model")
-    (folder / "rows.jsonl").write_text('{"prompt": "aeo"}\n{"prompt": "oa"}\n')
+    (folder / "data").mkdir()
+    (folder / "data" / "rows.jsonl").write_text('{"prompt": "aeo"}\n{"prompt": "oa"}\n')
     (folder / "my_reward.py").write_text(REWARD)
     (folder / "run.yaml").write_text(CONFIG)
     command, python = bin_folder / "trl-lambda", bin_folder / "python"
@@ -129,7 +137,9 @@ def use(bin_folder: Path, folder: Path) -> dict[str, str]:
         "version": run(command, "--version", **place),
         "train": run(command, "train", "--config", "run.yaml", **place),
         "report": run(command, "report", "out", "--html", **place),
-        "launch": run(*launch, "-m", "trl_lambda.training", "--config", "run.yaml", "--output_dir", "two", **place),
+        "launch": run(
+            *launch, "-m", "trl_lambda.scripts.grpo", "--config", "run.yaml", "--output_dir", "two", **place
+        ),
     }
 
 

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-TESTS = ("contract", "config", "parity", "loss", "trainer", "refusals")
-REDUCED_TESTS = ("contract", "config", "parity")
+REDUCED_TESTS = ("trl_seam/test_contract.py", "trainer/test_parity.py")
+TESTS = (*REDUCED_TESTS, "trl_seam/test_refusals.py", "trainer/test_config.py", "trainer/test_loss.py")
 
 
 def tested_versions() -> list[str]:
@@ -47,7 +47,7 @@ def run(version: str, target: Path, reduced: bool) -> tuple[int, int, float, lis
     ).stdout.strip()
     if found != version:
         return 0, 0, 0.0, [f"TRL {found} was imported instead of {version}"]
-    files = [f"tests/test_{name}.py" for name in (REDUCED_TESTS if reduced else TESTS)]
+    files = [f"tests/{name}" for name in (REDUCED_TESTS if reduced else TESTS)]
     tests = subprocess.run(
         # Warnings are errors with the pinned TRL alone: another one has its own.
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *files],

@@ -1,7 +1,7 @@
 """
 Train as each job says, with a real vLLM generating in this very process, and write down what it was given and gave.
 
-    PYTHONPATH=.vllm torchrun --standalone --nproc_per_node 2 tests/vllm_worker.py JOBS.json FOLDER
+    PYTHONPATH=.vllm torchrun --standalone --nproc_per_node 2 tests/tools/vllm_worker.py JOBS.json FOLDER
 
 A job is {"model": folder, "options": {...}}, and may have `"skip_syncs"`, the numbers of weight syncs to leave out,
 from 0, and `"peft"`, options of `LoraConfig`.
