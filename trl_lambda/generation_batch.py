@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -21,13 +20,3 @@ class GenerationBatch:
     token_count: Tensor  # S, the token count that TRL's loss divides by, 0-d
     advantages: Tensor | None = None  # (P, G); `None` where a subclass has one per token
     statistics: Mapping[str, Tensor] = field(default_factory=dict)  # what the length weight asks for, name -> (P, G)
-
-    @property
-    def mean_length(self) -> float:
-        """Mean number of own tokens of the rows that have any; 0 where none has."""
-        rows = int((self.lengths > 0).sum())
-        return float(self.lengths.sum()) / max(rows, 1)
-
-    def places(self, numbers: Tensor) -> Tensor:
-        """Places of rows in the flat table, (B,), from their numbers, (B,)."""
-        return torch.searchsorted(self.numbers, numbers).clamp(max=self.numbers.numel() - 1)

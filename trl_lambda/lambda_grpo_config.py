@@ -347,9 +347,6 @@ class LambdaGRPOConfig(GRPOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect {because}: leave it at {default!r}.")
 
 
-_FIELDS = LambdaGRPOConfig.__dataclass_fields__
-
-
 @dataclass
 class TRGRPOConfig(LambdaGRPOConfig):
     r"""
@@ -363,5 +360,9 @@ class TRGRPOConfig(LambdaGRPOConfig):
             As in [`LambdaGRPOConfig`].
     """
 
-    length_weight: str | None = field(default=None, metadata=_FIELDS["length_weight"].metadata)
-    token_weight: str | None = field(default="tr_grpo", metadata=_FIELDS["token_weight"].metadata)
+    length_weight: str | None = field(
+        default=None, metadata=LambdaGRPOConfig.__dataclass_fields__["length_weight"].metadata
+    )
+    token_weight: str | None = field(
+        default="tr_grpo", metadata=LambdaGRPOConfig.__dataclass_fields__["token_weight"].metadata
+    )

@@ -76,7 +76,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
     # As they are here; transformers declares what any trainer may have.
     args: LambdaGRPOConfig
     model: torch.nn.Module
-    _buffered_inputs: list[dict[str, Any]]
 
     def __init__(
         self,
@@ -110,7 +109,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._scoring = Scoring(self.accelerator, list(dict.fromkeys(statistics)))
         self._lambda = self._make_lambda(args, f) if f is not None and f.has_lambda else None
         self._lambda_step: LambdaStep | None = None
-        if self._lambda is not None and self._lambda.learnable:
+        if self._lambda is not None and self._lambda.learning.is_learnable:
             self._lambda_step = LambdaStep(
                 self._lambda,
                 learning_rate=args.lambda_learning_rate,
@@ -218,8 +217,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._dead_run.observe(logged)
             if self._lambda is not None:
                 # Answers that TRL masks have no tokens in the batch, but were sampled.
-                lengths = logged.get("completions/mean_length") if self.args.mask_truncated_completions else None
-                self._lambda.learning.observe(batch, lengths[-1] if lengths else batch.mean_length)
+                masks = self.args.mask_truncated_completions and "completions/mean_length" in logged
+                of_rows = float(batch.lengths.sum()) / max(int((batch.lengths > 0).sum()), 1)
+                self._lambda.learning.observe(batch, logged["completions/mean_length"][-1] if masks else of_rows)
 
     # ---- 2. The loss: A ← f·v·A where the current log-probabilities exist ----
 

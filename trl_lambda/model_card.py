@@ -60,7 +60,10 @@ def complete_card(trainer: Any) -> None:
     """Add picture, loading code and settings to the card that TRL has written into `output_dir`."""
     path = Path(str(trainer.args.output_dir)) / "README.md"
     before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition(_FOLLOWS)
-    sections = "\n\n".join([before.rstrip(), *_picture(path.parent), _loading(trainer), _settings(trainer)])
+    pictures = [
+        f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (path.parent / name).is_file()
+    ]
+    sections = "\n\n".join([before.rstrip(), *pictures[:1], _loading(trainer), _settings(trainer)])
     path.write_text(f"{sections}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 
@@ -75,10 +78,6 @@ def _with_names(trainer: Any, card: str) -> str:
     for phrase in ("This model was trained with {}", "Cite {} as"):
         card = card.replace(phrase.format(trainer._name), phrase.format(paper["name"] if paper else "GRPO"))
     return card
-
-
-def _picture(folder: Path) -> list[str]:
-    return [f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (folder / name).is_file()][:1]
 
 
 def _loading(trainer: Any) -> str:

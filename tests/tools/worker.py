@@ -126,7 +126,7 @@ def run_job(job: dict) -> dict:
         return {"error": str(error)}
     parameter = getattr(trainer, "_lambda", None)
     optimizer_state, states = None, {}
-    if parameter is not None and parameter.learnable:
+    if parameter is not None and parameter.learning.is_learnable:
         holder = own_optimizer(trainer) or trainer.optimizer
         while hasattr(holder, "optimizer"):
             holder = holder.optimizer

@@ -69,7 +69,10 @@ class LambdaFile:
         content = {"lambda": None, "lambdas": [], "skipped": 0, "learnable": False, "learning_state": {}}
         if (parameter := self._parameter) is not None:
             content = {"lambda": parameter.value, "lambdas": parameter.values, "skipped": parameter.skipped}
-            content |= {"learnable": parameter.learnable, "learning_state": parameter.learning.state_dict()}
+            content |= {
+                "learnable": parameter.learning.is_learnable,
+                "learning_state": parameter.learning.state_dict(),
+            }
         content |= {"settings": self._settings, "global_step": global_step, "optimizer": home}
         temporary = Path(folder) / f"{LAMBDA_FILE}.tmp"
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")

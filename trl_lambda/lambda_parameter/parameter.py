@@ -57,10 +57,6 @@ class LambdaParameter:
         self.skipped = 0  # steps without a finite gradient
 
     @property
-    def learnable(self) -> bool:
-        return self.learning.is_learnable
-
-    @property
     def value(self) -> float:
         """λ now; of the first feature, where there are several."""
         return self.tensor[0].item()
@@ -111,14 +107,14 @@ class LambdaParameter:
         """Clip the averaged gradient, or drop it when it is not finite: the optimizer then leaves λ alone."""
         if not self.learning.uses_loss:  # made from what every process has alike: there is nothing to average
             self.tensor.grad = self.learning.gradient(self.tensor)
-        assert self.tensor.grad is not None
-        norm = self.tensor.grad.norm().item()
-        self.grads.append(self.tensor.grad.item() if self.tensor.numel() == 1 else norm)
+        grad: Any = self.tensor.grad
+        norm = grad.norm().item()
+        self.grads.append(grad.item() if grad.numel() == 1 else norm)
         if not math.isfinite(norm):
             self.tensor.grad = None
             self.skipped += 1
         elif norm > MAX_GRAD_NORM:
-            self.tensor.grad.mul_(MAX_GRAD_NORM / norm).clamp_(-MAX_GRAD_NORM, MAX_GRAD_NORM)
+            grad.mul_(MAX_GRAD_NORM / norm).clamp_(-MAX_GRAD_NORM, MAX_GRAD_NORM)
 
     @torch.no_grad()
     def finish_step(self) -> None:

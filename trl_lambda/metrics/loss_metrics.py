@@ -156,7 +156,7 @@ def lambda_metrics(parameter: LambdaParameter) -> dict[str, float]:
     """
     names = ("lambda/value" if name == "length" else f"lambda/{name}" for name in parameter.features)
     metrics = dict(zip(names, parameter.values, strict=True)) | parameter.learning.metrics()
-    if parameter.learnable:
+    if parameter.learning.is_learnable:
         grads = [grad for grad in parameter.grads if math.isfinite(grad)]
         metrics |= {"lambda/grad": ratio(sum(grads), len(grads)), "lambda/skipped": float(parameter.skipped)}
         parameter.grads.clear()

@@ -177,7 +177,7 @@ class Scoring:
                 "The loss got rows that trl_lambda has not seen: a subclass replaces _prepare_inputs or "
                 "_generate_and_score_completions without calling super()'s. Call it, and change what it returns."
             )
-        places = batch.places(numbers)
+        places = torch.searchsorted(batch.numbers, numbers).clamp(max=batch.numbers.numel() - 1)
         if numbers.device.type == "cpu":
             lengths = own_tokens(inputs).sum(dim=1)
             if not torch.equal(batch.numbers[places], numbers) or not torch.equal(

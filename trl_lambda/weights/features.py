@@ -8,6 +8,8 @@ Statistics of a response beside its length: one function of log-probabilities, e
 π and H belong to the sampling policy, over its own tokens. λ may weigh the first two (`FEATURES`).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,11 @@ FEATURES = ("mean_logp", "min_logp")
 SCORED_STATISTICS = (*FEATURES, "mean_entropy")
 
 
-def score_statistic(name: str, logps: Tensor, entropies: Tensor | None, mask: Tensor) -> Tensor:
+def score_statistic(name: str, logps: Tensor, entropies: Any, mask: Tensor) -> Tensor:
     """One of `SCORED_STATISTICS` of every response; (B, T) each -> (B,), 0 for a row without tokens."""
     if name == "min_logp":
         return logps.masked_fill(mask == 0, 0).amin(dim=1)
     values = logps if name == "mean_logp" else entropies
-    assert values is not None  # the caller computes entropies where they are asked for
     return values.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
