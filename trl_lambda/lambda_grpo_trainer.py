@@ -215,7 +215,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if self.model.training:
             logged = self._metrics["train"]
             self._dead_run.observe(logged)
-            if self._lambda is not None:
+            # A λ that is fixed or descends needs no batch, and the device would be waited for.
+            if self._lambda is not None and self._lambda_step is not None and not self._lambda.learning.uses_loss:
                 # Answers that TRL masks have no tokens in the batch, but were sampled.
                 masks = self.args.mask_truncated_completions and "completions/mean_length" in logged
                 of_rows = float(batch.lengths.sum()) / max(int((batch.lengths > 0).sum()), 1)
