@@ -12,6 +12,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from gym_stand_in import install_gym
 from stand_ins import BOXED, HOTPOTQA, write_agent_model, write_datasets, write_model
 from trl import get_peft_config, get_quantization_config
 
@@ -46,6 +47,11 @@ WITHOUT = {
     "math/qwen2.5-3b_vllm_colocate": ["--use_vllm", "false", "--vllm_enable_sleep_mode", "false"],
     "math/qwen2.5-7b_vllm_server": ["--use_vllm", "false"],
 }
+
+
+@pytest.fixture(autouse=True)
+def gym(monkeypatch):
+    install_gym(monkeypatch)
 
 
 def header(name: str) -> str:
@@ -90,11 +96,11 @@ def test_a_recipe_opens_with_purpose_hardware_memory_and_its_command(name, monke
 def test_a_recipe_parses_into_its_dataclasses(name):
     script_args, args, model_args, dataset_args = parse(name)
     assert isinstance(args, LambdaGRPOConfig) and model_args.model_name_or_path
-    assert script_args.dataset_name or dataset_args.datasets or script_args.environment
+    assert script_args.dataset_name or dataset_args.datasets or script_args.environment or script_args.reasoning_gym
     assert args.output_dir in (f"runs/{name.replace('/', '_')}", "runs/playground")
     assert args.learning_rate == read(name)["learning_rate"] and isinstance(args.learning_rate, float)
     assert args.loss_type == "dapo" and args.report_to == []
-    assert (get_peft_config(model_args) is not None) == ("lora" in name)
+    assert (get_peft_config(model_args) is not None) == ("lora" in name or name.startswith("smollm2"))
     if name.startswith(TRAINS_ITSELF) and args.length_weight == "lambda_grpo":
         for member in ("grpo", "dapo", "dr_grpo", "power"):  # other arms are one override of the same file
             assert parse(name, "--length_weight", member)[1].length_weight == member

@@ -45,7 +45,11 @@ def build(folder, *, lora, **options):
     }  # fmt: skip
     peft = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]) if lora else None
     return LambdaGRPOTrainer(
-        str(FOLDER), [product, length], LambdaGRPOConfig(str(folder), **(defaults | options)), dataset, peft_config=peft
+        str(FOLDER),
+        [product, length],
+        LambdaGRPOConfig(str(folder), **(defaults | options)),
+        dataset,
+        peft_config=peft,
     )
 
 
