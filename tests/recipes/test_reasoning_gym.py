@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from gym_stand_in import Products, install_gym
+from gym_stand_in import install_gym
 
 from recipes import reasoning_gym_tasks
 from recipes.reasoning_gym_tasks import (
