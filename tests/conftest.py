@@ -19,7 +19,8 @@ PACKAGE = {"weights", "lambda_parameter", "trl_seam", "metrics", "trainer", "scr
 # Tests whose figures another processor rounds otherwise: `make numerical`. Folders and modules.
 NUMERICAL = {
     *("weights", "lambda_parameter", "metrics"),
-    *("test_loss", "test_parity", "test_matrix", "test_resume", "test_subclasses", "test_tools_exact", "test_alignment"),
+    *("test_loss", "test_parity", "test_matrix", "test_resume"),
+    *("test_subclasses", "test_tools_exact", "test_alignment"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The measures of the package: statements, fields, refusals, floors, circles and lines of tests. `pytest -s` prints them."""
+"""The measures of the package: statements, fields, refusals, floors, circles. `pytest -s` prints them."""
 
 import ast
 from dataclasses import fields

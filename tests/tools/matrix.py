@@ -20,7 +20,6 @@ import warnings
 from pathlib import Path
 
 import offline  # noqa: F401
-import torch
 from launch import launch
 from worker import run_job
 
@@ -202,7 +201,7 @@ def table(deviations: dict[tuple[str, str], dict[str, float]], trainings: int) -
     cuts = list(dict.fromkeys(cut for _, cut in deviations))
     lines += [
         "",
-        f"Largest relative deviation from the whole batch in one micro-batch ({WHOLE}), float64; {trainings} trainings.",
+        f"Largest relative deviation from one micro-batch ({WHOLE}), float64; {trainings} trainings.",
         f"Cuts, as rows × accumulation: {'; '.join(cuts)}.",
         f"v: {', '.join(V)}. Surrogates: {', '.join(SURROGATES)}. Tolerance {TOLERANCE:.0e}.",
         "TRL's `bnpo` is a mean of micro-batch means and is not invariant by construction.",

@@ -262,7 +262,7 @@ def build(trainer_class, args, batch: Batch, model=None, noise: float = 0.0, **o
 
 
 def score_in_double(model) -> None:
-    """Compute log-probabilities and entropies in float64 where TRL's fused LM head (1.15 and newer) casts to float32."""
+    """Score in float64 where TRL's fused LM head (1.15 and newer) casts to float32."""
     forward = model.forward
 
     def double_forward(*args, fused_lm_head=False, labels=None, **kwargs):

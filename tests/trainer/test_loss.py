@@ -105,7 +105,8 @@ def test_every_member_in_both_scopes(length_weight, scope, loss_type):
     if length_weight in ("lambda_grpo", "power"):
         options |= {"lambda_init": -0.75, "lambda_learnable": False}
     options["token_weight"] = "tr_grpo"
-    assert_equals_reference(options, length_weight=length_weight, scope=scope, loss_type=loss_type, regulation="tr_grpo")
+    own = {"length_weight": length_weight, "scope": scope, "loss_type": loss_type, "regulation": "tr_grpo"}
+    assert_equals_reference(options, **own)
 
 
 @pytest.mark.parametrize("delta", [None, 1.25])
@@ -193,7 +194,8 @@ def test_weights_scale_the_policy_term_alone(feature, loss_type, regulation):
     advantages = inputs["advantages"] * weights
     if regulation is not None:  # the policy's own log-probabilities, from TRL
         logps = off_policy_logps(trainer, inputs, 0.0)
-        v = torch.tensor([[reference.probability_weight(x, regulation) for x in row] for row in logps.tolist()], dtype=torch.float64)
+        v = [[reference.probability_weight(x, regulation) for x in row] for row in logps.tolist()]
+        v = torch.tensor(v, dtype=torch.float64)
         advantages = advantages.unsqueeze(1) * v
     loss = trainer.compute_loss(trainer.model, inputs)
     oracle = plain.compute_loss(plain.model, dict(inputs) | {"advantages": advantages})

@@ -34,7 +34,7 @@ def read_lambda_file(folder: Folder) -> dict[str, Any]:
         return content | {"skipped": int(content["skipped"]), "settings": dict(content["settings"])}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or the folder was not written by "
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or the folder is not of "
             f"LambdaGRPOTrainer. {_from_weights(folder)}"
         ) from error
 
