@@ -45,9 +45,10 @@ def draw_length_weight(axes: Axes, family: str, names: dict[float, str]) -> None
     for (lam, label), dash, colour in zip(names.items(), DASHES, COLOURS, strict=True):
         weights = length_weights(LENGTHS, lam, length_weight=family)[0].tolist()
         axes.plot(lengths, weights, color=colour, linestyle=dash, marker="o", markersize=4)
-        axes.annotate(label, (lengths[-1], weights[-1]), (8, 0), va="center", textcoords="offset points", color=colour)
+        axes.annotate(label, (lengths[-1], weights[-1]), (8, 0), va="center", textcoords="offset points", color=colour,
+                      fontsize=9)  # fmt: skip
     axes.set(xlabel="response length |o| (tokens)", ylabel="f, weight of the response", yscale="log")
-    axes.set(xlim=(40, 800), xticks=[60, 180, 300, 480, 600], ylim=(0.18, 5))
+    axes.set(xlim=(40, 800), xticks=[60, 180, 300, 480, 600], ylim=(0.13, 6))
     axes.set_yticks((0.2, 0.5, 1, 2, 5), ("0.2", "0.5", "1", "2", "5"))
     axes.minorticks_off()
     axes.set_title(f"length weight “{family}”", loc="left", fontsize=12)

@@ -136,15 +136,17 @@ def logged_names() -> set[str]:
     metrics.add_masses(f, batch)
     metrics.add_tokens(batch, places, f, advantages.view(8, 1), -mask, mask, mask, (1.0, 1.4))
     names = set(metrics.flush(Accelerator(cpu=True)))
-    features = ("length", "mean_logp", "min_logp")
+    features, cpu = ("length", "mean_logp", "min_logp"), torch.device("cpu")
     for learning in (Regression(features, 2.0, "positive"), Target(2.0, 1, "positive", (-3.0, 3.0))):
         learning.observe(batch, 2.5)
-        names |= set(lambda_metrics(LambdaParameter(0.0, learning, device=torch.device("cpu"), features=features)))
+        names |= set(lambda_metrics(LambdaParameter(0.0, learning, bounds=None, device=cpu, features=features)))
     return names
 
 
 def test_every_logged_metric_is_on_its_page():
-    on_page = set(re.findall(r"`([\w/]+)`", "\n".join(re.findall(r"^\| (`.*?) \| ", read("metrics.md"), re.MULTILINE))))
+    on_page = set(
+        re.findall(r"`([\w/]+)`", "\n".join(re.findall(r"^\| (`.*?) \| ", read("metrics.md"), re.MULTILINE)))
+    )
     logged = logged_names()
     assert len(logged) > 40 and not logged - on_page
     rooms = {key.partition("/")[0] for key in logged}

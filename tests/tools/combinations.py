@@ -1,5 +1,5 @@
 """
-The table of legal combinations in docs/choosing.md: each length weight with each option, as the configuration accepts it.
+The table of legal combinations in docs/choosing.md: the options that each length weight accepts.
 
     python tests/tools/combinations.py --write docs/choosing.md
 """
@@ -35,12 +35,14 @@ def is_legal(**options: object) -> bool:
 
 
 def table() -> str:
-    """Markdown, one row per length weight."""
-    lines = [f"| `length_weight` | {' | '.join(OPTIONS)} |", "|---" * (len(OPTIONS) + 1) + "|"]
+    """Markdown, one row per option and one column per set of length weights that accept the same options."""
+    columns: dict[tuple[str, ...], list[str]] = {}
     for name in (*LENGTH_WEIGHTS, None):
-        cells = ["yes" if is_legal(length_weight=name, **options) else "–" for options in OPTIONS.values()]
-        lines.append(f"| `{name!r}` | {' | '.join(cells)} |".replace("'", '"'))
-    return "\n".join(lines) + "\n"
+        accepts = ["yes" if is_legal(length_weight=name, **options) else "–" for options in OPTIONS.values()]
+        columns.setdefault(tuple(accepts), []).append("`None`" if name is None else f'`"{name}"`')
+    lines = [f"| option | {' | '.join(map(', '.join, columns.values()))} |", "|---" * (len(columns) + 1) + "|"]
+    rows = zip(OPTIONS, zip(*columns, strict=True), strict=True)
+    return "\n".join([*lines, *(f"| {option} | {' | '.join(cells)} |" for option, cells in rows)]) + "\n"
 
 
 if __name__ == "__main__":
