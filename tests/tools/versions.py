@@ -41,7 +41,7 @@ def run(version: str, target: Path, reduced: bool) -> tuple[int, int, float, lis
     Returns:
         `tuple`: tests passed, matrix comparisons, largest deviation, and what went wrong.
     """
-    environment = os.environ | {"PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{target}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
         [sys.executable, "-c", "import trl; print(trl.__version__)"], env=environment, capture_output=True, text=True
     ).stdout.strip()
