@@ -52,10 +52,17 @@ class Fragile(Products):
         return float(int(answer) == int(entry["answer"]))
 
 
+class LastDigits(Products):
+    """Its scorer depends on a parameter."""
+
+    def score_answer(self, answer, entry):
+        return float(answer[-self.config.max_digits :] == entry["answer"][-self.config.max_digits :])
+
+
 def install_gym(monkeypatch) -> ModuleType:
     """Put the stand-in where `import reasoning_gym` finds it."""
     library, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
-    kinds = {"products": Products, "shapes": Shapes, "fragile": Fragile}
+    kinds = {"products": Products, "shapes": Shapes, "fragile": Fragile, "last_digits": LastDigits}
     factory.DATASETS = {name: (kind, ProductsConfig) for name, kind in kinds.items()}
     library.factory = factory
     library.create_dataset = lambda name, **kwargs: kinds[name](ProductsConfig(**kwargs))
