@@ -154,7 +154,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         settings = {name: getattr(self.args, name) for name in names}
         learning = None if self._lambda is None else self._lambda.learning.name
         fixed = {"lambda_init": self.args.lambda_init} if learning == "fixed" else {}
-        return settings | {"lambda_side": self.args.side, "lambda_learning": learning} | fixed
+        engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "no sharding"
+        return settings | {"lambda_side": self.args.side, "lambda_learning": learning, "engine": engine} | fixed
 
     @property
     def lambda_value(self) -> float | None:
