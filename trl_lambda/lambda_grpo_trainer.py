@@ -368,6 +368,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
         if checkpoint is not None:
+            self._lambda_file.check(checkpoint)  # DeepSpeed's models do not come by _load_from_checkpoint
             self._lambda_file.load(checkpoint, home=self._lambda_home())
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._lambda_step is not None:

@@ -157,7 +157,7 @@ def run_resume(name: str, folder: Path) -> int:
 REFUSED = (
     ("fsdp2 ×2", "ddp ×2", "to a new trainer"),
     ("ddp ×2", "fsdp2 ×2", "to a new trainer"),
-    ("ddp ×2", "zero2 ×2", "to a new trainer"),
+    ("ddp ×2", "zero2 ×2", "valid checkpoint"),  # DeepSpeed's own words: it reads its files first
     ("zero3 ×2", "ddp ×2", "to a new trainer"),
 )
 
