@@ -255,7 +255,8 @@ def main() -> None:
         print(f"| {name} | {' | '.join(cells)} |")
     found = [(v, f"{n}, {q}") for n, quantities in results.items() for q, v in quantities.items()]
     largest, where = max(found, default=(0.0, "none"))
-    print(f"resumed in the same engine: {equal} comparisons, all bit-equal")
+    if equal:
+        print(f"resumed in the same engine: {equal} comparisons, all bit-equal")
     print(f"engines: {len(found)} comparisons, largest deviation {largest:.1e} ({where}), tolerance {TOLERANCE:.0e}")
     sys.exit(largest > TOLERANCE)
 
