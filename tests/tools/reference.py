@@ -110,18 +110,17 @@ def per_prompt(weights, lengths):
     ]
 
 
-def drop_tied(weights, lengths, live, length_weight, scope="batch"):
+def without_tied(weights, lengths, live):
     """
-    Groups that are not `live` get 0, and leave the denominator: S/S_live, in scope "prompt" P/P_live, and N/N_live
-    where f is no matter of scope.
+    0 for groups that are not `live`. The others have the `weights` of the batch without those, restated for the loss's
+    division by all tokens: S/S_live.
     """
-    if length_weight in ("grpo", "dr_grpo") or scope == "prompt":
-        all_of_it, of_live = len(live), sum(live)  # groups are of one size: P/P_live is N/N_live
-    else:
-        all_of_it = sum(map(sum, lengths))
-        of_live = sum(sum(group) for group, is_live in zip(lengths, live, strict=True) if is_live)
-    factor = all_of_it / of_live if of_live else 0.0
-    return [[w * factor * is_live for w in row] for row, is_live in zip(weights, live, strict=True)]
+    of_live = sum(sum(group) for group, is_live in zip(lengths, live, strict=True) if is_live)
+    factor, rest = sum(map(sum, lengths)) / of_live if of_live else 0.0, iter(weights)
+    return [
+        [w * factor for w in next(rest)] if is_live else [0.0] * len(group)
+        for group, is_live in zip(lengths, live, strict=True)
+    ]
 
 
 def has_signal(rewards):

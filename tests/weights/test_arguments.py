@@ -210,8 +210,8 @@ IN_THE_LOSS = {  # options -> f, from lengths and advantages of the three groups
     **{
         f"{name} without tied groups, {scope}": (
             {"length_weight": name, "length_weight_scope": scope, "drop_tied_groups": True},
-            lambda n, a, name=name, scope=scope: reference.drop_tied(
-                PLAIN(n, None, name, scope), n, TIED, name, scope
+            lambda n, a, name=name, scope=scope: reference.without_tied(
+                PLAIN([group for group, live in zip(n, TIED, strict=True) if live], None, name, scope), n, TIED
             ),
         )
         for name, scope in (("dapo", "batch"), ("dapo", "prompt"), ("grpo", "batch"))

@@ -68,6 +68,12 @@ def member_of(name, side="both", features=("length",)):
 
 
 def expected(lengths, advantages, lam, name, side, features, statistics, scope, c, live):
+    if live is not None:
+        left = [p for p, is_live in enumerate(live) if is_live]
+        rest = {key: [values[p] for p in left] for key, values in statistics.items()}
+        some = [lengths[p] for p in left], [advantages[p] for p in left]
+        weights = expected(*some, lam, name, side, features, rest, scope, c, None) if left else []
+        return reference.without_tied(weights, lengths, live)
     if side == "both":
         weights = reference.length_weights(lengths, lam[0], name, scope, 1 / 9, 512, advantages)
     else:
@@ -75,8 +81,7 @@ def expected(lengths, advantages, lam, name, side, features, statistics, scope, 
         raw = [statistics[feature] for feature in features if feature != "length"]
         weights = reference.side_weights(lengths, advantages, lam, name, side, scope, raw)
     own_scope = "batch" if name in ("grpo", "dr_grpo") else scope
-    weights = reference.favour_positive(weights, lengths, advantages, c, own_scope)
-    return weights if live is None else reference.drop_tied(weights, lengths, live, name, scope)
+    return reference.favour_positive(weights, lengths, advantages, c, own_scope)
 
 
 @pytest.mark.parametrize("scope", SCOPES)

@@ -42,6 +42,9 @@ def weigh_responses(
     Raises:
         `ValueError`: the member needs one advantage per response, or a weight of the user's is not > 0.
     """
+    everyones = rows.lengths
+    if live is not None:  # tied groups are rows without tokens to the member, its normaliser included
+        rows = replace(rows, lengths=rows.lengths * live)
     weights = member(rows, None if lam is None else lam.to(rows.lengths))
     if type(member) not in LENGTH_WEIGHTS.values():
         shape, where = rows.lengths.shape, rows.has_tokens
@@ -54,11 +57,10 @@ def weigh_responses(
     of_prompts = rows.dim == (1,) and member.has_scope
     if of_prompts:  # the loss divides by S; the mean over prompts of token means is wanted
         weights = weights * (rows.token_count / rows.lengths.size(0)) / one_where_zero(rows.total(rows.lengths))
-    if live is not None:
-        counted = rows.lengths if member.has_scope and not of_prompts else torch.ones_like(rows.lengths)
-        weights = weights * (counted.sum() / one_where_zero((counted * live).sum())) * live
-    empty = ~rows.has_tokens if live is None else ~(rows.has_tokens & live)
-    return strictly_positive(weights, dtype).masked_fill(empty, 0)
+    if live is not None:  # and the loss's denominator is theirs no longer: S/S_live, N/N_live or P/P_live
+        counted = everyones if member.has_scope and not of_prompts else torch.ones_like(everyones)
+        weights = weights * (counted.sum() / one_where_zero((counted * live).sum()))
+    return strictly_positive(weights, dtype).masked_fill(~rows.has_tokens, 0)
 
 
 def groups_with_signal(rewards: Tensor) -> Tensor:
