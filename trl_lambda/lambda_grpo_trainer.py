@@ -194,7 +194,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._gather([output], in_order=True)
         return output
 
-    def _gather(self, micro_batches: list[Any], *, in_order: bool) -> None:
+    def _gather(self, micro_batches: Any, *, in_order: bool) -> None:
         # G as TRL has it now: a callback may change it.
         group_size: Any = self.num_generations if self.model.training else self.num_generations_eval
         if self.length_weight is not None:
