@@ -159,11 +159,13 @@ def test_f_of_groups_that_were_put_together_is_f_of_each():
     assert torch.equal(*weights) and weights[0].max() > 1.1
 
 
-def test_a_row_that_is_there_twice_is_refused():
+@pytest.mark.parametrize(
+    "rows", [[0, 1, 2, 3, 0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9]], ids=str
+)
+def test_a_row_that_is_there_twice_is_refused(rows):
     class Doubles:
         def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            return keep_rows(output, [0, 1, 2, 3, 0, 1, 2, 3, 8, 9, 10, 11])
+            return keep_rows(super()._generate_and_score_completions(inputs), rows)
 
     with pytest.raises(RuntimeError, match="no whole groups: a row occurs twice"):
         run(Doubles)
