@@ -69,16 +69,16 @@ pictures: $(STAMP) ## the pictures in docs/images/ that come from formulas
 	$(BIN)/python docs/pictures.py
 
 release: $(STAMP) ## wheel and sdist in dist/, checked, installed where no checkout is, and used there
-	$(BIN)/python tests/tools/release.py --outdir dist
+	$(BIN)/python tests/support/release.py --outdir dist
 
 matrix: $(STAMP) ## the same rows cut in every way give the same step; writes the table in docs/verification.md
-	$(BIN)/python tests/tools/matrix.py --write docs/verification.md
+	$(BIN)/python tests/support/matrix.py --write docs/verification.md
 
 versions: $(STAMP) ## contract, parity and matrix on every tested version of TRL (REDUCED=1: the oldest, a part)
-	$(BIN)/python tests/tools/versions.py --folder .versions $(if $(REDUCED),--reduced)
+	$(BIN)/python tests/support/versions.py --folder .versions $(if $(REDUCED),--reduced)
 
 engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, and beside other optimizers, on a CPU (REDUCED=1: ZeRO-3)
-	PATH="$(CURDIR)/$(BIN):$(CURDIR)/.engines/bin:$$PATH" PYTHONPATH=.engines $(BIN)/python tests/tools/engines.py \
+	PATH="$(CURDIR)/$(BIN):$(CURDIR)/.engines/bin:$$PATH" PYTHONPATH=.engines $(BIN)/python tests/support/engines.py \
 		$(if $(REDUCED),--only "zero3 ×2")
 
 # Not dependencies of the package: DeepSpeed without its compiled operators, and what it imports.
@@ -107,7 +107,7 @@ fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
 	TRL_LAMBDA_EXAMPLES=50000 $(BIN)/python -m pytest -q tests/test_faults.py tests/test_sides.py -k any_ --hypothesis-show-statistics
 
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
-	$(BIN)/python tests/tools/mutations.py
+	$(BIN)/python tests/support/mutations.py
 
 arena: $(STAMP) ## the studies of what learns better, hours on two cores; goes on where it stopped
 	$(BIN)/python -m recipes.studies.arena.study tune choose main one_step

@@ -5,11 +5,11 @@ import sys
 import zlib
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "tools"))  # the tests' own tools, by name
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # the tests' own tools, by name
 
 import offline  # noqa: F401
 import pytest
-from support import build_model, build_tokenizer
+from harness import build_model, build_tokenizer
 
 # `Trainer` collects garbage before each run, a fifth of a second over everything that the imports have left.
 gc.freeze()

@@ -1,7 +1,7 @@
 """
 The notebooks run from top to bottom, offline, and are kept with the outputs of such a run.
 
-    PYTHONPATH=tests/tools python tests/test_notebooks.py    # keeps the outputs; seconds of one core for each
+    PYTHONPATH=tests/support python tests/test_notebooks.py    # keeps the outputs; seconds of one core for each
 """
 
 import os

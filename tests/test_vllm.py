@@ -18,8 +18,8 @@ from statistics import fmean, stdev
 import pytest
 import reference
 import torch
+from harness import build_model
 from launch import HANG, launch
-from support import build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from vllm_expected import Weights, deviation, mean_difference, merge_adapter, own_model, step
 

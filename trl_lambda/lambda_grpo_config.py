@@ -225,7 +225,7 @@ class LambdaGRPOConfig(GRPOConfig):
         Check every added field, and make the weights that they name.
 
         Args:
-            length_weight, token_weight (`Any`, *optional*): weights passed to the trainer, in place of the fields' own.
+            length_weight, token_weight (`Any`, *optional*): of the trainer, in place of the fields' own.
 
         Returns:
             `tuple`: the [`LengthWeight`] and the [`TokenWeight`], `None` for no such weight.

@@ -6,8 +6,8 @@ import math
 import pytest
 import reference
 import torch
+from harness import Batch, build_model, config, train
 from launch import launch
-from support import Batch, build_model, config, train
 from trl import GRPOConfig, GRPOTrainer
 from worker import run_job
 

@@ -7,8 +7,8 @@ import pytest
 import reference
 import torch
 from accelerate import Accelerator
+from harness import Batch, build, build_model, config, train
 from launch import launch
-from support import Batch, build, build_model, config, train
 from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+from harness import Batch, build, config
 from matplotlib.figure import Figure
 from PIL import Image
 from pyarrow import parquet
-from support import Batch, build, config
 from transformers import TrainerControl, TrainerState
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer

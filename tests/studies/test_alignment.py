@@ -12,8 +12,8 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from support import Batch as Prepared
-from support import build, build_model, build_tokenizer, config, prompt, train, watch
+from harness import Batch as Prepared
+from harness import build, build_model, build_tokenizer, config, prompt, train, watch
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 

@@ -6,7 +6,7 @@ import re
 import warnings
 
 import pytest
-from support import Batch, train
+from harness import Batch, train
 from transformers import HfArgumentParser
 from trl import GRPOConfig
 

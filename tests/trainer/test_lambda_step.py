@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from harness import Batch, assert_same_bits, build, build_model, config, train, watch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support import Batch, assert_same_bits, build, build_model, config, train, watch
 from transformers import DefaultFlowCallback, PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 

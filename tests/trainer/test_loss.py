@@ -5,7 +5,7 @@ import itertools
 import pytest
 import reference
 import torch
-from support import LENGTHS, Batch, build, build_model, build_tokenizer, config, off_policy_logps
+from harness import LENGTHS, Batch, build, build_model, build_tokenizer, config, off_policy_logps
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from harness import Batch, build, config
 from huggingface_hub import ModelCard
 from peft import LoraConfig
-from support import Batch, build, config
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer

@@ -1,7 +1,7 @@
 """TRL's own loss is the oracle wherever a member coincides with a `loss_type`: loss and gradient."""
 
 import pytest
-from support import Batch, assert_same_bits, build_model, largest_deviation, train
+from harness import Batch, assert_same_bits, build_model, largest_deviation, train
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import Batch, build, build_model, config, train, watch
 from kills import EVENTS
 from launch import launch, read_results
 from peft import LoraConfig, PeftModel
-from support import Batch, build, build_model, config, train, watch
 from transformers import Qwen2ForCausalLM, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from worker import run_job

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset
+from harness import Batch, assert_same_bits, build, build_model, build_tokenizer, config, train, watch
 from peft import LoraConfig
-from support import Batch, assert_same_bits, build, build_model, build_tokenizer, config, train, watch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer

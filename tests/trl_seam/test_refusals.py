@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from support import Batch, config
+from harness import Batch, config
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer

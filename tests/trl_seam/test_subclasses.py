@@ -6,7 +6,7 @@ TRL's own loss for the same subclass of `GRPOTrainer` is the oracle: loss and gr
 
 import pytest
 import torch
-from support import Batch, assert_same_bits, build_model, largest_deviation, train, watch
+from harness import Batch, assert_same_bits, build_model, largest_deviation, train, watch
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 

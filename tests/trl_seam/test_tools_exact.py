@@ -6,13 +6,13 @@ Tool output comes in twice: as masks of prepared completions, and by TRL's own t
 
 import math
 
+import harness
 import pytest
 import reference
-import support
 import torch
 from datasets import Dataset
+from harness import LENGTHS, Batch, build, build_model, build_tokenizer, config, largest_deviation, prompt, watch
 from launch import launch
-from support import LENGTHS, Batch, build, build_model, build_tokenizer, config, largest_deviation, prompt, watch
 
 from recipes.playground.lookup_agent import CHAT_TEMPLATE, RESPONSE_TEMPLATE, LookUp
 from recipes.playground.make_base_model import LOOKUP_CHARACTERS, make_tokenizer
@@ -192,7 +192,7 @@ class Scripted(LambdaGRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        old = support.off_policy_logps(self, output, NOISE)
+        old = harness.off_policy_logps(self, output, NOISE)
         return output | {"old_per_token_logps": old, "advantages": output["advantages"].double()}
 
     def compute_loss(self, *args, **kwargs):
@@ -210,7 +210,7 @@ def test_trls_own_tool_loop(micro):
     args = config(LambdaGRPOConfig, Batch(lengths=LENGTHS[:2]), **options)
     tools = {"train_dataset": Dataset.from_list(rows), "environment_factory": LookUp, "processing_class": tokenizer}
     trainer = Scripted(build_model(double=True), lambda completions, **kwargs: REWARDS, args, **tools)
-    support.score_in_double(trainer.model)
+    harness.score_in_double(trainer.model)
     trainer._lambda.tensor.data, trainer.seen_losses = trainer._lambda.tensor.data.double(), []
     run = watch(trainer)
     trainer.train()

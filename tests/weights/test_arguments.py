@@ -4,8 +4,8 @@ import pytest
 import reference
 import torch
 import user_weights
+from harness import Batch, assert_same_bits, build, build_model, config, prompt, train, watch
 from launch import launch
-from support import Batch, assert_same_bits, build, build_model, config, prompt, train, watch
 from trl import GRPOConfig, GRPOTrainer
 from worker import run_job
 

@@ -13,8 +13,8 @@ import reference
 import torch
 import yaml
 from documents import ROOT, fences
+from harness import Batch, build_model, build_tokenizer, prompt, train
 from launch import launch
-from support import Batch, build_model, build_tokenizer, prompt, train
 from trl.scripts.utils import TrlParser
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer

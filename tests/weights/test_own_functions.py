@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 import user_weights
-from support import Batch, config, train
+from harness import Batch, config, train
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, LengthWeight, TokenWeight, TRGRPOConfig, TRGRPOTrainer
 from trl_lambda.weights import (

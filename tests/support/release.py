@@ -2,7 +2,7 @@
 Build wheel and sdist, check them, install the wheel into an environment that has never seen the checkout, and train,
 draw and launch there from an empty folder, offline.
 
-    python tests/tools/release.py --outdir dist
+    python tests/support/release.py --outdir dist
 
 The environment is clean of this package, not of its dependencies: torch and the rest are those of the calling Python.
 """

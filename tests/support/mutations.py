@@ -1,7 +1,7 @@
 """
 Break the seam and λ on purpose, one line at a time, and see whether the test file that should notice does.
 
-    python tests/tools/mutations.py [TEXT]    # all, or those with TEXT in them; all together write tests/MUTATIONS.md
+    python tests/support/mutations.py [TEXT]    # all, or those with TEXT; all write tests/MUTATIONS.md
 
 Each mutant is a copy of the repository with one text replaced. Its test file runs there until the first failure.
 """

@@ -1,8 +1,8 @@
 """
 Contract, parity and matrix on other versions of TRL, each installed without its dependencies into a folder of its own.
 
-    python tests/tools/versions.py --folder .versions            # all of them
-    python tests/tools/versions.py --folder .versions --reduced  # the oldest, and part of the tests
+    python tests/support/versions.py --folder .versions            # all of them
+    python tests/support/versions.py --folder .versions --reduced  # the oldest, and part of the tests
 
 The installed torch, transformers and accelerate stay: only TRL changes.
 """
@@ -58,7 +58,7 @@ def run(version: str, target: Path, reduced: bool) -> tuple[int, int, float, lis
     if tests.returncode and not problems:
         problems = [tests.stdout[-2000:] + tests.stderr[-2000:]]
     matrix = subprocess.run(
-        [sys.executable, "tests/tools/matrix.py", "--reduced"],
+        [sys.executable, "tests/support/matrix.py", "--reduced"],
         env=environment,
         cwd=ROOT,
         capture_output=True,

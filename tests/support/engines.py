@@ -1,9 +1,9 @@
 """
 λ under every engine: the same training on one process, DDP, FSDP2 and DeepSpeed ZeRO-2 and ZeRO-3, one and two ranks.
 
-    python tests/tools/engines.py              # needs deepspeed importable: `make engines` sees to that
-    python tests/tools/engines.py --only fsdp2
-    python tests/tools/engines.py --only optimizers   # λ beside 8-bit Adam, GaLore, APOLLO, LOMO, schedule-free AdamW
+    python tests/support/engines.py              # needs deepspeed importable: `make engines` sees to that
+    python tests/support/engines.py --only fsdp2
+    python tests/support/engines.py --only optimizers   # λ beside 8-bit Adam, GaLore, APOLLO, LOMO and others
 
 Each run asserts the wrapper class it ran under and is compared with the plain single-process run: losses, λ after
 every step, model at the end. λ must be the same to the last bit on all ranks, and a run resumed in the same engine the

@@ -1,7 +1,7 @@
 """
 Train as each job says, with a real vLLM generating in this very process, and write down what it was given and gave.
 
-    PYTHONPATH=.vllm torchrun --standalone --nproc_per_node 2 tests/tools/vllm_worker.py JOBS.json FOLDER
+    PYTHONPATH=.vllm torchrun --standalone --nproc_per_node 2 tests/support/vllm_worker.py JOBS.json FOLDER
 
 A job is {"model": folder, "options": {...}}, and may have `"skip_syncs"`, the numbers of weight syncs to leave out,
 from 0, and `"peft"`, options of `LoraConfig`.
@@ -11,7 +11,7 @@ import functools
 
 import offline  # noqa: F401
 from datasets import Dataset
-from support import Batch, config, watch
+from harness import Batch, config, watch
 from transformers import TrainerCallback
 from trl.generation import vllm_generation
 from worker import work

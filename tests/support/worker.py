@@ -1,7 +1,7 @@
 """
 Run prepared trainings in this process, one of several ranks or not, and write what each did to a file per rank.
 
-    torchrun --standalone --nproc_per_node 2 tests/tools/worker.py JOBS.json FOLDER
+    torchrun --standalone --nproc_per_node 2 tests/support/worker.py JOBS.json FOLDER
 
 JOBS.json is a list of {"trainer": "lambda" or "tr" or "grpo", "options": {...}} and what `run_job` reads besides. Jobs
 with a "kill" (`kills.py`) come before all others; under torchrun there is only one, which ends every rank. A job may
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import offline  # noqa: F401
 import torch
+from harness import Batch, build, build_model, config, watch
 from kills import kill_at
-from support import Batch, build, build_model, config, watch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 

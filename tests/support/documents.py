@@ -1,7 +1,7 @@
 """
 The documents that a person reads: their fences, links, and the measures of their prose.
 
-    python tests/tools/documents.py    # the measures of each page
+    python tests/support/documents.py    # the measures of each page
 """
 
 import re

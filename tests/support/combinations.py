@@ -1,7 +1,7 @@
 """
 The table of legal combinations in docs/choosing.md: the options that each length weight accepts.
 
-    python tests/tools/combinations.py --write docs/choosing.md
+    python tests/support/combinations.py --write docs/choosing.md
 """
 
 import argparse

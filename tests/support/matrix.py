@@ -1,8 +1,8 @@
 """
 The equivalence matrix: the same rows, cut differently, give the same loss, gradient, dL/dλ and λ.
 
-    python tests/tools/matrix.py                 # everything; prints the table
-    python tests/tools/matrix.py --write docs/verification.md
+    python tests/support/matrix.py                 # everything; prints the table
+    python tests/support/matrix.py --write docs/verification.md
 
 Twelve rows in three groups of four, lengths 1 to 12, old log-probabilities off the current ones so that clips act. One
 cut is the whole batch in one micro-batch; every other must agree with it. Where a generation batch feeds two optimizer
