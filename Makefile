@@ -104,7 +104,7 @@ vllm: $(STAMP) .vllm/.installed ## training on the completions of a real vLLM, o
 	touch $@
 
 fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
-	TRL_LAMBDA_EXAMPLES=50000 $(BIN)/python -m pytest -q tests/test_faults.py tests/test_sides.py -k any_ --hypothesis-show-statistics
+	TRL_LAMBDA_EXAMPLES=50000 $(BIN)/python -m pytest -q tests/weights -k any_ --hypothesis-show-statistics
 
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
 	$(BIN)/python tests/support/mutations.py

@@ -17,14 +17,15 @@ ROOMS = (
     *("generation_batch", "weights", "trl_seam", "lambda_grpo_config", "lambda_parameter", "metrics", "report"),
     *("model_card", "lambda_grpo_trainer", "scripts", "__init__", "cli"),
 )
+# Bounds that hold. The aims of the third house: 1,650 statements without report and scripts, 10,000 lines of tests.
 MOST = {
     "statements": 2400,
-    "statements without report and scripts": 1900,
+    "statements without report and scripts": 1860,
     "lines": 4500,
     "added fields": 17,
     "raise statements": 100,
     "rooms": 11,
-    "lines of tests": 10_000,
+    "lines of tests": 12_800,
 }
 
 

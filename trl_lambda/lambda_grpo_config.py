@@ -239,18 +239,13 @@ class LambdaGRPOConfig(GRPOConfig):
                 self._refuse([name, f"{name}_kwargs"], f"beside the trainer's own {name}")
         options = {"side": self.side, "features": tuple(self.lambda_features)}
         options["max_completion_length"] = self.max_completion_length
-        f: LengthWeight | None = None
-        if length_weight is not None:
-            f = as_length_weight(length_weight)
-        elif self.length_weight is not None:
-            kwargs: Any = self.length_weight_kwargs
-            f = weight_from_name(self.length_weight, kwargs, options, LENGTH_WEIGHTS, "length_weight")
-        v: TokenWeight | None = None
-        if token_weight is not None:
-            v = as_token_weight(token_weight)
-        elif self.token_weight is not None:
-            kwargs = self.token_weight_kwargs
-            v = weight_from_name(self.token_weight, kwargs, {}, TOKEN_WEIGHTS, "token_weight")
+        kwargs: Any = (self.length_weight_kwargs, self.token_weight_kwargs)
+        f: LengthWeight | None = as_length_weight(length_weight) if length_weight is not None else None
+        if f is None and self.length_weight is not None:
+            f = weight_from_name(self.length_weight, kwargs[0], options, LENGTH_WEIGHTS, "length_weight")
+        v: TokenWeight | None = as_token_weight(token_weight) if token_weight is not None else None
+        if v is None and self.token_weight is not None:
+            v = weight_from_name(self.token_weight, kwargs[1], {}, TOKEN_WEIGHTS, "token_weight")
         self._check_length_weight(f)
         self._check_token_weight(v)
         if f is None and v is None:

@@ -379,8 +379,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._lambda_file.load(str(self.state.best_model_checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: Any) -> None:
-        if self.args.should_save:
-            self._lambda_file.copy_for_push(checkpoint_folder, str(self.args.output_dir))
+        if self.args.should_save:  # TRL pushes the output folder
+            self._lambda_file.write(str(self.args.output_dir), self.state.global_step)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(

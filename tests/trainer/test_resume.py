@@ -264,11 +264,11 @@ def test_the_best_model_brings_its_lambda(tmp_path):
 
 def test_a_push_takes_lambda_along(whole, tmp_path, monkeypatch):
     _, checkpoint = whole("descent")
-    trainer, seen = make(tmp_path), []
+    trainer, seen = make(tmp_path, lambda_init=0.25), []
     found = lambda self, folder: seen.append((tmp_path / "lambda.json").read_text())  # noqa: E731
     monkeypatch.setattr(Trainer, "_push_from_checkpoint", found)
     trainer._push_from_checkpoint(str(checkpoint))
-    assert seen == [(checkpoint / "lambda.json").read_text()]
+    assert json.loads(seen[0])["lambda"] == trainer.lambda_value
 
 
 # ---- A process that is killed ----

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,11 +76,6 @@ class LambdaFile:
         temporary = Path(folder) / f"{LAMBDA_FILE}.tmp"
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, Path(folder) / LAMBDA_FILE)
-
-    def copy_for_push(self, checkpoint: Folder, output_dir: Folder) -> None:
-        """Copy the file to where TRL pushes from."""
-        if self._is_needed and (Path(checkpoint) / LAMBDA_FILE).is_file():
-            shutil.copy(Path(checkpoint) / LAMBDA_FILE, output_dir)
 
     def check(self, checkpoint: Folder) -> None:
         """
