@@ -40,7 +40,7 @@ def _rule_after(weight: Weight, batches: Sequence[Batch], logps: Sequence[torch.
         rows = response_rows(features, batch.lengths, of_tokens, advantages)
         numbers = torch.arange(batch.lengths.numel())
         seen = GenerationBatch(numbers, batch.lengths, rows.token_count, advantages, rows.statistics)
-        rule.observe(seen, seen.mean_length)
+        rule.observe(seen, float(batch.lengths.float().mean()))
     return rule
 
 
