@@ -4,7 +4,7 @@ part of them will do.
 
     python -m recipes.studies.arena.analysis.planned
 
-It replaces the tables that it knows in the arena's `README.md` and in `docs/evidence.md`, and writes
+It replaces the tables that it knows in the arena's `README.md`, and writes
 `results/planned.png`. The questions and how they are decided are in `recipes/studies/arena/PLAN.md`. It needs
 `pip install "trl-lambda[arena]"`.
 """
@@ -40,7 +40,7 @@ from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 ALIGNMENT = RESULTS.parents[1] / "alignment" / "results"
-PAGES = (RESULTS.parent / "README.md", RESULTS.parents[3] / "docs" / "evidence.md")
+PAGES = (RESULTS.parent / "README.md",)
 _DRAWN = {
     "dapo": ("#000000", "-"),
     "positive_weight_3": ("#E69F00", (0, (5, 1.5))),
