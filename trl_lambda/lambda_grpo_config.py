@@ -266,7 +266,7 @@ class LambdaGRPOConfig(GRPOConfig):
         )
         largest = torch.finfo(torch.float32).max  # float32 is the dtype of λ
         is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
-        is_pair = is_pair and all(isinstance(bound, int | float) for bound in bounds)
+        is_pair = is_pair and all(isinstance(bound, int | float) for bound in bounds or ())
         low, high = (bounds or (0, 0)) if is_pair else (-largest, largest)
         right = bounds is None or is_pair
         for name, is_right, accepted in (
