@@ -219,11 +219,35 @@ def worst(deviations: dict, ours_and_invariant: bool = True) -> tuple[float, str
     )
 
 
+def run_seeds(seeds: int) -> tuple[float, str]:
+    """The largest deviation over random batches: an arm cut in micro-batches, and a fixed member beside TRL's."""
+    several = [name for name in arms(reduced=True) if not name.startswith("TRL")]
+    largest = (0.0, "")
+    for seed in range(seeds):
+        name, member = several[seed % len(several)], ("grpo", "dr_grpo", "dapo")[seed % 3]
+        arm, own = arms()[name], {"length_weight": member, "token_metrics": False}
+        pairs = {name: (job(arm, "3 × 4"), job(arm, WHOLE))}
+        pairs[f"TRL {member}"] = (
+            job({"trainer": "lambda", "options": own}, "3 × 4"),
+            job({"trainer": "grpo", "options": {"loss_type": member}}, "3 × 4"),
+        )
+        for label, (mine, theirs) in pairs.items():
+            runs = [each | {"batch": each.get("batch", {}) | {"seed": seed}} for each in (mine, theirs)]
+            found = deviation(*(summary([run_job(each)], CUTS["3 × 4"][-1]) for each in runs))
+            largest = max(largest, *((value, f"{label}, seed {seed}, {kind}") for kind, value in found.items()))
+    return largest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", type=Path, help="file whose block between matrix markers is replaced")
     parser.add_argument("--reduced", action="store_true", help="the part that the tests run")
+    parser.add_argument("--seeds", type=int, help="instead: so many random batches, the largest deviation")
     args = parser.parse_args()
+    if args.seeds:
+        largest, where = run_seeds(args.seeds)
+        print(f"seeds: {args.seeds} random batches, largest deviation {largest:.1e} ({where})")
+        sys.exit(largest > TOLERANCE)
     deviations, trainings = run_matrix(args.reduced, progress=True)
     text = table(deviations, trainings)
     print(text)
