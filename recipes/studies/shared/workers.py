@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from recipes.studies.shared.ledger import Ledger
-from recipes.studies.shared.run import RunSpec, run
+from recipes.studies.shared.run import run
 
 # The arm's options are part of what a run is: an arm that was changed under its name is run again.
 KEY = ("study", "task", "arm", "options", "seed", "max_steps", "steps_per_generation", "learning_rate")
@@ -22,15 +22,22 @@ def never() -> bool:
     return False
 
 
-def execute(specs: Sequence[RunSpec], ledger: Ledger, workers: int, time_is_up: Callable[[], bool] = never) -> int:
+def execute(
+    specs: Sequence[Any],
+    ledger: Ledger,
+    workers: int,
+    time_is_up: Callable[[], bool] = never,
+    run: Callable[[Any], dict[str, Any]] = run,
+) -> int:
     """
     Run the specs that have no row yet, and append their rows as they come. Arms that cannot run again are left out.
 
     Args:
-        specs (`Sequence[RunSpec]`): in the order in which they are started.
+        specs (`Sequence[RunSpec]`, or what `run` takes): in the order in which they are started.
         ledger (`Ledger`): where the rows go.
         workers (`int`): processes, one thread each.
         time_is_up (`Callable`): once it is true no further run is started, and those that are running end.
+        run (`Callable`): makes the row of a spec.
 
     Returns:
         `int`: how many were run.
@@ -42,7 +49,7 @@ def execute(specs: Sequence[RunSpec], ledger: Ledger, workers: int, time_is_up: 
     os.environ["OMP_NUM_THREADS"] = "1"
     # Workers live to the end: replacing them deadlocks (max_tasks_per_child, python/cpython#115634).
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    progress = tqdm(total=len(specs), initial=len(specs) - len(todo), desc="arena", unit="run", smoothing=0.05)
+    progress = tqdm(total=len(specs), initial=len(specs) - len(todo), unit="run", smoothing=0.05)
     count, waiting = 0, iter(todo)
     running: set[Future[dict[str, Any]]] = set()
     with pool, progress:

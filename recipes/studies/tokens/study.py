@@ -7,7 +7,9 @@ The same accuracy for fewer tokens? `python -m recipes.studies.tokens.study PART
 - `ladder`: every way of saving tokens at every setting, on four tasks, every test seed, `settle`'s runs among them;
 - `identify`: how fast the length moves under a fixed λ, which the controller's gains were set by, on one tuning seed;
 - `remedy`: what might hold the target on `checked_sum` in every seed: side "signed", or λ in [-6, 6], on tuning seeds;
-- `tune`: every setting of the rivals in `TRIED`, on tuning seeds, for `SETTINGS` to hold two of them.
+- `tune`: every setting of the rivals in `TRIED`, on tuning seeds, for `SETTINGS` to hold two of them;
+- `tune_set_points`: the rivals with a set point of their own on `checked_sum`, every setting, on tuning seeds;
+- `set_points`: those that README.md's rule keeps, every test seed.
 
 Rows go to `results/budget.csv`, one per run. What is there is not run again. `--show` prints the tables, `--report`
 writes them into `README.md`, with the pictures. `--smoke` does it in small, in `runs/budget_smoke`. A run takes 10 to
@@ -32,7 +34,7 @@ SMOKE_FOLDER = Path("runs") / "budget_smoke"
 TUNING_SEEDS = (200, 201, 202, 203)
 TEST_SEEDS = tuple(range(500, 512))
 LEARNING_RATE, MAX_STEPS = 3e-4, 200
-PARTS = ("settle", "step", "own", "ladder", "identify", "remedy", "tune")
+PARTS = ("settle", "step", "own", "ladder", "identify", "remedy", "tune", "tune_set_points", "set_points")
 TASKS = ("checked_sum", "idle_filler", "running_sum", "slippery_chain")
 PROMISED = {"checked_sum": 22, "idle_filler": 8}
 REMEDIES = {"signed": {"lambda_side": "signed"}, "wide": {"lambda_bounds": (-6.0, 6.0)}}  # words after a target
@@ -54,6 +56,9 @@ TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
         "slippery_chain": (10, 8, 6),
     },
 }
+# Rivals with a set point: LACONIC with its budget and η, and the distance to the target as a reward.
+TRIED_SET_POINTS = ("laconic 22 0.002", "laconic 22 0.02", "laconic 22 0.2", "distance 22")
+SET_POINTS: tuple[str, ...] = ()  # those that README.md's rule keeps
 # The settings of each way of saving tokens, by task. A rival's come from `tune` by the rule in README.md; those of
 # `length_target`, numbers of tokens, lie between what dapo and what its rivals end with there.
 SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -106,7 +111,7 @@ def method(name: str) -> Arm:
 
     Args:
         name (`str`): "dapo", or "target TOKENS" with or without one of `REMEDIES`, "lead ALPHA",
-            "fixed LAMBDA", "overlong L_MAX CACHE", "cut TOKENS".
+            "fixed LAMBDA", "overlong L_MAX CACHE", "cut TOKENS", "laconic BUDGET ETA", "distance TOKENS".
 
     Raises:
         ValueError: no way is called so.
@@ -130,6 +135,12 @@ def method(name: str) -> Arm:
         return Arm(WAYS[way], dapo, trl=True, rewards={"trl.rewards.get_soft_overlong_punishment": limits})
     if way == "cut":
         return Arm(WAYS[way], {**dapo, "max_completion_length": int(numbers[0])}, trl=True)
+    if way == "laconic":
+        rewards = {"recipes.studies.shared.length_rewards.laconic": {"budget": numbers[0], "eta": numbers[1]}}
+        return Arm("LACONIC", dapo, trl=True, rewards=rewards)
+    if way == "distance":
+        rewards = {"recipes.studies.shared.length_rewards.distance": {"target": numbers[0]}}
+        return Arm("distance to the target as a reward", dapo, trl=True, rewards=rewards)
     raise ValueError(f"{name!r} is no method; accepted: {', '.join(WAYS)}, each but the first with its setting.")
 
 
@@ -253,6 +264,18 @@ class Plan:
             for way in ("dapo", *TRIED)
             for name in names_of(way, task, TRIED)
         ]
+
+    def tune_set_points(self) -> list[BudgetSpec]:
+        """Every rival with a set point of its own, and what it is compared with, on the tuning seeds."""
+        return [
+            self._spec("tune_set_points", "checked_sum", name, seed, split="validation")
+            for seed in self.tuning_seeds
+            for name in ("target 22", *TRIED_SET_POINTS)
+        ]
+
+    def set_points(self) -> list[BudgetSpec]:
+        """Those that the rule keeps; `dapo` and "target 22" have run in `settle`."""
+        return [self._spec("set_points", "checked_sum", name, seed) for seed in self.seeds for name in SET_POINTS]
 
 
 SMOKE = Plan(TASKS[1:2], TUNING_SEEDS[:2], TUNING_SEEDS[:2], 8, remedy_seeds=TUNING_SEEDS[:1])
