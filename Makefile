@@ -134,7 +134,7 @@ bench: $(STAMP) ## what it costs beside GRPOTrainer: appends to recipes/studies/
 	$(BIN)/python -m recipes.studies.cost.table --write recipes/studies/cost/README.md
 	$(BIN)/python -m recipes.studies.cost.table --write docs/cost.md --overhead-only
 
-gpu: $(if $(BARE),.gpu-site/.installed,$(STAMP)) ## all that needs a GPU, about 35 minutes (TINY=1: every line on a CPU; PARTS=; OUT=; BARE=1: no network)
+gpu: $(if $(BARE),.gpu-site/.installed,$(STAMP)) ## all that needs a GPU, about 45 minutes (TINY=1: every line on a CPU; PARTS=; OUT=; BARE=1: no network)
 	$(if $(BARE),PYTHONPATH=.gpu-site $(PYTHON),$(BIN)/python) -m recipes.studies.cost.gpu \
 		$(if $(TINY),--tiny) $(if $(PARTS),--parts $(PARTS)) $(if $(OUT),--out $(OUT))
 

@@ -46,7 +46,7 @@ def test_every_line_runs_on_a_cpu_with_the_device_set_aside(tmp_path):
     cost = [m for m in seen if m["bench"] == "gpu b: cost" and (m["metric"], m["unit"]) == ("whole step", "ratio")]
     assert {measured["arm"] for measured in cost} == set(measured_arms()) - {BASELINE}
     assert len({measured["setting"] for measured in cost}) == 2  # all weights, LoRA
-    assert {m["arm"] for m in seen if m["metric"] == "optimizer steps" and m["value"] == "2"} == set(smollm2.ARMS)
+    assert {m["arm"] for m in seen if m["metric"] == "optimizer steps" and m["value"] == "2"} == set(smollm2.MAIN)
     assert (tmp_path / "results_large" / "runs.csv").exists()
     text = table.gpu_markdown(out)
     assert "| lambda_grpo |" in text and "LoRA" in text and "nan" not in text and "takes – ms" not in text
@@ -73,7 +73,7 @@ def test_the_pretrained_model_is_asked_for_by_name(monkeypatch, tmp_path):
     assert smollm2.model_folder(Context("cuda", False, tmp_path, tmp_path)) == tmp_path
     replies = [[{"role": "assistant", "content": text}] for text in ("3 * 4 = 12.", "13", "no number")]
     assert smollm2.last_number(replies, ["12"] * 3) == [1.0, 0.0, 0.0]
-    assert all(len(row["prompt"]) == 2 and 4 <= int(row["solution"]) <= 81 for row in smollm2.problems(50))
+    assert all(len(row["prompt"]) == 2 and 4 <= int(row["solution"]) <= 81 for row in smollm2.problems(smollm2.SHORT, 50))
 
 
 # ---- The schedule ----

@@ -1,14 +1,14 @@
 """
-Everything that needs a GPU, in one command of about 35 minutes: `make gpu`, or
+Everything that needs a GPU, in one command of about 45 minutes: `make gpu`, or
 
     python -m recipes.studies.cost.gpu  # all parts, rows to recipes/studies/cost/gpu.csv
     python -m recipes.studies.cost.gpu --parts correctness cost
     python -m recipes.studies.cost.gpu --tiny  # every line on a CPU, in minutes
 
 Part a is correctness against a CPU (4 minutes), b cost beside `GRPOTrainer` at 1.5 billion parameters (8), c the LoRA
-recipe end to end (5), d learning with the large arena (7), e SmolLM2-135M with LoRA (10). Each row is on disk when it
-is measured, with hardware and versions. A part whose time is up begins nothing new and says so in a row. A step that
-fails says how, the rest runs, and the exit status is 1.
+recipe end to end (5), d learning with the large arena (7), e SmolLM2-135M with LoRA (10), f the main arms of its study
+with 1,024 tokens (10). Each row is on disk when it is measured, with hardware and versions. A part whose time is up
+begins nothing new and says so in a row. A step that fails says how, the rest runs, and the exit status is 1.
 """
 
 import argparse
@@ -31,7 +31,8 @@ PARTS: dict[str, Part] = {
     "cost": cost.PART,
     "recipe": recipe.PART,
     "learning": learning.PART,
-    "smollm2": smollm2.PART,
+    "smollm2": smollm2.part(smollm2.SHORT),
+    "smollm2_long": smollm2.part(smollm2.LONG),
 }
 
 

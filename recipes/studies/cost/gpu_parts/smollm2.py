@@ -1,13 +1,17 @@
 """
-Part e: SmolLM2-135M learns to multiply, with both weights and with TRL's dapo, as in `recipes/configs/smollm2/`.
+Parts e and f: SmolLM2-135M learns to multiply, with LoRA of rank 16 in bf16.
 
-bf16, LoRA of rank 16, 64 completions of up to 256 tokens a step, 200 steps or as many as half of the part's time
+Part e is one digit × one digit, 64 completions of up to 256 tokens a step, with both weights and with TRL's dapo, as
+in `recipes/configs/smollm2/`. Part f is two digits × one digit, step by step, 64 completions of up to 1,024 tokens,
+with the main arms of `recipes/studies/smollm2`. Runs have 200 steps, or as many as their share of the part's time
 allows. `--tiny` puts a stand-in of random weights in the model's place.
 """
 
 import random
 import re
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -22,16 +26,34 @@ from recipes.studies.cost.gpu_parts.recipe import Probe, write_model
 from recipes.studies.cost.gpu_parts.schedule import Context, Part, Rows
 from recipes.studies.cost.measure.memory import peak_during
 from recipes.studies.cost.measure.rows import row
+from recipes.studies.smollm2.arms import MAIN, find_arm
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
-BENCH = "gpu e: SmolLM2"
-MINUTES = 10
 STEPS, EDGE = 200, 10  # optimizer steps, and those that count as its beginning and its end
-SYSTEM = "Answer with the final result only."
-ARMS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "both": (LambdaGRPOConfig, LambdaGRPOTrainer, {"length_weight": "lambda_grpo", "token_weight": "tr_grpo"}),
-    "dapo": (GRPOConfig, GRPOTrainer, {"loss_type": "dapo"}),
-}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A part's name, system prompt, digits of the first factor, completions per step and tokens of each at most."""
+
+    bench: str
+    minutes: float
+    system: str
+    arms: tuple[str, ...]
+    digits: int
+    rows: int
+    tokens: int
+
+    @property
+    def largest(self) -> int:
+        """The largest first factor."""
+        return 10**self.digits - 1
+
+
+SHORT = Setting(
+    "gpu e: SmolLM2", 10, "Answer with the final result only.", ("softmax_tr", "dapo"), digits=1, rows=64, tokens=256
+)
+LONG = Setting("gpu f: SmolLM2, long", 10, "Work step by step.", MAIN, digits=2, rows=64, tokens=1024)
 METRICS = {"reward": "reward", "completions/mean_length": "mean length", "entropy": "entropy"}
 
 
@@ -46,15 +68,15 @@ def model_folder(context: Context) -> Path:
     return Path(model_path())
 
 
-def problems(count: int = 512) -> Dataset:
-    """Products of two one-digit numbers as conversations."""
+def problems(what: Setting, count: int = 512) -> Dataset:
+    """Products as conversations. The second factor has one digit."""
     rng = random.Random(0)
-    pairs = [(rng.randint(2, 9), rng.randint(2, 9)) for _ in range(count)]
+    pairs = [(rng.randint(2, what.largest), rng.randint(2, 9)) for _ in range(count)]
     return Dataset.from_list(
         [
             {
                 "prompt": [
-                    {"role": "system", "content": SYSTEM},
+                    {"role": "system", "content": what.system},
                     {"role": "user", "content": f"Calculate the following: {a} * {b}"},
                 ],
                 "solution": str(a * b),
@@ -70,9 +92,9 @@ def last_number(completions: list[Any], solution: list[str], **kwargs: Any) -> l
     return [float(numbers[-1:] == [right]) for numbers, right in zip(found, solution, strict=True)]
 
 
-def settings(context: Context) -> dict[str, Any]:
-    """What the arms have in common."""
-    rows, tokens = (8, 8) if context.tiny else (64, 256)
+def settings(what: Setting, context: Context) -> dict[str, Any]:
+    """The options that all arms of a part share."""
+    rows, tokens = (8, 8) if context.tiny else (what.rows, what.tokens)
     return {
         "output_dir": str(context.folder / "smollm2_output"),
         "per_device_train_batch_size": rows,
@@ -94,17 +116,18 @@ def settings(context: Context) -> dict[str, Any]:
     }
 
 
-def train(arm: str, context: Context) -> Iterator[Rows]:
+def train(what: Setting, arm: str, context: Context) -> Iterator[Rows]:
     """One run: memory and time, then reward, length and entropy at both ends, and λ."""
-    config_class, trainer_class, options = ARMS[arm]
-    common, model = settings(context), model_folder(context)
+    common, model, definition = settings(what, context), model_folder(context), find_arm(arm)
+    classes: tuple[Any, Any] = (GRPOConfig, GRPOTrainer) if definition.trl else (LambdaGRPOConfig, LambdaGRPOTrainer)
+    config_class, trainer_class = classes
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     probe = Probe(context)
     trainer = trainer_class(
         model=str(model),
         reward_funcs=last_number,
-        args=config_class(**common, **options),
-        train_dataset=problems(),
+        args=config_class(**common, **definition.options),
+        train_dataset=problems(what),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
         peft_config=lora,
         callbacks=[probe],
@@ -112,25 +135,25 @@ def train(arm: str, context: Context) -> Iterator[Rows]:
     trainer.remove_callback(PrinterCallback)
     peak = peak_during(trainer.train, context.device)
     setting = f"{common['per_device_train_batch_size']} completions of {common['max_completion_length']} tokens"
-    yield probe.cost_rows(BENCH, arm, setting, peak)
-    yield [row(BENCH, arm, setting, "optimizer steps", len(probe.seconds), "count")]
+    yield probe.cost_rows(what.bench, arm, setting, peak)
+    yield [row(what.bench, arm, setting, "optimizer steps", len(probe.seconds), "count")]
     for metric, words in METRICS.items():
         values = probe.logged(metric)
         yield [
-            row(BENCH, arm, setting, f"{words}, first {EDGE} steps", fmean(values[:EDGE]), "mean"),
-            row(BENCH, arm, setting, f"{words}, last {EDGE} steps", fmean(values[-EDGE:]), "mean"),
+            row(what.bench, arm, setting, f"{words}, first {EDGE} steps", fmean(values[:EDGE]), "mean"),
+            row(what.bench, arm, setting, f"{words}, last {EDGE} steps", fmean(values[-EDGE:]), "mean"),
         ]
     if lambdas := probe.logged("lambda/value"):
-        yield [row(BENCH, arm, setting, "λ at the end", lambdas[-1], "λ")]
+        yield [row(what.bench, arm, setting, "λ at the end", lambdas[-1], "λ")]
 
 
-def half_time(arm: str, context: Context) -> Iterator[Rows]:
-    """`train`, the first arm with half of the part's time."""
-    ends = context.ends
-    if arm == next(iter(ARMS)):
-        context.ends -= 30 * MINUTES
-    yield from train(arm, context)
-    context.ends = ends
+def with_its_share(what: Setting, arm: str, context: Context) -> Iterator[Rows]:
+    """`train`, with an equal share of the time that is left."""
+    runs_left = len(what.arms) - what.arms.index(arm)
+    now = time.monotonic()
+    yield from train(what, arm, replace(context, ends=now + (context.ends - now) / runs_left))
 
 
-PART = Part(BENCH, MINUTES, tuple((arm, partial(half_time, arm)) for arm in ARMS))
+def part(what: Setting) -> Part:
+    """The part of a setting, one step per arm."""
+    return Part(what.bench, what.minutes, tuple((arm, partial(with_its_share, what, arm)) for arm in what.arms))
