@@ -73,7 +73,9 @@ def test_the_pretrained_model_is_asked_for_by_name(monkeypatch, tmp_path):
     assert smollm2.model_folder(Context("cuda", False, tmp_path, tmp_path)) == tmp_path
     replies = [[{"role": "assistant", "content": text}] for text in ("3 * 4 = 12.", "13", "no number")]
     assert smollm2.last_number(replies, ["12"] * 3) == [1.0, 0.0, 0.0]
-    assert all(len(row["prompt"]) == 2 and 4 <= int(row["solution"]) <= 81 for row in smollm2.problems(smollm2.SHORT, 50))
+    assert all(
+        len(row["prompt"]) == 2 and 4 <= int(row["solution"]) <= 81 for row in smollm2.problems(smollm2.SHORT, 50)
+    )
 
 
 # ---- The schedule ----

@@ -58,7 +58,7 @@ TRIED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 # Rivals with a set point: LACONIC with its budget and η, and the distance to the target as a reward.
 TRIED_SET_POINTS = ("laconic 22 0.002", "laconic 22 0.02", "laconic 22 0.2", "distance 22")
-SET_POINTS: tuple[str, ...] = ()  # those that README.md's rule keeps
+SET_POINTS = ("laconic 22 0.002", "distance 22")  # those that README.md's rule keeps
 # The settings of each way of saving tokens, by task. A rival's come from `tune` by the rule in README.md; those of
 # `length_target`, numbers of tokens, lie between what dapo and what its rivals end with there.
 SETTINGS: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -1,0 +1,229 @@
+"""
+Tables and picture of the study, from `results/runs.csv`; any part of the rows will do.
+
+    python -m recipes.studies.smollm2.report
+
+It replaces the tables in `README.md`, and writes `results/smollm2.png`.
+"""
+
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.studies.shared.ledger import Ledger
+from recipes.studies.shared.markdown import markdown_table, replace_tables
+from recipes.studies.shared.paired_statistics import (
+    bootstrap_interval,
+    holm,
+    mean_and_band,
+    paired_t_p,
+    resolvable_difference,
+)
+from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
+from recipes.studies.smollm2.study import KEY, PARTS, RESULTS, specs_of
+
+PAGE = RESULTS.parent / "README.md"
+BASELINE, AGAIN = "dapo", "dapo_again"
+PUBLISHED = ("softmax", "tr", "softmax_tr")
+LEVEL, MARGIN = 0.05, 0.05
+WINDOW = 5  # steps
+_DRAWN = {
+    "dapo": ("TRL's dapo", "#000000", "-"),
+    "softmax": ("λ-GRPO", "#0072B2", "-"),
+    "tr": ("TR-GRPO", "#E69F00", (0, (5, 1.5))),
+    "softmax_tr": ("both", "#D55E00", (0, (5, 1.5, 1, 1.5))),
+}
+
+Rows = list[dict[str, str]]
+Cells = dict[tuple[str, str], dict[int, dict[str, str]]]
+
+
+def cells_of(rows: Rows) -> Cells:
+    """(task, arm) -> seed -> row, of the runs on test seeds."""
+    found: Cells = defaultdict(dict)
+    for row in rows:
+        if row["study"] == "main":
+            found[row["task"], row["arm"]][int(row["seed"])] = row
+    return found
+
+
+def curve(row: dict[str, str], name: str) -> np.ndarray:
+    """A curve of a row, one value per step."""
+    return np.array([float(value) for value in row[name].split()])
+
+
+def differences(cells: Cells, task: str, arm: str, column: str = "auc") -> list[float]:
+    """Arm minus `dapo`, of the seeds that both have."""
+    mine, theirs = cells.get((task, arm), {}), cells.get((task, BASELINE), {})
+    return [float(mine[seed][column]) - float(theirs[seed][column]) for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def yardstick_table(cells: Cells) -> str:
+    """`dapo` against `dapo` with other replies, and the difference that so many pairs resolve."""
+    lines = []
+    for task in dict.fromkeys(task for task, arm in cells if arm == AGAIN):
+        gaps = differences(cells, task, AGAIN)
+        if len(gaps) > 1:
+            sd, runs = statistics.stdev(gaps), [float(row["auc"]) for row in cells[task, BASELINE].values()]
+            resolved = [resolvable_difference(sd, len(gaps), alpha=alpha) for alpha in (LEVEL, LEVEL / 6)]
+            lines.append(
+                [
+                    task,
+                    str(len(gaps)),
+                    f"{100 * statistics.stdev(runs):.1f}",
+                    interval_cell(gaps),
+                    f"{100 * sd:.1f}",
+                    ", ".join(f"{100 * value:.1f}" for value in resolved),
+                ]
+            )
+    header = ["task", "pairs", "sd of `dapo` over seeds", "`dapo_again` - `dapo`", "sd of the difference"]
+    return markdown_table([*header, "resolved: one comparison, six"], lines)
+
+
+def interval_cell(gaps: list[float]) -> str:
+    """Mean difference in points with its 95 % interval."""
+    mean = f"{100 * statistics.fmean(gaps):+.1f}"
+    if len(gaps) < 3 or len(set(gaps)) < 2:
+        return mean
+    low, high = bootstrap_interval(gaps)
+    return f"{mean} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def verdict(gaps: list[float], p: float) -> str:
+    """PLAN.md's rule for one task: yes or no with `p` corrected, else unknown."""
+    low, high = bootstrap_interval(gaps)
+    if p < LEVEL:
+        return "higher" if statistics.fmean(gaps) > 0 else "lower"
+    return "level" if -MARGIN < low and high < MARGIN else "unknown"
+
+
+def answers_table(cells: Cells, arms: tuple[str, ...], tasks: tuple[str, ...]) -> str:
+    """Mean training reward of each arm against `dapo`; Holm's correction over the comparisons planned."""
+    asked = [(task, arm) for arm in arms for task in tasks]
+    gaps = {cell: differences(cells, *cell) for cell in asked}
+    ready = [cell for cell in asked if len(gaps[cell]) >= 3]
+    # Comparisons that have not run count in the correction.
+    corrected = holm([paired_t_p(gaps[cell]) for cell in ready] + [1.0] * (len(asked) - len(ready)))
+    lines = []
+    for cell in asked:
+        task, arm = cell
+        found = ["not run", "", ""]
+        if cell in ready:
+            p = corrected[ready.index(cell)]
+            found = [interval_cell(gaps[cell]), f"{p:.2g}", verdict(gaps[cell], p)]
+        lines.append([arm, task, str(len(gaps[cell])), *found])
+    return markdown_table(["arm", "task", "pairs", "mean training reward - `dapo`'s", "p, Holm", "answer"], lines)
+
+
+def steps_to(runs: list[dict[str, str]], level: float) -> str:
+    """First step at which the mean of `WINDOW` steps reaches a reward, the median of the runs."""
+    reached = []
+    for row in runs:
+        means = np.convolve(curve(row, "reward_curve"), np.ones(WINDOW) / WINDOW, mode="valid")
+        above = np.flatnonzero(means >= level)
+        reached.append(above[0] + WINDOW if len(above) else np.inf)
+    median = float(np.median(reached))
+    return f"{median:g}" if np.isfinite(median) else "not reached"
+
+
+def arms_table(cells: Cells) -> str:
+    """Every arm's figures, means over its seeds."""
+    lines = []
+    for (task, arm), runs in cells.items():
+        rows, base = list(runs.values()), list(cells.get((task, BASELINE), {}).values())
+        if not base:
+            continue
+        last = statistics.fmean(float(curve(row, "reward_curve")[-WINDOW:].mean()) for row in base)
+        at_max = [curve(row, "at_max_curve") for row in rows if row["at_max_curve"]]
+        lambdas = [curve(row, "lambda_curve")[-1] for row in rows if row["lambda_curve"]]
+
+        def mean(column: str, factor: float, digits: int, rows: Rows = rows) -> str:
+            return f"{factor * statistics.fmean(float(row[column]) for row in rows):.{digits}f}"
+
+        ends = [statistics.fmean(values[k] for values in at_max) for k in (0, -1)] if at_max else []
+        lines.append(
+            [
+                task,
+                arm,
+                str(len(rows)),
+                mean("auc", 100, 1),
+                mean("accuracy_sampled", 100, 1),
+                mean("accuracy_greedy", 100, 1),
+                steps_to(rows, last),
+                mean("mean_length", 1, 1),
+                mean("entropy", 1, 2),
+                mean("grad_norm_mean", 1, 2),
+                " → ".join(f"{100 * end:.0f} %" for end in ends),
+                f"{np.min(lambdas):+.3f} to {np.max(lambdas):+.3f}" if lambdas else "",
+            ]
+        )
+    header = ["task", "arm", "seeds", "mean training reward", "sampled accuracy", "greedy accuracy"]
+    header += ["steps to `dapo`'s last level", "tokens, held out", "entropy, last step", "gradient norm"]
+    return markdown_table([*header, "tokens at v's upper bound, first → last step", "λ at the end"], lines)
+
+
+def signs_table(cells: Cells) -> str:
+    """In how many runs λ ends below 0."""
+    lines = []
+    for task in dict.fromkeys(task for task, _ in cells):
+        rows = [row for arm in ("softmax", "softmax_tr") for row in cells.get((task, arm), {}).values()]
+        below = sum(curve(row, "lambda_curve")[-1] < 0 for row in rows)
+        lines.append([task, f"{below} of {len(rows)}"])
+    return markdown_table(["task", "runs of `softmax` and `softmax_tr` with λ < 0 at the end"], lines)
+
+
+def not_run(rows: Rows) -> str:
+    """Planned runs without a row."""
+    done = {(row["study"], row["task"], row["arm"], int(row["seed"])) for row in rows}
+    missing: dict[tuple[str, str], int] = defaultdict(int)
+    for part in PARTS:
+        for spec in specs_of(part):
+            if part != "tune" and (spec.study, spec.task, spec.arm, spec.seed) not in done:
+                missing[spec.task, spec.arm] += 1
+    lines = [[task, arm, str(count)] for (task, arm), count in missing.items()]
+    return markdown_table(["task", "arm", "seeds not run"], lines) if lines else "Every planned run has a row."
+
+
+def draw(cells: Cells) -> Any:
+    """Share of right replies, their length and λ over steps: a row of panels per task."""
+    tasks = [task for task in dict.fromkeys(task for task, _ in cells) if (task, BASELINE) in cells]
+    figure, panels = new_figure(max(1, len(tasks)), 3, width=3.4, height=2.6)
+    for axes, task in zip(panels, tasks, strict=False):
+        for arm, (label, color, style) in _DRAWN.items():
+            runs = list(cells.get((task, arm), {}).values())
+            for panel, name in zip(axes, ("reward_curve", "length_curve", "lambda_curve"), strict=True):
+                curves = [curve(row, name) for row in runs if row[name]]
+                if not curves:
+                    continue
+                mean, band = mean_and_band(curves)
+                steps = np.arange(len(mean)) * (5 if name == "lambda_curve" else 1)
+                if arm in (BASELINE, "softmax_tr") and band is not None:
+                    panel.fill_between(steps, mean - band, mean + band, color=color, alpha=0.12, linewidth=0)
+                panel.plot(steps, mean, color=color, linestyle=style, linewidth=1.3, label=label)
+        for panel, title in zip(axes, ("share of right replies", "tokens per reply", "λ"), strict=True):
+            finish_panel(panel, f"{task}: {title}", "optimizer step", "")
+    add_legend(figure, "mean over seeds; bands: 95 %, of two arms")
+    return figure
+
+
+def main(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Write tables and picture."""
+    rows = Ledger(results / "runs.csv", KEY).rows()
+    cells = cells_of(rows)
+    tables = {
+        "yardstick": yardstick_table(cells),
+        "published": answers_table(cells, PUBLISHED, PARTS["products"][0] + PARTS["chain_sum"][0]),
+        "controls": answers_table(cells, PARTS["controls"][1], PARTS["controls"][0]),
+        "arms": arms_table(cells),
+        "signs": signs_table(cells),
+        "not run": not_run(rows),
+    }
+    page.write_text(replace_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    draw(cells).savefig(results / "smollm2.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
