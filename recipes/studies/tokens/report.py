@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.studies.shared.markdown import replace_tables
+from recipes.studies.shared.markdown import markdown_table, replace_tables
 from recipes.studies.shared.paired_statistics import mean_and_band, student_quantile
 from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 from recipes.studies.tokens.frontier import STYLES, draw_frontier, frontier_table
@@ -140,10 +140,57 @@ def speed_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def swing(row: dict[str, str], target: float) -> tuple[float, int]:
+    """
+    How far and how often a length swings about its target, by means of five successive generation batches: the lowest
+    after the first at or below the target, as a part of it (1 if none is), and the crossings in the last 30.
+    """
+    means = np.convolve(curve(row, "length_curve"), np.ones(5) / 5, mode="valid") / target
+    below = np.flatnonzero(means <= 1)
+    lowest = float(means[below[0] :].min()) if len(below) else 1.0
+    return lowest, int(np.count_nonzero(np.diff(means[-30:] > 1)))
+
+
+def set_points_table(rows: Rows, task: str = "checked_sum", target: int = 22) -> str:
+    """`length_target` and the rivals with a set point, on the test seeds: length, accuracy, swings of the length."""
+    header = [
+        "method",
+        "seeds",
+        "settled length: least, mean, most",
+        "within 15 %",
+        "sampled accuracy against dapo, points",
+    ]
+    header += ["tokens, held out", "mean training length", "lowest / target", "crossings"]
+    theirs, lines = cells(rows)[task, BASELINE], []
+    found = {name: runs for (of, name), runs in cells(rows, "set_points").items() if of == task}
+    for name, runs in {f"target {target}": cells(rows)[task, f"target {target}"], **found}.items():
+        seeds = sorted(set(runs) & set(theirs))
+        if len(seeds) < 2:
+            continue
+        mine = [runs[seed] for seed in seeds]
+        lengths, swings = [settled_length(row) for row in mine], [swing(row, target) for row in mine]
+        gaps = [float(runs[s]["accuracy_sampled"]) - float(theirs[s]["accuracy_sampled"]) for s in seeds]
+        lines.append(
+            [
+                name,
+                str(len(seeds)),
+                f"{min(lengths):.1f}, {statistics.fmean(lengths):.1f}, {max(lengths):.1f}",
+                f"{sum(abs(length / target - 1) <= 0.15 for length in lengths)} of {len(seeds)}",
+                interval_text(gaps, 100),
+                f"{statistics.fmean(float(row['mean_length']) for row in mine):.1f}",
+                f"{statistics.fmean(float(curve(row, 'length_curve').mean()) for row in mine):.1f}",
+                f"{statistics.fmean(lowest for lowest, _ in swings):.2f}",
+                f"{statistics.fmean(crossings for _, crossings in swings):.1f}",
+            ]
+        )
+    return markdown_table(header, lines)
+
+
 def all_tables(rows: Rows, ways: dict[str, str], promised: dict[str, int]) -> dict[str, str]:
     """The tables by the name that their markers carry."""
     return {
         "promise": promise_table(rows, promised),
+        "set points": set_points_table(rows),
         "frontier": frontier_table(rows, ways),
         "ladder": ladder_table(rows, ways),
         "remedy": promise_table(rows, promised, "remedy"),

@@ -24,6 +24,7 @@ _LAMBDA = ("LambdaGRPOTrainer", "LambdaGRPOConfig")
 _TR = ("TRGRPOTrainer", "TRGRPOConfig")
 _PLAIN = {"token_metrics": False}
 _V = {"token_weight": "tr_grpo"}
+_HERE = "recipes.studies.cost.measure.trainers"
 ARMS: dict[str, tuple[tuple[str, str] | None, dict[str, Any]]] = {
     BASELINE: (None, {}),
     "GRPOTrainer again": (None, {}),  # what the machine itself scatters by
@@ -42,10 +43,27 @@ ARMS: dict[str, tuple[tuple[str, str] | None, dict[str, Any]]] = {
         _LAMBDA,
         {"length_weight": "power", "length_target": lambda workload: workload.completion / 2},
     ),
+    # Functions that are called with everything that needs no forward pass of its own.
+    "own functions": (
+        _LAMBDA,
+        {"length_weight": f"{_HERE}.reward_share", "token_weight": f"{_HERE}.of_all_arguments"},
+    ),
     "lambda_grpo, token_metrics=False": (_LAMBDA, _PLAIN),
     "tr_grpo, token_metrics=False": (_TR, _PLAIN),
     "unified, token_metrics=False": (_LAMBDA, _V | _PLAIN),
 }
+
+
+def reward_share(rewards: Any, advantages: Any, lengths: Any, step: int) -> Any:
+    """A length weight of rewards, smooth, so that devices agree: 2 minus the group's mean reward."""
+    return (2 - rewards.mean(dim=1, keepdim=True)).expand_as(rewards)
+
+
+def of_all_arguments(
+    probs: Any, advantages: Any, entropies: Any, old_logps: Any, mask: Any, lengths: Any, step: int
+) -> Any:
+    """A smooth token weight of what the loss has at hand."""
+    return (1 + 0.1 * advantages.tanh() * probs + 0.1 * entropies / lengths) * mask
 
 
 @dataclass
