@@ -172,3 +172,15 @@ def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         budget.main()
     assert "no part is called all" in capsys.readouterr().err
+
+
+def test_the_rivals_with_a_set_point_are_counted_beside_the_target():
+    def run(arm, study, accuracy, tail):
+        lengths = [30.0] * 20 + tail
+        return [row("t", arm, s, accuracy, 20.0, lengths, study=study) for s in range(3)]
+
+    rows = run("dapo", "budget", 0.5, [40.0] * 30) + run("target 20", "budget", 0.5, [20.0] * 30)
+    rows += run("laconic 20 0.002", "set_points", 0.6, [10.0] * 5 + [30.0] * 5 + [24.0] * 20)
+    held, swung = report.set_points_table(rows, "t", 20).splitlines()[2:]
+    assert held.startswith("| target 20 | 3 | 20.0, 20.0, 20.0 | 3 of 3 | +0.0 |") and held.endswith("| 1.00 | 1.0 |")
+    assert "| 0 of 3 | +10.0 |" in swung and swung.endswith("| 0.50 | 2.0 |")
