@@ -8,7 +8,7 @@ from .lambda_parameter import LAMBDA_FILE
 from .weights import LengthWeight, TokenWeight
 
 PAPERS = {
-    "2510.06870": {
+    "arXiv 2510.06870": {
         "id": "2510.06870",
         "name": "λ-GRPO",
         "title": "λ-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences",
@@ -20,7 +20,7 @@ PAPERS = {
     eprint       = {arXiv:2510.06870},
 }""",
     },
-    "2511.00066": {
+    "arXiv 2511.00066": {
         "id": "2511.00066",
         "name": "TR-GRPO",
         "title": "Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large "
@@ -42,7 +42,7 @@ _FOLLOWS = "### Framework versions"  # the part of TRL's template that the setti
 
 def paper_of(length_weight: LengthWeight | None, token_weight: TokenWeight | None) -> dict[str, str] | None:
     """Return the paper of the weights that are on, λ-GRPO's with both citations if both are, as TRL's `_paper`."""
-    papers = [PAPERS[weight.arxiv] for weight in (length_weight, token_weight) if weight and weight.arxiv in PAPERS]
+    papers = [PAPERS[weight.source] for weight in (length_weight, token_weight) if weight and weight.source in PAPERS]
     if not papers:
         return None
     citation = "\n".join(paper["citation"] for paper in papers)
@@ -125,7 +125,8 @@ def _settings(trainer: Any) -> str:
     rows += [("token weight v (`token_weight`)", v.formula or v.name if v else "none"), *_parameters(v)]
     rows.append(("surrogate (`loss_type`)", args.loss_type))
     table = "\n".join("| {} | {} |".format(*(str(cell).replace("|", "\\|") for cell in row)) for row in rows)
-    sources = [f"[{w.source}](https://arxiv.org/abs/{w.arxiv})" if w.arxiv else w.source for w in (f, v) if w]
+    links = [(w.source, w.source.replace("arXiv ", "https://arxiv.org/abs/")) for w in (f, v) if w]
+    sources = [source if source == link else f"[{source}]({link})" for source, link in links]
     return (
         "### How the tokens were weighted\n\nTrained with `trl_lambda`, an independent implementation of the papers. "
         f"Source of the weights: {', '.join(sources) or 'TRL'}.\n\n"

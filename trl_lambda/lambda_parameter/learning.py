@@ -20,8 +20,7 @@ import torch
 from ..generation_batch import GenerationBatch
 from ..trl_seam.contract import SCORE_FUNCTION_LOSS_TYPES
 from ..weights import ResponseRows
-from ..weights.features import centred_features
-from ..weights.sides import advantages_differ
+from ..weights.rows import advantages_differ, centred_features
 
 # Parts of the sums of "regression" that stay from one generation batch to the next.
 _DECAY = 0.9

@@ -7,8 +7,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from ..weights.rows import group_mean
-from ..weights.sides import advantages_differ, sides
+from ..weights.rows import advantages_differ, group_mean, sides
 
 QUARTILES = 4
 # Bins of -log π, evenly spaced in log(-log π): 0.85 % each. Below the least and above the most one bin takes all.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..generation_batch import GenerationBatch
 from ..lambda_parameter import LambdaParameter
 from ..weights import groups_with_signal
-from ..weights.sides import advantages_differ
+from ..weights.rows import advantages_differ, sides
 from .diagnostics import (
     QUARTILES,
     advantage_length_sums,
@@ -68,7 +68,8 @@ class LossMetrics:
         self._add_mean("length_weight/ess", ess.nan_to_num(), ~ess.isnan())
         self._add_range("length_weight", weights, weights > 0)
         if by_sign and advantages is not None:
-            for name, of_sign in (("positive", advantages > 0), ("negative", advantages < 0)):
+            sign = sides(advantages, batch.lengths > 0, "signed")  # rounding around equal rewards has none
+            for name, of_sign in (("positive", sign > 0), ("negative", sign < 0)):
                 self._add_mean(f"length_weight/{name}/mean", weights, of_sign & (weights > 0))
                 self._add_range(f"length_weight/{name}", weights, of_sign & (weights > 0))
 

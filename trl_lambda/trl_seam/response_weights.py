@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..generation_batch import GenerationBatch
 from ..weights import LengthWeight, ResponseRows, groups_with_signal, sequence_mean_weights, weigh_responses
-from ..weights.length_weight import DAPO, GRPO
+from ..weights.members import DAPO, GRPO
 from .contract import SEQUENCE_MEAN_LOSS_TYPES
 
 

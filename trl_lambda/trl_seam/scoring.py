@@ -9,7 +9,7 @@ from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..generation_batch import GenerationBatch
-from ..weights.features import SCORED_STATISTICS, score_statistic
+from ..weights.rows import SCORED_STATISTICS, score_statistic
 
 # Entries added to the scored batch. Dimension 0 is this process's rows, so TRL's shuffle and split keep them right.
 NUMBER_KEY = "generation_batch_number"  # of the row, long, (B,)

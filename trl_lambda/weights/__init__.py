@@ -32,18 +32,10 @@ factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 import torch
 from torch import Tensor
 
-from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power
+from .members import LENGTH_WEIGHTS, SCOPES, TOKEN_WEIGHTS, LengthWeight, Power, TokenWeight
 from .own_functions import as_length_weight, as_token_weight, weight_from_name
-from .rows import ResponseRows, TokenRows, kind
-from .sides import SIDES
-from .token_weight import TOKEN_WEIGHTS, TokenWeight
-from .weighing import (
-    groups_with_signal,
-    probabilities,
-    sequence_mean_weights,
-    weigh_responses,
-    weigh_tokens,
-)
+from .rows import SIDES, ResponseRows, TokenRows, kind, probabilities
+from .weighing import groups_with_signal, sequence_mean_weights, weigh_responses, weigh_tokens
 
 __all__ = [
     "LENGTH_WEIGHTS",
@@ -146,7 +138,8 @@ def length_weights(
         member = Power(side, (*(("length",) if size == len(named) + 1 else ()), *named))
     if advantages is not None and advantages.shape != lengths.shape:
         raise ValueError(f"advantages must have the shape of lengths, got {kind(advantages)}.")
-    _check_lambda(member, lam)
+    if member.has_lambda:
+        _check_lambda(member, lam)
     # float64 inside: exp(h^λ) magnifies rounding by h^λ, and (P, G) numbers cost nothing. MPS has no float64.
     work = torch.float32 if lengths.device.type == "mps" else torch.float64
     rows = ResponseRows(
@@ -219,8 +212,6 @@ def _check_lengths(lengths: Tensor) -> None:
 
 
 def _check_lambda(member: LengthWeight, lam: Tensor | float | None) -> None:
-    if not member.has_lambda:
-        return
     size = len(member.features)
     if lam is None:
         raise ValueError(f"lam is required by length_weight={member.name!r}.")

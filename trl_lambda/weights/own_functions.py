@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .features import SCORED_STATISTICS
-from .length_weight import LENGTH_WEIGHTS, LengthWeight
-from .rows import ResponseRows, TokenRows, group_mean, kind, one_where_zero
-from .token_weight import TOKEN_WEIGHTS, TokenWeight
+from .members import LENGTH_WEIGHTS, TOKEN_WEIGHTS, LengthWeight, TokenWeight
+from .rows import SCORED_STATISTICS, ResponseRows, TokenRows, group_mean, kind, one_where_zero
 
 STATISTICS = (*SCORED_STATISTICS, "rewards")
 LENGTH_ARGUMENTS = ("lengths", "advantages", "lam", *STATISTICS, "step")
@@ -72,16 +70,14 @@ def as_length_weight(weight: Any) -> LengthWeight:
     Raises:
         `ValueError`: it cannot be called by the names of `LENGTH_ARGUMENTS`, or has the name of a built-in member.
     """
-    if isinstance(weight, LengthWeight) and set(inspect.signature(weight).parameters) == {"rows", "lam"}:
-        return _with_own_name(weight, LENGTH_WEIGHTS)
-    return _with_own_name(OwnLengthWeight(weight), LENGTH_WEIGHTS)
+    is_member = isinstance(weight, LengthWeight) and set(inspect.signature(weight).parameters) == {"rows", "lam"}
+    return _with_own_name(weight, weight if is_member else OwnLengthWeight(weight), LENGTH_WEIGHTS)
 
 
 def as_token_weight(weight: Any) -> TokenWeight:
     """Make a member of what `token_weight=` takes, as `as_length_weight` does for f."""
-    if isinstance(weight, TokenWeight) and set(inspect.signature(weight).parameters) == {"rows"}:
-        return _with_own_name(weight, TOKEN_WEIGHTS)
-    return _with_own_name(OwnTokenWeight(weight), TOKEN_WEIGHTS)
+    is_member = isinstance(weight, TokenWeight) and set(inspect.signature(weight).parameters) == {"rows"}
+    return _with_own_name(weight, weight if is_member else OwnTokenWeight(weight), TOKEN_WEIGHTS)
 
 
 def weight_from_name(
@@ -146,10 +142,13 @@ def check_weights(name: str, weights: Any, shape: torch.Size, where: Tensor, *, 
     return weights
 
 
-def _with_own_name(weight: Any, members: dict[str, Any]) -> Any:
-    if not weight.name or not isinstance(weight, members.get(weight.name, object)):
-        raise ValueError(f"{type(weight).__name__} needs a name of its own, got name={weight.name!r}.")
-    return weight
+def _with_own_name(given: Any, member: Any, members: dict[str, Any]) -> Any:
+    if not member.name or not isinstance(member, members.get(member.name, object)):
+        raise ValueError(
+            f"{type(given).__name__} needs a name of its own, got name={member.name!r}: set its class attribute "
+            "`name` to one that no built-in weight has."
+        )
+    return member
 
 
 def _fill_empty_rows(rows: ResponseRows) -> Tensor:

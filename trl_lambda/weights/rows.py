@@ -1,11 +1,35 @@
-"""The plain data that members of f and v are called with, and the tensor helpers that both use."""
+"""
+The plain data that members of f and v are called with, and what both are computed from: sides and features.
+
+The side of λ is s_i, read off the sign of the advantage.
+
+    "both"       1
+    "signed"     sign(A_i)
+    "positive"   1 where A_i > 0, else 0
+    "negative"   1 where A_i < 0, else 0
+
+Statistics of a response beside its length are functions of log-probabilities π, entropies H and mask, of the sampling
+policy over its own tokens. λ may weigh the first two (`FEATURES`).
+
+    "mean_logp"      1/|o_i| Σ_t ln π_it
+    "min_logp"       min_t ln π_it
+    "mean_entropy"   1/|o_i| Σ_t H_it
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+
+SIDES = ("both", "signed", "positive", "negative")
+FEATURES = ("mean_logp", "min_logp")
+# What TRL's scoring pass alone does not give: log-probabilities, and for the last one entropies.
+SCORED_STATISTICS = (*FEATURES, "mean_entropy")
+# A group whose advantages differ by less than this part of the largest has equal rewards and rounding.
+_ROUNDING, _FAINT = 1e-5, 1e-2
 
 
 @dataclass(frozen=True)
@@ -57,7 +81,7 @@ class TokenRows:
     entropies: Tensor | None = None  # of the current policy's distribution, nats, (B, T)
     old_logps: Tensor | None = None  # log-probabilities of the sampling policy, (B, T); `None` on policy
     mask: Tensor | None = None  # 1 for the policy's own tokens, (B, T)
-    lengths: Tensor | None = None  # own tokens of the response, (B, 1)
+    lengths: Tensor | None = None  # own tokens of the response, int32, (B, 1)
     step: int = 0  # optimizer steps so far
 
 
@@ -75,6 +99,63 @@ def strictly_positive(weights: Tensor, dtype: torch.dtype) -> Tensor:
     """Clamp into the range of `dtype` in which an advantage times the weight neither vanishes nor overflows."""
     info = torch.finfo(dtype)
     return weights.clamp(min=info.tiny**0.75, max=info.max**0.75).to(dtype)
+
+
+def probabilities(logps: Tensor) -> Tensor:
+    """π from log-probabilities, detached, at most 1: float64 for float64, else float32."""
+    return logps.detach().to(torch.float64 if logps.dtype == torch.float64 else torch.float32).exp().clamp(max=1)
+
+
+def sides(advantages: Tensor | None, has_tokens: Tensor, side: str) -> Tensor:
+    """
+    s of every response, (P, G), in the dtype of A. A and the bool `has_tokens` are (P, G).
+
+    s is 0 for a row without tokens, for a group of equal rewards, and for a row whose reward is its group's mean:
+    their advantages are rounding around 0, next to nothing beside those of other groups. Where all groups of a batch
+    have equal rewards nothing tells rounding from advantages, and its sign counts.
+
+    Raises:
+        `ValueError`: a side other than "both", and A is `None`: missing, or one per token.
+    """
+    if side == "both":
+        return has_tokens.float()
+    if advantages is None:
+        raise ValueError(
+            "This weight needs one advantage per response, because it depends on the advantage's sign. The batch has "
+            "none, or one per token. Use lambda_side='both', positive_weight=1 and a length_weight without a sign."
+        )
+    magnitude = advantages.abs() * has_tokens
+    largest = magnitude.amax(dim=1, keepdim=True)
+    is_signal = advantages_differ(advantages, has_tokens) | (magnitude > _FAINT * magnitude.amax())
+    # A reward that is its group's mean leaves rounding around 0: a sign by chance.
+    sign = advantages.sign() * (has_tokens & (magnitude > _ROUNDING * largest) & is_signal)
+    return {"signed": sign, "positive": (sign > 0).to(sign.dtype), "negative": (sign < 0).to(sign.dtype)}[side]
+
+
+def advantages_differ(advantages: Tensor, has_tokens: Tensor) -> Tensor:
+    """Whether the rows of a group that have tokens differ in A by more than rounding, bool (P, 1)."""
+    largest = (advantages.abs() * has_tokens).amax(dim=1, keepdim=True)
+    spread = ((advantages - group_mean(advantages, has_tokens)).abs() * has_tokens).amax(dim=1, keepdim=True)
+    return spread > _ROUNDING * largest
+
+
+def score_statistic(name: str, logps: Tensor, entropies: Any, mask: Tensor) -> Tensor:
+    """One of `SCORED_STATISTICS` of every response; (B, T) each -> (B,), 0 for a row without tokens."""
+    if name == "min_logp":
+        return logps.masked_fill(mask == 0, 0).amin(dim=1)
+    values = logps if name == "mean_logp" else entropies
+    return values.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def centred_features(names: tuple[str, ...], rows: ResponseRows) -> Tensor:
+    """
+    x: each feature of each response minus its mean over the group's rows with tokens, (P, G, K); 0 without tokens.
+
+    `names` are `"length"`, which is ln|o|, and names of `rows.statistics`.
+    """
+    raw = [one_where_zero(rows.lengths).log() if name == "length" else rows.statistic(name) for name in names]
+    x, present = torch.stack([values.to(rows.lengths) for values in raw], dim=-1), rows.has_tokens.unsqueeze(-1)
+    return (x - group_mean(x, present)) * present
 
 
 def kind(value: object) -> str:

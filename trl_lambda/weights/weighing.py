@@ -5,11 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .length_weight import LENGTH_WEIGHTS, LengthWeight
+from .members import LENGTH_WEIGHTS, TOKEN_WEIGHTS, LengthWeight, TokenWeight
 from .own_functions import check_weights
-from .rows import ResponseRows, TokenRows, one_where_zero, strictly_positive
-from .sides import sides
-from .token_weight import TOKEN_WEIGHTS, TokenWeight
+from .rows import ResponseRows, TokenRows, one_where_zero, sides, strictly_positive
 
 # Equal rewards that were added up in another order differ by less than this part of the largest.
 _EQUAL_REWARDS = 1e-6
@@ -106,8 +104,3 @@ def weigh_tokens(member: TokenWeight, rows: TokenRows, *, zero: bool = True) -> 
     where = rows.probs.isfinite() if rows.mask is None else rows.probs.isfinite() & (rows.mask > 0)
     weights = check_weights(member.name, weights, rows.probs.shape, where, zero=zero).detach().to(rows.probs.dtype)
     return weights.masked_fill(~where, 1).clamp(min=0, max=torch.finfo(weights.dtype).max ** 0.75)
-
-
-def probabilities(logps: Tensor) -> Tensor:
-    """π from log-probabilities, detached, at most 1: float64 for float64, else float32."""
-    return logps.detach().to(torch.float64 if logps.dtype == torch.float64 else torch.float32).exp().clamp(max=1)
