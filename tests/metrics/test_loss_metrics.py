@@ -57,9 +57,8 @@ class Loops:
             right = sum(a > 0 for _, a, _ in rows) / max(len(rows), 1)
             kind = "hard" if right <= 1 / 3 else "middle" if right <= 2 / 3 else "easy"
             for n, a, w in rows:
-                if a:
+                if a and has_signal(of_group, group):  # rounding in a tied group has no sign
                     self.signs[1 if a > 0 else -1].append(w)
-                if a and has_signal(of_group, group):
                     self.masses.append(("positive" if a > 0 else "negative", kind, abs(a) * w * n / tokens))
 
     def token(self, quartile, logp, mass, v):
