@@ -160,7 +160,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
     @property
     def lambda_value(self) -> float | None:
         """λ now; `None` where f has none."""
-        return None if self._lambda is None else self._lambda.value
+        return None if self._lambda is None else self._lambda.values[0]
 
     @property
     def lambda_values(self) -> dict[str, float]:
