@@ -81,13 +81,13 @@ def as_token_weight(weight: Any) -> TokenWeight:
 
 
 def weight_from_name(
-    name: str, kwargs: dict[str, Any] | None, options: dict[str, Any], members: dict[str, Any], option: str
+    name: str | None, kwargs: Any, options: dict[str, Any], members: dict[str, Any], option: str
 ) -> Any:
     """
-    The member that a config field names, with its parameters.
+    The member that a config field names, with its parameters; `None` for `None`.
 
     Args:
-        name (`str`): a member's name, or a dotted path to a function, an object or a class.
+        name (`str`, *optional*): a member's name, or a dotted path to a function, an object or a class.
         kwargs (`dict`, *optional*): parameters of the member. A function is called with them by name.
         options (`dict`): parameters that have a config field of their own.
         members (`dict`): the table of members.
@@ -96,6 +96,8 @@ def weight_from_name(
     Raises:
         `ValueError`: unknown name or parameter, or the path cannot be imported.
     """
+    if name is None:
+        return None
     kwargs = kwargs or {}
     if name in members:
         own = [f.name for f in fields(members[name]) if "config" not in f.metadata]
