@@ -31,14 +31,11 @@ from .lambda_parameter import (
     Regression,
     Target,
 )
-from .metrics.dead_run import DeadRunWarning
-from .metrics.loss_metrics import LossMetrics, lambda_metrics
+from .metrics.loss_metrics import DeadRunWarning, LossMetrics, lambda_metrics
 from .model_card import card_tags, complete_card, paper_of
-from .trl_seam.contract import check_contract
-from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
-from .trl_seam.response_weights import ResponseWeights
+from .trl_seam.contract import check_contract, refuse_other_losses, refuse_unsupported
 from .trl_seam.scoring import Scoring, own_tokens
-from .trl_seam.weighted_inputs import WeightedInputs
+from .trl_seam.weighted_inputs import ResponseWeights, WeightedInputs
 from .weights import LengthWeight, TokenRows, TokenWeight, probabilities, weigh_tokens
 
 

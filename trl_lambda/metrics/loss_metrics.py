@@ -1,7 +1,8 @@
-"""The metrics of the weights in training and evaluation, collected for TRL's logs."""
+"""The metrics of the weights, collected for TRL's logs in training and evaluation, and a warning of a dead run."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,8 @@ from .diagnostics import (
 
 # Own tokens and padding that wait for a log at most, per process; above, they are counted at once.
 _WAITING_TOKENS = 2**20
+# The commonest dead run: so many generation batches in a row with so many answers cut, and all groups tied.
+BATCHES, CUT = 20, 0.9
 
 
 class LossMetrics:
@@ -148,6 +151,26 @@ class LossMetrics:
             metrics[name] = math.nan if math.isinf(value) else -value if name.endswith("/max") else value
         self._sums, self._finish, self._least = {}, {}, {}
         return metrics
+
+
+class DeadRunWarning:
+    """Warns once, after 20 generation batches in a row from which nothing can be learned."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def observe(self, metrics: Mapping[str, list[float]]) -> None:
+        """Take in TRL's metrics of a new generation batch."""
+        cut, tied = (metrics.get(name) or [0.0] for name in ("completions/clipped_ratio", "frac_reward_zero_std"))
+        self._in_a_row = self._in_a_row + 1 if cut[-1] >= CUT and tied[-1] == 1 else 0
+        if self._in_a_row == BATCHES:
+            warnings.warn(
+                f"Nothing can be learned: in {BATCHES} generation batches in a row at least {CUT:.0%} of the answers "
+                "were cut at max_completion_length and every group had equal rewards. No weight changes that. Raise "
+                "max_completion_length, shorten the task, or give a reward for partial answers.",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def lambda_metrics(parameter: LambdaParameter) -> dict[str, float]:

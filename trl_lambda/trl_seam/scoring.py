@@ -106,9 +106,9 @@ class Scoring:
 
     def gather_rows(
         self, mode: str, micro_batches: Sequence[Mapping[str, Any]], group_size: int, *, in_order: bool
-    ) -> GenerationBatch:
+    ) -> None:
         """
-        Gather lengths, advantages and statistics of all processes' rows, in one collective.
+        Gather lengths, advantages and statistics of all processes' rows into `batches`, in one collective.
 
         Args:
             mode (`str`): `"train"` or `"eval"`.
@@ -137,31 +137,25 @@ class Scoring:
             gathered, group_size = gathered[order], _size_of_groups(numbers, group_size)
         lengths, *others = gathered.view(-1, group_size, gathered.size(1)).unbind(dim=-1)
         advantages = others.pop(0).contiguous() if per_row else None
-        batch = GenerationBatch(
+        self.batches[mode] = GenerationBatch(
             numbers,
             lengths.to(torch.int32),
             micro_batches[0]["num_items_in_batch"].double() if lengths.device.type != "mps" else lengths.sum(),
             advantages,
             dict(zip(self._statistics, others, strict=True)),
         )
-        self.batches[mode] = batch
-        return batch
 
     def _columns(self, batch: Mapping[str, Any], per_row: bool) -> Tensor:
         """What is gathered of each row, (B, columns), float32 or the advantages' wider dtype: exact to 2^24 tokens."""
         dtype = torch.promote_types(torch.float32, batch["advantages"].dtype)
-        own = own_tokens(batch)
-        columns = [own.sum(dim=1)]
-        if per_row:
-            columns.append(batch["advantages"])
-        logps = batch.get("old_per_token_logps")
-        logps = batch.get(LOGPS_KEY) if logps is None else logps
+        own, logps = own_tokens(batch), batch.get("old_per_token_logps")
+        columns = [own.sum(dim=1), *([batch["advantages"]] if per_row else [])]
         for name in self._statistics:
             if name == "rewards":
                 columns.append(batch[REWARDS_KEY])
             else:
-                assert logps is not None
-                columns.append(score_statistic(name, logps.to(dtype), batch.get(ENTROPIES_KEY), own))
+                known = batch[LOGPS_KEY] if logps is None else logps
+                columns.append(score_statistic(name, known.to(dtype), batch.get(ENTROPIES_KEY), own))
         return torch.stack([column.to(dtype) for column in columns], dim=1)
 
     def places_of(self, inputs: Mapping[str, Any], mode: str) -> tuple[GenerationBatch, Tensor]:
