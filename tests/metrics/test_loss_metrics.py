@@ -13,9 +13,8 @@ from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.generation_batch import GenerationBatch
-from trl_lambda.metrics.dead_run import BATCHES, DeadRunWarning
 from trl_lambda.metrics.diagnostics import quartile_shares
-from trl_lambda.metrics.loss_metrics import LossMetrics, lambda_metrics
+from trl_lambda.metrics.loss_metrics import BATCHES, DeadRunWarning, LossMetrics, lambda_metrics
 
 double = torch.float64
 
