@@ -250,7 +250,6 @@ class LambdaGRPOConfig(GRPOConfig):
         return f, v
 
     def _named_weights(self) -> tuple[LengthWeight | None, TokenWeight | None]:
-        """The weights that the fields name."""
         longest = self.max_completion_length
         own = {"side": self.side, "features": tuple(self.lambda_features), "max_completion_length": longest}
         f = weight_from_name(self.length_weight, self.length_weight_kwargs, own, LENGTH_WEIGHTS, "length_weight")

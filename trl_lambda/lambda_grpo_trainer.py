@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from trl import GRPOTrainer
 
 from .generation_batch import GenerationBatch
@@ -80,8 +79,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: LambdaGRPOConfig | None = None,
         *trl_args: Any,
-        length_weight: Callable[..., Tensor] | LengthWeight | None = None,
-        token_weight: Callable[..., Tensor] | TokenWeight | None = None,
+        length_weight: Callable[..., torch.Tensor] | LengthWeight | None = None,
+        token_weight: Callable[..., torch.Tensor] | TokenWeight | None = None,
         **trl_kwargs: Any,
     ) -> None:
         check_contract(GRPOTrainer)
@@ -102,8 +101,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._observed: dict[str, GenerationBatch] = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
-        statistics = [*(f.needs if f else ()), *(["rewards"] if args.drop_tied_groups else [])]
-        self._scoring = Scoring(self.accelerator, list(dict.fromkeys(statistics)))
+        self._scoring = Scoring(
+            self.accelerator, [*(f.needs if f else ()), *(["rewards"] if args.drop_tied_groups else [])]
+        )
         self._lambda = self._make_lambda(args, f) if f is not None and f.has_lambda else None
         self._lambda_step: LambdaStep | None = None
         if self._lambda is not None and self._lambda.learning.is_learnable:
@@ -119,7 +119,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._response_weights = ResponseWeights(
             f,
             lambda: None if self._lambda is None else self._lambda.for_loss,
-            is_fixed=self._lambda_step is None,
             scope=args.length_weight_scope,
             positive_weight=args.positive_weight,
             drop_tied_groups=args.drop_tied_groups,
@@ -130,24 +129,26 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._dead_run = DeadRunWarning()
 
     def _make_lambda(self, args: LambdaGRPOConfig, f: LengthWeight) -> LambdaParameter:
-        bounds = None if args.lambda_bounds is None else (args.lambda_bounds[0], args.lambda_bounds[1])
+        bounds = args.lambda_bounds if args.length_target is None else args.lambda_bounds or TARGET_BOUNDS
         if not args.lambda_learnable:
             learning = Fixed()
         elif args.length_target is not None:
             steps = (args.steps_per_generation or 1) * self.num_iterations / args.gradient_accumulation_steps
-            bounds = bounds or TARGET_BOUNDS
-            learning = Target(args.length_target, steps, f.side, bounds, args.lambda_init)
+            learning = Target(args.length_target, steps, f.side, bounds or TARGET_BOUNDS, args.lambda_init)
         elif f.side == "both":
             learning = Descent(args.loss_type)
         else:
             learning = Regression(f.features, args.lambda_gain, f.side)
-        device = self.accelerator.device
-        return LambdaParameter(args.lambda_init, learning, bounds=bounds, device=device, features=f.features)
+        return LambdaParameter(
+            args.lambda_init, learning, bounds=bounds, device=self.accelerator.device, features=f.features
+        )
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed run must share."""
-        names = ("length_weight", "length_weight_kwargs", "length_weight_scope", "drop_tied_groups", "positive_weight")
-        names += ("lambda_features", "token_weight", "token_weight_kwargs", "token_weight_inside_clip")
+        names = (
+            *("length_weight", "length_weight_kwargs", "length_weight_scope", "drop_tied_groups", "positive_weight"),
+            *("lambda_features", "token_weight", "token_weight_kwargs", "token_weight_inside_clip"),
+        )
         settings = {name: getattr(self.args, name) for name in names}
         learning = None if self._lambda is None else self._lambda.learning.name
         fixed = {"lambda_init": self.args.lambda_init} if learning == "fixed" else {}
@@ -184,10 +185,14 @@ class LambdaGRPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self._is_weighted:
             self._scoring.number_rows(output, len(inputs))
-            args = self.args
-            size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-            forward, checkpointing = self._get_per_token_logps_and_entropies, args.gradient_checkpointing_kwargs
-            self._scoring.score_log_probabilities(output, forward, self.model, size, checkpointing)
+            is_training, args = self.model.training, self.args
+            self._scoring.score_log_probabilities(
+                output,
+                self._get_per_token_logps_and_entropies,
+                self.model,
+                args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size,
+                args.gradient_checkpointing_kwargs,
+            )
             self._gather([output], in_order=True)
         return output
 
@@ -224,7 +229,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
+    ) -> torch.Tensor:
         if not self._is_weighted:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # A copy: the buffered micro-batch is used again when num_iterations > 1.
@@ -244,7 +249,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._weigh(self._loss_inputs, outputs[0], outputs[1])
         return outputs
 
-    def _weigh(self, inputs: WeightedInputs, logps: Tensor, entropies: Tensor | None) -> None:
+    def _weigh(self, inputs: WeightedInputs, logps: torch.Tensor, entropies: torch.Tensor | None) -> None:
         """A ← f·v·A, with v from the current log-probabilities, (B, T), and f from λ as it is now."""
         inputs.count_reads()
         if self._lambda_step is not None and torch.is_grad_enabled() and not logps.requires_grad:
@@ -266,9 +271,15 @@ class LambdaGRPOTrainer(GRPOTrainer):
             inputs.scale_advantages(factor[places])
         v = None
         if self.token_weight is not None:
-            lengths = batch.lengths.flatten()[places].unsqueeze(1)
-            entropies = None if entropies is None else entropies.detach()
-            rows = TokenRows(probabilities(logps), advantages, entropies, old_logps, mask, lengths, step)
+            rows = TokenRows(
+                probabilities(logps),
+                advantages,
+                entropies=None if entropies is None else entropies.detach(),
+                old_logps=old_logps,
+                mask=mask,
+                lengths=batch.lengths.flatten()[places].unsqueeze(1),
+                step=step,
+            )
             inside = self.args.token_weight_inside_clip
             v = weigh_tokens(self.token_weight, rows, zero=not inside)  # (B, T)
             if inside:
@@ -282,8 +293,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
             metrics.defer(partial(metrics.add_length_weights, f, batch, self._response_weights.depends_on_sign))
         if self.args.token_metrics:
             bounds = self.token_weight and self.token_weight.bounds
-            tokens = (batch, places, f, advantages, logps.detach(), mask, v, bounds)
-            metrics.defer(partial(metrics.add_tokens, *tokens), mask.numel())
+            tokens = (advantages, logps.detach(), mask, v, bounds)
+            metrics.defer(partial(metrics.add_tokens, batch, places, f, *tokens), mask.numel())
 
     # ---- 3. λ's parameter group and its step ----
 
@@ -304,7 +315,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._lambda_step.begin_training()
         return super().train(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._has_weighted = False
         if self._lambda_step is not None:
             self._lambda_step.before_micro_batch(self.optimizer, self.lr_scheduler)
@@ -355,7 +366,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._lambda_file.write(output_dir, self.state.global_step, home=self._lambda_home())
 
     def _lambda_home(self) -> str:
-        """The optimizer that λ is in."""
         step = self._lambda_step
         return "no optimizer" if step is None else step.settle(self.optimizer, self.lr_scheduler)
 

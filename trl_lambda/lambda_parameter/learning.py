@@ -12,7 +12,7 @@ gradient needs no reduction and is the same on every process to the last bit.
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,8 +134,6 @@ class Regression(Learning):
                 "λ with a lambda_side learns from one advantage per response, and the batch has one per token. Use "
                 "lambda_side='both' or lambda_learnable=False."
             )
-        self._sums *= _DECAY
-        self._count *= _DECAY
         lengths, advantages = batch.lengths.cpu().double(), batch.advantages.cpu().double()  # MPS has no float64
         statistics = {name: values.cpu().double() for name, values in batch.statistics.items()}
         rows = ResponseRows(lengths, lengths.sum(), statistics=statistics)
@@ -144,8 +142,8 @@ class Regression(Learning):
         a = (advantages - (advantages * signal).sum(dim=1, keepdim=True) / count.clamp(min=1)) * signal
         x = centred_features(self._features, rows) * signal.unsqueeze(-1)
         columns = torch.cat([x, a.unsqueeze(-1)], dim=-1).flatten(0, 1)
-        self._sums += columns.T @ columns
-        self._count += float((count - 1).clamp(min=0).sum())
+        self._sums = _DECAY * self._sums + columns.T @ columns
+        self._count = _DECAY * self._count + float((count - 1).clamp(min=0).sum())
 
     def slopes(self) -> torch.Tensor:
         """w, shrunk, (K,); zeros while no batch has had a signal."""
@@ -203,7 +201,7 @@ class Target(Learning):
             start, which is the mean over the first `START` generation batches.
         steps (`float`): optimizer steps per generation batch, n.
         side (`str`): the side of λ.
-        bounds (`tuple[float, float]`): of λ.
+        bounds (`Sequence[float]`): of λ, low and high.
         init (`float`): λ at step 0, and λ* where e = 0 then.
     """
 
@@ -216,7 +214,7 @@ class Target(Learning):
     # λ goes 1 - exp(-SPEED·lambda_learning_rate) of the way to λ* within a generation batch: 0.7 at the default 0.1.
     SPEED = 12.0
 
-    def __init__(self, target: float, steps: float, side: str, bounds: tuple[float, float], init: float = 0.0) -> None:
+    def __init__(self, target: float, steps: float, side: str, bounds: Sequence[float], init: float = 0.0) -> None:
         self._asked = target
         self._steps = steps
         self._sign = -1.0 if side == "negative" else 1.0

@@ -39,7 +39,7 @@ class LambdaParameter:
     Args:
         init (`float`): λ at step 0, of the first feature; 0 for the others.
         learning ([`Learning`]): where λ's gradient comes from.
-        bounds (`tuple[float, float]`, *optional*): λ is projected into them after each step.
+        bounds (`Sequence[float]`, *optional*): λ is projected into them after each step.
         device (`torch.device`): where the losses are computed.
         features (`Sequence[str]`): what λ weighs, one λ each.
     """
@@ -49,7 +49,7 @@ class LambdaParameter:
         init: float,
         learning: Learning,
         *,
-        bounds: tuple[float, float] | None,
+        bounds: Sequence[float] | None,
         device: torch.device,
         features: Sequence[str] = ("length",),
     ) -> None:
@@ -90,8 +90,13 @@ class LambdaParameter:
         if not self.learning.has_momentum:
             options |= {"betas": (0.0, 0.0), "momentum": 0.0, "nesterov": False}
         options = {name: value for name, value in options.items() if defaults.get(name)}
-        rate = self.learning.learning_rate(learning_rate)
-        return {"params": [self.tensor], "name": GROUP_NAME, "lr": rate, "weight_decay": 0.0, **options}
+        return {
+            "params": [self.tensor],
+            "name": GROUP_NAME,
+            "lr": self.learning.learning_rate(learning_rate),
+            "weight_decay": 0.0,
+            **options,
+        }
 
     def average_gradient(self, accelerator: Accelerator) -> None:
         """

@@ -36,11 +36,6 @@ METHODS = {
     "_load_best_model": (),
     "_push_from_checkpoint": ("checkpoint_folder",),
 }
-# Attributes that the trainer reads: TRL sets them in `__init__`.
-ATTRIBUTES = (
-    *("_metrics", "_logs", "_buffered_inputs", "num_generations", "num_generations_eval", "num_iterations"),
-    *("reward_weights", "loss_type", "importance_sampling_level", "epsilon_low", "epsilon_high"),
-)
 
 # TRL's `loss_type` names a surrogate and a reduction at once. These have a reduction that a weight per response turns
 # into any other one: a token mean, or (sapo) a mean of per-sequence means.

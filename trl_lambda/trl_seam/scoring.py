@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..generation_batch import GenerationBatch
@@ -25,7 +24,7 @@ FORWARD_KEYS = (
 _CALL = 2**32
 
 
-def own_tokens(inputs: Mapping[str, Any]) -> Tensor:
+def own_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Mask of the tokens that the policy itself wrote and that count in the loss, (B, T)."""
     mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")
     return mask if tool_mask is None else mask * tool_mask
@@ -42,15 +41,15 @@ class Scoring:
 
     def __init__(self, accelerator: Accelerator, statistics: Sequence[str]) -> None:
         self._accelerator = accelerator
-        self._statistics = tuple(statistics)
+        self._statistics = tuple(dict.fromkeys(statistics))
         self.calls = 0  # how often rows were scored
-        self._rewards: Tensor | None = None
+        self._rewards: torch.Tensor | None = None
         self.batches: dict[str, GenerationBatch] = {}  # the newest one of "train" and of "eval"
 
-    def record_rewards(self, rewards: Tensor, reward_weights: Tensor) -> None:
+    def record_rewards(self, rewards: torch.Tensor, reward_weights: torch.Tensor) -> None:
         """Keep the rewards of all processes' rows, (N,), from those of each reward function, (N, R)."""
-        weighted = (rewards * reward_weights.to(rewards.device)).nansum(dim=1)
-        self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        unknown = rewards.isnan().all(dim=1)
+        self._rewards = (rewards * reward_weights.to(rewards.device)).nansum(dim=1).masked_fill(unknown, torch.nan)
 
     def number_rows(self, output: dict[str, Any], row_count: int) -> None:
         """
@@ -145,7 +144,7 @@ class Scoring:
             dict(zip(self._statistics, others, strict=True)),
         )
 
-    def _columns(self, batch: Mapping[str, Any], per_row: bool) -> Tensor:
+    def _columns(self, batch: Mapping[str, Any], per_row: bool) -> torch.Tensor:
         """What is gathered of each row, (B, columns), float32 or the advantages' wider dtype: exact to 2^24 tokens."""
         dtype = torch.promote_types(torch.float32, batch["advantages"].dtype)
         own, logps = own_tokens(batch), batch.get("old_per_token_logps")
@@ -158,7 +157,7 @@ class Scoring:
                 columns.append(score_statistic(name, known.to(dtype), batch.get(ENTROPIES_KEY), own))
         return torch.stack([column.to(dtype) for column in columns], dim=1)
 
-    def places_of(self, inputs: Mapping[str, Any], mode: str) -> tuple[GenerationBatch, Tensor]:
+    def places_of(self, inputs: Mapping[str, Any], mode: str) -> tuple[GenerationBatch, torch.Tensor]:
         """
         The generation batch of a micro-batch, and its rows' places there, (B,).
 
@@ -184,7 +183,7 @@ class Scoring:
         return batch, places
 
 
-def _size_of_groups(numbers: Tensor, group_size: int) -> int:
+def _size_of_groups(numbers: torch.Tensor, group_size: int) -> int:
     """How many rows each group has, from all rows' numbers, ascending."""
     groups = numbers // _CALL * _CALL + numbers % _CALL // group_size
     sizes = torch.unique_consecutive(groups, return_counts=True)[1]

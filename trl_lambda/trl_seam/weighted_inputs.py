@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..generation_batch import GenerationBatch
 from ..weights import LengthWeight, ResponseRows, groups_with_signal, sequence_mean_weights, weigh_responses
@@ -20,7 +19,6 @@ class ResponseWeights:
     Args:
         member ([`LengthWeight`], *optional*): f; `None` for TRL's own reduction.
         lam (`Callable`): returns λ as the loss takes it, or `None`.
-        is_fixed (`bool`): whether λ never moves, so that f of a batch is computed once a step.
         scope (`str`): `"batch"` or `"prompt"`.
         positive_weight (`float`): c.
         drop_tied_groups (`bool`): whether groups of equal rewards leave the denominators.
@@ -31,9 +29,8 @@ class ResponseWeights:
     def __init__(
         self,
         member: LengthWeight | None,
-        lam: Callable[[], Tensor | None],
+        lam: Callable[[], torch.Tensor | None],
         *,
-        is_fixed: bool,
         scope: str,
         positive_weight: float,
         drop_tied_groups: bool,
@@ -46,30 +43,24 @@ class ResponseWeights:
         # With TRL's own reduction, the member that it amounts to.
         self._member = member or (DAPO() if self._is_token_mean else GRPO())
         self._lam = lam
-        self._is_fixed = is_fixed
         self._dim = (1,) if scope == "prompt" else (0, 1)
         self._positive_weight = positive_weight
         self._drops_tied = drop_tied_groups
-        self._last: tuple[GenerationBatch, int, Tensor] | None = None
 
     @property
     def depends_on_sign(self) -> bool:
         """Whether responses with A > 0 and with A < 0 are weighted differently."""
         return self._member.side != "both" or self._positive_weight != 1
 
-    def weights_of(self, batch: GenerationBatch, step: int) -> Tensor:
+    def weights_of(self, batch: GenerationBatch, step: int) -> torch.Tensor:
         """f, (P, G); with TRL's own reduction, the weight that it amounts to."""
-        if self._is_fixed and self._last is not None and self._last[0] is batch and self._last[1] == step:
-            return self._last[2]
         rows, dtype = self._rows(batch, step), torch.float32 if batch.advantages is None else batch.advantages.dtype
         live = groups_with_signal(rows.statistic("rewards")) if self._drops_tied else None
-        weights = weigh_responses(
+        return weigh_responses(
             self._member, rows, self._lam(), positive_weight=self._positive_weight, live=live, dtype=dtype
         )
-        self._last = (batch, step, weights)
-        return weights
 
-    def factor(self, weights: Tensor, batch: GenerationBatch, step: int) -> Tensor | None:
+    def factor(self, weights: torch.Tensor, batch: GenerationBatch, step: int) -> torch.Tensor | None:
         """Factor of f, (P, G), on top of the loss's own reduction, flat, (P·G,); `None` where it is that reduction."""
         rows = self._rows(batch, step)
         if self._replaces_reduction:
@@ -108,7 +99,7 @@ class WeightedInputs(dict[str, Any]):
         """An entry, or `None`, without counting as a reader."""
         return super().get(key)
 
-    def scale_advantages(self, weights: Tensor) -> None:
+    def scale_advantages(self, weights: torch.Tensor) -> None:
         """Multiply advantages of shape (B,) or (B, T) by weights of shape (B,) or (B, T)."""
         advantages = super().__getitem__("advantages")
         if weights.dim() > advantages.dim():
@@ -117,7 +108,7 @@ class WeightedInputs(dict[str, Any]):
             weights = weights.unsqueeze(1)
         super().__setitem__("advantages", advantages * weights)
 
-    def scale_ratio(self, logps: Tensor, weights: Tensor) -> None:
+    def scale_ratio(self, logps: torch.Tensor, weights: torch.Tensor) -> None:
         """Put weights (B, T) into the importance ratio by way of the old log-probabilities."""
         old = super().get("old_per_token_logps")
         old = logps.detach() if old is None else old
@@ -153,12 +144,12 @@ class WeightedInputs(dict[str, Any]):
             for name in ("compute_loss", "_compute_loss")
             if name in vars(cls) and not cls.__module__.startswith(("trl.", "transformers.", "trl_lambda."))
         ]
-        cause = "trl_lambda does not support this TRL or this combination of options."
-        if between:
-            cause = (
-                f"{' and '.join(between)} may pass on a copy of `inputs`, such as dict(inputs), which the weights do "
-                "not reach: pass on `inputs` itself, with its entries changed."
-            )
+        cause = (
+            f"{' and '.join(between)} may pass on a copy of `inputs`, such as dict(inputs), which the weights do "
+            "not reach: pass on `inputs` itself, with its entries changed."
+            if between
+            else "trl_lambda does not support this TRL or this combination of options."
+        )
         raise RuntimeError(
             f"TRL computed the loss without reading the weighted {entries}: the weights had no effect. {cause}"
         )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .rows import (
     FEATURES,
@@ -69,7 +68,7 @@ class LengthWeight(ABC):
         """Raise a `ValueError` if a parameter is out of its range for groups of `group_size` responses."""
 
     @abstractmethod
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor: ...
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class LambdaGRPO(LengthWeight):
                 f"1/√(G-1) = {1 / math.sqrt(max(group_size - 1, 1e-9)):g}, so that h = 1 + r·z stays positive."
             )
 
-    def __call__(self, rows: ResponseRows, lam: Any) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: Any) -> torch.Tensor:
         count = rows.has_tokens.sum(dim=1, keepdim=True).clamp(min=1)
         deviation = (rows.lengths - rows.lengths.sum(dim=1, keepdim=True) / count) * rows.has_tokens
         std = (deviation.square().sum(dim=1, keepdim=True) / count).sqrt()
@@ -145,7 +144,7 @@ class Power(LengthWeight):
                 "the weight is a power of the length alone."
             )
 
-    def __call__(self, rows: ResponseRows, lam: Any) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: Any) -> torch.Tensor:
         tokens = rows.total(rows.lengths)
         if self.side == "both":
             count = rows.total(rows.has_tokens).clamp(min=1)
@@ -174,7 +173,7 @@ class Balanced(LengthWeight):
     formula = "Balanced Aggregation: mean length of the group / mean length of the same sign of A"
     source = "arXiv 2605.04077"
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         sign = sides(rows.advantages, rows.has_tokens, "signed")
         mean, weights = group_mean(rows.lengths, sign != 0), torch.ones_like(rows.lengths)
         for of_sign in (sign > 0, sign < 0):
@@ -191,7 +190,7 @@ class GRPO(LengthWeight):
     source = "arXiv 2402.03300"
     has_scope = False
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         return rows.mean_length / one_where_zero(rows.lengths)
 
 
@@ -203,7 +202,7 @@ class DAPO(LengthWeight):
     formula = "DAPO: token mean"
     source = "arXiv 2503.14476"
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         return torch.ones_like(rows.lengths)
 
 
@@ -222,7 +221,7 @@ class DrGRPO(LengthWeight):
         if not (self.max_completion_length or 0) > 0:
             raise ValueError(f"length_weight='dr_grpo' needs max_completion_length, got {self.max_completion_length}.")
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         return (rows.mean_length / self.max_completion_length).expand_as(rows.lengths)
 
 
@@ -265,7 +264,7 @@ class TokenWeight(ABC):
         """Raise a `ValueError` if a parameter is out of its range."""
 
     @abstractmethod
-    def __call__(self, rows: TokenRows) -> Tensor: ...
+    def __call__(self, rows: TokenRows) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -291,7 +290,7 @@ class TRGRPO(TokenWeight):
         if not (is_positive and 0 <= self.center <= 1 and 0 < self.min <= self.max < math.inf):
             raise ValueError(f"{self} needs finite alpha, slope > 0, center in [0, 1] and 0 < min <= max.")
 
-    def __call__(self, rows: TokenRows) -> Tensor:
+    def __call__(self, rows: TokenRows) -> torch.Tensor:
         return (self.alpha * torch.sigmoid(self.slope * (rows.probs - self.center))).clamp(min=self.min, max=self.max)
 
 
@@ -309,7 +308,7 @@ class AR(TokenWeight):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"{self} needs alpha in [0, 1].")
 
-    def __call__(self, rows: TokenRows) -> Tensor:
+    def __call__(self, rows: TokenRows) -> torch.Tensor:
         return strictly_positive(self.alpha * rows.probs + (1 - self.alpha), rows.probs.dtype)
 
 
