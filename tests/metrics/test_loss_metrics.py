@@ -13,8 +13,7 @@ from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.generation_batch import GenerationBatch
-from trl_lambda.metrics.diagnostics import quartile_shares
-from trl_lambda.metrics.loss_metrics import BATCHES, DeadRunWarning, LossMetrics, lambda_metrics
+from trl_lambda.metrics.loss_metrics import BATCHES, DeadRunWarning, LossMetrics, lambda_metrics, quartile_shares
 
 double = torch.float64
 
