@@ -250,11 +250,15 @@ class LambdaGRPOConfig(GRPOConfig):
         return f, v
 
     def _named_weights(self) -> tuple[LengthWeight | None, TokenWeight | None]:
-        longest = self.max_completion_length
-        own = {"side": self.side, "features": tuple(self.lambda_features), "max_completion_length": longest}
-        f = weight_from_name(self.length_weight, self.length_weight_kwargs, own, LENGTH_WEIGHTS, "length_weight")
-        v = weight_from_name(self.token_weight, self.token_weight_kwargs, {}, TOKEN_WEIGHTS, "token_weight")
-        return f, v
+        own = {
+            "side": self.side,
+            "features": tuple(self.lambda_features),
+            "max_completion_length": self.max_completion_length,
+        }
+        return (
+            weight_from_name(self.length_weight, self.length_weight_kwargs, own, LENGTH_WEIGHTS, "length_weight"),
+            weight_from_name(self.token_weight, self.token_weight_kwargs, {}, TOKEN_WEIGHTS, "token_weight"),
+        )
 
     def _check_values(self) -> None:
         for name in (*_NUMBERS, *(() if self.length_target is None else ("length_target",))):

@@ -129,12 +129,13 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._dead_run = DeadRunWarning()
 
     def _make_lambda(self, args: LambdaGRPOConfig, f: LengthWeight) -> LambdaParameter:
-        bounds = args.lambda_bounds if args.length_target is None else args.lambda_bounds or TARGET_BOUNDS
+        bounds: Any = args.lambda_bounds
         if not args.lambda_learnable:
             learning = Fixed()
         elif args.length_target is not None:
             steps = (args.steps_per_generation or 1) * self.num_iterations / args.gradient_accumulation_steps
-            learning = Target(args.length_target, steps, f.side, bounds or TARGET_BOUNDS, args.lambda_init)
+            bounds = bounds or TARGET_BOUNDS
+            learning = Target(args.length_target, steps, f.side, bounds, args.lambda_init)
         elif f.side == "both":
             learning = Descent(args.loss_type)
         else:
@@ -145,11 +146,14 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed run must share."""
-        names = (
-            *("length_weight", "length_weight_kwargs", "length_weight_scope", "drop_tied_groups", "positive_weight"),
-            *("lambda_features", "token_weight", "token_weight_kwargs", "token_weight_inside_clip"),
-        )
-        settings = {name: getattr(self.args, name) for name in names}
+        settings = {
+            name: getattr(self.args, name)
+            for name in (
+                *("length_weight", "length_weight_kwargs", "length_weight_scope", "drop_tied_groups"),
+                *("positive_weight", "lambda_features"),
+                *("token_weight", "token_weight_kwargs", "token_weight_inside_clip"),
+            )
+        }
         learning = None if self._lambda is None else self._lambda.learning.name
         fixed = {"lambda_init": self.args.lambda_init} if learning == "fixed" else {}
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "no sharding"
@@ -292,8 +296,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if factor is not None:
             metrics.defer(partial(metrics.add_length_weights, f, batch, self._response_weights.depends_on_sign))
         if self.args.token_metrics:
-            bounds = self.token_weight and self.token_weight.bounds
-            tokens = (advantages, logps.detach(), mask, v, bounds)
+            tokens = (advantages, logps.detach(), mask, v, self.token_weight and self.token_weight.bounds)
             metrics.defer(partial(metrics.add_tokens, batch, places, f, *tokens), mask.numel())
 
     # ---- 3. λ's parameter group and its step ----

@@ -44,8 +44,10 @@ def paper_of(length_weight: LengthWeight | None, token_weight: TokenWeight | Non
     papers = [PAPERS[weight.source] for weight in (length_weight, token_weight) if weight and weight.source in PAPERS]
     if not papers:
         return None
-    citation = "\n".join(paper["citation"] for paper in papers)
-    return papers[0] | {"name": " and ".join(paper["name"] for paper in papers), "citation": citation}
+    return papers[0] | {
+        "name": " and ".join(paper["name"] for paper in papers),
+        "citation": "\n".join(paper["citation"] for paper in papers),
+    }
 
 
 def card_tags(trainer: Any, tags: str | list[str] | None) -> list[str]:

@@ -135,8 +135,11 @@ class Regression(Learning):
                 "lambda_side='both' or lambda_learnable=False."
             )
         lengths, advantages = batch.lengths.cpu().double(), batch.advantages.cpu().double()  # MPS has no float64
-        statistics = {name: values.cpu().double() for name, values in batch.statistics.items()}
-        rows = ResponseRows(lengths, lengths.sum(), statistics=statistics)
+        rows = ResponseRows(
+            lengths,
+            lengths.sum(),
+            statistics={name: values.cpu().double() for name, values in batch.statistics.items()},
+        )
         signal = advantages_differ(advantages, rows.has_tokens) & rows.has_tokens
         count = signal.sum(dim=1, keepdim=True)
         a = (advantages - (advantages * signal).sum(dim=1, keepdim=True) / count.clamp(min=1)) * signal

@@ -19,7 +19,6 @@ from .learning import Learning
 
 Folder = str | os.PathLike[str]
 
-GROUP_NAME = "lambda"
 # `eps` of λ's group in Adam-like optimizers. Far above the gradient, it makes the step proportional to the gradient
 # (momentum SGD, the paper's setting). With Adam's own 1e-8 λ walks by its learning rate whatever the gradient.
 ADAM_EPS = 1.0
@@ -92,7 +91,7 @@ class LambdaParameter:
         options = {name: value for name, value in options.items() if defaults.get(name)}
         return {
             "params": [self.tensor],
-            "name": GROUP_NAME,
+            "name": "lambda",
             "lr": self.learning.learning_rate(learning_rate),
             "weight_decay": 0.0,
             **options,
@@ -166,7 +165,11 @@ class LambdaStep:
         self._parameter = parameter
         self._learning_rate = learning_rate
         self._accelerator = accelerator
-        self._options = {"betas": betas, "fused": OptimizerNames(optim) == OptimizerNames.ADAMW_TORCH_FUSED}
+        self._options = {
+            "eps": 1e-8,
+            "betas": betas,
+            "fused": OptimizerNames(optim) == OptimizerNames.ADAMW_TORCH_FUSED,
+        }
         self._has_no_place = is_sharded or any(name in OptimizerNames(optim).value for name in _OWNING_OPTIMIZERS)
         self._own: torch.optim.Optimizer | None = None
         self._is_new_window = True
@@ -201,8 +204,8 @@ class LambdaStep:
         if not is_in_trainers and self._own is None:
             if self._accelerator.mixed_precision == "fp16":
                 raise ValueError("fp16=True leaves λ's gradient scaled in an optimizer of its own: use bf16=True.")
-            defaults = {"eps": 1e-8, **self._options}
-            self._own = torch.optim.AdamW([self._parameter.group(self._learning_rate, defaults)], **self._options)
+            group = self._parameter.group(self._learning_rate, self._options)
+            self._own = torch.optim.AdamW([group], **self._options)
         if isinstance(scheduler, LambdaLR):
             self._schedule_factor = float(scheduler.lr_lambdas[0](scheduler.last_epoch))
         elif not (is_in_trainers and isinstance(scheduler, ReduceLROnPlateau)):

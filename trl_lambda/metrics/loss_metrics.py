@@ -203,8 +203,8 @@ def _length_shares(masses: list[float]) -> dict[str, float]:
 
 def _probability_shares(histogram: list[float]) -> dict[str, float]:
     """From count and mass in each bin, the most probable first; the quarters begin with the least."""
-    shares = quartile_shares(histogram[-2::-2], histogram[-1::-2])
-    return {f"share/probability_q{q}": share for q, share in enumerate(shares, start=1)}
+    counts, masses = histogram[-2::-2], histogram[-1::-2]
+    return {f"share/probability_q{q}": share for q, share in enumerate(quartile_shares(counts, masses), start=1)}
 
 
 # ---- What the weighted loss does, as pure functions on tensors ----
@@ -278,8 +278,8 @@ def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> to
     lengths, advantages = lengths.float() * present, advantages.float() * present
     a, n = (values - group_mean(values, present) * present for values in (advantages, lengths))
     positive, negative = advantages > 0, advantages < 0
-    sums = [a * n, a.square(), n.square(), lengths * positive, positive, lengths * negative, negative]
-    return torch.stack([values.float().sum() for values in sums])
+    by_sign = (lengths * positive, positive, lengths * negative, negative)
+    return torch.stack([values.float().sum() for values in (a * n, a.square(), n.square(), *by_sign)])
 
 
 def mass_sums(weights: torch.Tensor, lengths: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

@@ -125,9 +125,9 @@ class Scoring:
                 "builds it anew. Return the dictionary that super() returned, with its entries changed."
             )
         per_row = all(batch["advantages"].dim() == 1 for batch in micro_batches)
-        local = torch.cat([self._columns(batch, per_row) for batch in micro_batches])
         numbers = torch.cat([batch[NUMBER_KEY] for batch in micro_batches])
-        gathered: Any = self._accelerator.gather(local)
+        columns = [self._columns(batch, per_row) for batch in micro_batches]
+        gathered: Any = self._accelerator.gather(torch.cat(columns))
         if in_order:
             start = (self.calls - 1) * _CALL
             numbers = torch.arange(start, start + gathered.size(0), device=gathered.device)
@@ -147,14 +147,14 @@ class Scoring:
     def _columns(self, batch: Mapping[str, Any], per_row: bool) -> torch.Tensor:
         """What is gathered of each row, (B, columns), float32 or the advantages' wider dtype: exact to 2^24 tokens."""
         dtype = torch.promote_types(torch.float32, batch["advantages"].dtype)
-        own, logps = own_tokens(batch), batch.get("old_per_token_logps")
+        own, entropies = own_tokens(batch), batch.get(ENTROPIES_KEY)
+        has_logps = batch.get("old_per_token_logps") is not None
+        logps: Any = batch.get("old_per_token_logps" if has_logps else LOGPS_KEY)
         columns = [own.sum(dim=1), *([batch["advantages"]] if per_row else [])]
-        for name in self._statistics:
-            if name == "rewards":
-                columns.append(batch[REWARDS_KEY])
-            else:
-                known = batch[LOGPS_KEY] if logps is None else logps
-                columns.append(score_statistic(name, known.to(dtype), batch.get(ENTROPIES_KEY), own))
+        columns += [
+            batch[REWARDS_KEY] if name == "rewards" else score_statistic(name, logps.to(dtype), entropies, own)
+            for name in self._statistics
+        ]
         return torch.stack([column.to(dtype) for column in columns], dim=1)
 
     def places_of(self, inputs: Mapping[str, Any], mode: str) -> tuple[GenerationBatch, torch.Tensor]:

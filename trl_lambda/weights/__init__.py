@@ -132,9 +132,13 @@ def length_weights(
             raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}.")
     if not 0 < positive_weight < float("inf"):
         raise ValueError(f"positive_weight={positive_weight} must be finite and > 0.")
-    options = {"side": side, "max_completion_length": max_completion_length}
-    scale = {"length_scale": length_scale} if length_weight == "lambda_grpo" else None
-    member: LengthWeight = weight_from_name(length_weight, scale, options, LENGTH_WEIGHTS, "length_weight")
+    member: LengthWeight = weight_from_name(
+        length_weight,
+        {"length_scale": length_scale} if length_weight == "lambda_grpo" else None,
+        {"side": side, "max_completion_length": max_completion_length},
+        LENGTH_WEIGHTS,
+        "length_weight",
+    )
     member.check(lengths.size(1))
     named: dict[str, torch.Tensor] = {}
     if features is not None:

@@ -124,10 +124,10 @@ def sides(advantages: torch.Tensor | None, has_tokens: torch.Tensor, side: str) 
             "none, or one per token. Use lambda_side='both', positive_weight=1 and a length_weight without a sign."
         )
     magnitude = advantages.abs() * has_tokens
-    largest = magnitude.amax(dim=1, keepdim=True)
     is_signal = advantages_differ(advantages, has_tokens) | (magnitude > _FAINT * magnitude.amax())
     # A reward that is its group's mean leaves rounding around 0: a sign by chance.
-    sign = advantages.sign() * (has_tokens & (magnitude > _ROUNDING * largest) & is_signal)
+    known = is_signal & (magnitude > _ROUNDING * magnitude.amax(dim=1, keepdim=True))
+    sign = advantages.sign() * (has_tokens & known)
     return {"signed": sign, "positive": (sign > 0).to(sign.dtype), "negative": (sign < 0).to(sign.dtype)}[side]
 
 

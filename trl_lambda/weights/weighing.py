@@ -29,7 +29,6 @@ from .rows import (
 
 STATISTICS = (*SCORED_STATISTICS, "rewards")
 LENGTH_ARGUMENTS = ("lengths", "advantages", "lam", *STATISTICS, "step")
-TOKEN_ARGUMENTS = tuple(f.name for f in fields(TokenRows))
 # Equal rewards that were added up in another order differ by less than this part of the largest.
 _EQUAL_REWARDS = 1e-6
 
@@ -144,8 +143,10 @@ class OwnLengthWeight(LengthWeight):
         weights = []
         for part in prompts:
             # Copies: a function that writes into an argument changes nothing else.
-            given: dict[str, Any] = {name: known[name][part].clone() for name in self.arguments if name in known}
-            given |= {"lam": lam if lam is None else lam.reshape(()), "step": rows.step}
+            given = {name: known[name][part].clone() for name in self.arguments if name in known} | {
+                "lam": lam if lam is None else lam.reshape(()),
+                "step": rows.step,
+            }
             made = self.function(**{name: given[name] for name in self.arguments})
             weights.append(check_weights(self.name, made, rows.lengths[part].shape, rows.has_tokens[part]))
         if lam is not None and lam.requires_grad and torch.is_grad_enabled() and not weights[0].requires_grad:
@@ -161,7 +162,7 @@ class OwnTokenWeight(TokenWeight):
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
         self.function = function
-        self.arguments = _named_arguments(function, TOKEN_ARGUMENTS)
+        self.arguments = _named_arguments(function, tuple(f.name for f in fields(TokenRows)))
         self.name = self.formula = _name_of(function)
 
     def __call__(self, rows: TokenRows) -> torch.Tensor:
@@ -233,8 +234,9 @@ def import_path(path: str, option: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # importing a user's module may raise anything
-        text = " ".join(str(error).split())
-        raise ValueError(f"{option}={path!r} cannot be imported ({type(error).__name__}: {text}).") from error
+        raise ValueError(
+            f"{option}={path!r} cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})."
+        ) from error
 
 
 def check_weights(
