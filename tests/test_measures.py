@@ -20,7 +20,7 @@ ROOMS = (
 # Bounds that hold. The aims of the third house: 1,650 statements without report and scripts, 10,000 lines of tests.
 MOST = {
     "statements": 2400,
-    "statements without report and scripts": 1860,
+    "statements without report and scripts": 1700,
     "lines": 4500,
     "added fields": 17,
     "raise statements": 100,

@@ -8,7 +8,7 @@ from .lambda_parameter import LAMBDA_FILE
 from .weights import LengthWeight, TokenWeight
 
 PAPERS = {
-    "2510.06870": {
+    "arXiv 2510.06870": {
         "id": "2510.06870",
         "name": "λ-GRPO",
         "title": "λ-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences",
@@ -20,7 +20,7 @@ PAPERS = {
     eprint       = {arXiv:2510.06870},
 }""",
     },
-    "2511.00066": {
+    "arXiv 2511.00066": {
         "id": "2511.00066",
         "name": "TR-GRPO",
         "title": "Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large "
@@ -37,16 +37,17 @@ Language Models}},
 }
 PICTURES = ("report.png", "run.png")  # of `trl-lambda report`, and of `plot: true`
 _OPTIONS = ("positive_weight", "drop_tied_groups", "length_target", "lambda_bounds", "token_weight_inside_clip")
-_FOLLOWS = "### Framework versions"  # the part of TRL's template that the settings precede
 
 
 def paper_of(length_weight: LengthWeight | None, token_weight: TokenWeight | None) -> dict[str, str] | None:
     """Return the paper of the weights that are on, λ-GRPO's with both citations if both are, as TRL's `_paper`."""
-    papers = [PAPERS[weight.arxiv] for weight in (length_weight, token_weight) if weight and weight.arxiv in PAPERS]
+    papers = [PAPERS[weight.source] for weight in (length_weight, token_weight) if weight and weight.source in PAPERS]
     if not papers:
         return None
-    citation = "\n".join(paper["citation"] for paper in papers)
-    return papers[0] | {"name": " and ".join(paper["name"] for paper in papers), "citation": citation}
+    return papers[0] | {
+        "name": " and ".join(paper["name"] for paper in papers),
+        "citation": "\n".join(paper["citation"] for paper in papers),
+    }
 
 
 def card_tags(trainer: Any, tags: str | list[str] | None) -> list[str]:
@@ -59,7 +60,8 @@ def card_tags(trainer: Any, tags: str | list[str] | None) -> list[str]:
 def complete_card(trainer: Any) -> None:
     """Add picture, loading code and settings to the card that TRL has written into `output_dir`."""
     path = Path(str(trainer.args.output_dir)) / "README.md"
-    before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition(_FOLLOWS)
+    # The settings precede this part of TRL's template.
+    before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition("### Framework versions")
     pictures = [
         f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (path.parent / name).is_file()
     ]
@@ -110,8 +112,8 @@ def _settings(trainer: Any) -> str:
     """Return the settings of the weights that had an effect, as a table."""
     args, f, v = trainer.args, trainer.length_weight, trainer.token_weight
     changed = [field.name for field in fields(args) if getattr(args, field.name) != field.default]
-    rows = [("length weight f (`length_weight`)", f.formula or f.name if f else f"TRL's own, of {args.loss_type!r}")]
-    rows += _parameters(f)
+    kind = f.formula or f.name if f else f"TRL's own, of {args.loss_type!r}"
+    rows = [("length weight f (`length_weight`)", kind), *_parameters(f)]
     if f is not None and f.has_scope:
         rows.append(("scope of the token mean (`length_weight_scope`)", args.length_weight_scope))
     if trainer.lambda_value is not None:
@@ -123,9 +125,10 @@ def _settings(trainer: Any) -> str:
             rows.append(("how λ learns", f"{trainer.lambda_learning.name}, at rate {args.lambda_learning_rate:g}"))
     rows += [(f"`{name}`", getattr(args, name)) for name in _OPTIONS if name in changed]
     rows += [("token weight v (`token_weight`)", v.formula or v.name if v else "none"), *_parameters(v)]
-    rows.append(("surrogate (`loss_type`)", args.loss_type))
+    rows += [("surrogate (`loss_type`)", args.loss_type)]
     table = "\n".join("| {} | {} |".format(*(str(cell).replace("|", "\\|") for cell in row)) for row in rows)
-    sources = [f"[{w.source}](https://arxiv.org/abs/{w.arxiv})" if w.arxiv else w.source for w in (f, v) if w]
+    links = [(w.source, w.source.replace("arXiv ", "https://arxiv.org/abs/")) for w in (f, v) if w]
+    sources = [source if source == link else f"[{source}]({link})" for source, link in links]
     return (
         "### How the tokens were weighted\n\nTrained with `trl_lambda`, an independent implementation of the papers. "
         f"Source of the weights: {', '.join(sources) or 'TRL'}.\n\n"

@@ -132,7 +132,7 @@ class Loop:
             self.parameter.clip_gradient()
             self.torch.step()
             self.parameter.finish_step()
-            self.path.append(self.parameter.value)
+            self.path.append(self.parameter.values[0])
 
     def run(self, k, batches, *, start=0.7, drift=0.0, noise=0.0, delay=0) -> list[float]:
         """ln(L/target) of each generation batch where ln L moves by k·λ + drift per optimizer step."""

@@ -29,7 +29,7 @@ def make(init=0.5, learning=None, bounds=None, features=("length",)) -> LambdaPa
 
 def test_the_clip_keeps_direction_and_bound_and_the_log_the_gradient_before_it():
     parameter = make(features=("length", "min_logp", "mean_logp"))
-    assert parameter.values == [0.5, 0.0, 0.0] and parameter.value == 0.5
+    assert parameter.values == [0.5, 0.0, 0.0] and parameter.values[0] == 0.5
     parameter.tensor.grad = torch.tensor([3.0, 0.0, -4.0])
     parameter.clip_gradient()
     assert parameter.tensor.grad.tolist() == pytest.approx([0.6, 0.0, -0.8]) and parameter.grads == [5.0]
@@ -50,7 +50,7 @@ def test_a_gradient_that_is_not_finite_is_dropped_and_counted(gradient):
         parameter.clip_gradient()
         optimizer.step()
         parameter.finish_step()
-        assert parameter.value == pytest.approx(lam) and parameter.tensor.grad is None
+        assert parameter.values[0] == pytest.approx(lam) and parameter.tensor.grad is None
     assert parameter.skipped == 1
 
 
@@ -59,10 +59,10 @@ def test_bounds_hold_after_each_step_and_after_a_load():
     with torch.no_grad():
         parameter.tensor.fill_(3.0)
     parameter.finish_step()
-    assert parameter.value == 1.0
+    assert parameter.values[0] == 1.0
     tensor = parameter.tensor
     parameter.load([-7.0], 4)
-    assert parameter.tensor is tensor and parameter.value == -1.0 and parameter.skipped == 4
+    assert parameter.tensor is tensor and parameter.values[0] == -1.0 and parameter.skipped == 4
 
 
 def test_average_gradient_joins_without_one_and_leaves_other_learning_alone():
@@ -80,7 +80,7 @@ def test_fp16_scaling_is_taken_out_and_overflow_skips():
     optimizer.add_param_group(parameter.group(0.1, optimizer.defaults))
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for overflow in (False, True):
-        before = parameter.value
+        before = parameter.values[0]
         loss = (weight * 3 + parameter.tensor * 0.5).sum() * (math.inf if overflow else 1.0)
         scaler.scale(loss).backward()
         parameter.average_gradient(Accelerator(cpu=True))
@@ -90,7 +90,7 @@ def test_fp16_scaling_is_taken_out_and_overflow_skips():
         scaler.update()
         parameter.finish_step()
         optimizer.zero_grad()
-        assert parameter.value == pytest.approx(before if overflow else before - 0.05)
+        assert parameter.values[0] == pytest.approx(before if overflow else before - 0.05)
     assert parameter.skipped == 1 and weight.item() == pytest.approx(0.7)
 
 
@@ -142,7 +142,7 @@ def test_the_file_holds_lambda_and_how_it_learns(kind, tmp_path):
     (tmp_path / "trainer_state.json").write_text("{}")
     LambdaFile(parameter, {"side": "both"}, is_needed=True).write(tmp_path, 7, home="an AdamW of its own")
     saved = read_lambda_file(tmp_path)
-    assert saved["lambda"] == parameter.value and saved["lambdas"] == parameter.values
+    assert saved["lambda"] == parameter.values[0] and saved["lambdas"] == parameter.values
     assert (saved["skipped"], saved["learnable"], saved["global_step"]) == (2, True, 7)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("lambda")] == [LAMBDA_FILE]
     other = learned(kind)
@@ -201,6 +201,12 @@ def test_what_cannot_be_resumed_is_refused_with_a_remedy(tmp_path):
         (tmp_path / LAMBDA_FILE).write_text(damage)
         with pytest.raises(ValueError, match=rf"lambda.json cannot be read .*: it is damaged, or .* {REMEDY}"):
             file.check(tmp_path)
+
+
+@pytest.mark.parametrize("value", [object(), math.nan], ids=["object", "nan"])
+def test_parameters_that_json_cannot_hold_are_refused_before_training(value):
+    with pytest.raises(ValueError, match=r"length_weight_kwargs and token_weight_kwargs must hold JSON values \("):
+        LambdaFile(None, {"length_weight_kwargs": {"table": value}}, is_needed=True)
 
 
 def test_a_file_is_beside_every_saved_model(tmp_path):

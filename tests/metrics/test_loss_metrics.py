@@ -13,9 +13,7 @@ from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.generation_batch import GenerationBatch
-from trl_lambda.metrics.dead_run import BATCHES, DeadRunWarning
-from trl_lambda.metrics.diagnostics import quartile_shares
-from trl_lambda.metrics.loss_metrics import LossMetrics, lambda_metrics
+from trl_lambda.metrics.loss_metrics import BATCHES, DeadRunWarning, LossMetrics, lambda_metrics, quartile_shares
 
 double = torch.float64
 
@@ -57,9 +55,8 @@ class Loops:
             right = sum(a > 0 for _, a, _ in rows) / max(len(rows), 1)
             kind = "hard" if right <= 1 / 3 else "middle" if right <= 2 / 3 else "easy"
             for n, a, w in rows:
-                if a:
+                if a and has_signal(of_group, group):  # rounding in a tied group has no sign
                     self.signs[1 if a > 0 else -1].append(w)
-                if a and has_signal(of_group, group):
                     self.masses.append(("positive" if a > 0 else "negative", kind, abs(a) * w * n / tokens))
 
     def token(self, quartile, logp, mass, v):

@@ -17,7 +17,7 @@ from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.markdown import replace_tables
 from recipes.studies.shared.workers import KEY
 from trl_lambda.weights import ResponseRows, weigh_responses
-from trl_lambda.weights.length_weight import Power
+from trl_lambda.weights.members import Power
 
 SEEDS = range(400, 412)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "tests" / "MUTATIONS.md"
-TRAINER, SCORING, STEP = "lambda_grpo_trainer.py", "trl_seam/scoring.py", "lambda_parameter/step.py"
+TRAINER, SCORING = "lambda_grpo_trainer.py", "trl_seam/scoring.py"
 PARAMETER, FILE = "lambda_parameter/parameter.py", "lambda_parameter/lambda_file.py"
 SUBCLASSES, TOOLS = "trl_seam/test_subclasses.py", "trl_seam/test_tools_exact.py"
 LAMBDA_STEP, RESUME = "trainer/test_lambda_step.py", "trainer/test_resume.py"
@@ -30,18 +30,18 @@ MUTANTS = (
     (SCORING, "not bool((sizes == sizes[0]).all())", "False", SUBCLASSES),
     (SCORING, "gathered, group_size = gathered[order], _size", "gathered, group_size = gathered, _size", SUBCLASSES),
     (SCORING, 'micro_batches[0]["num_items_in_batch"].double()', "lengths.double().sum()", SUBCLASSES),
-    ("trl_seam/response_weights.py", '(reduction or own) == "token_mean"', 'own == "token_mean"', SUBCLASSES),
-    ("trl_seam/weighted_inputs.py", 'self._pending: set[str] = {"advantages"}', "self._pending = set()", SUBCLASSES),
-    ("trl_seam/refusals.py", "if others and declared is None:", "if False:", SUBCLASSES),
+    ("trl_seam/weighted_inputs.py", '(reduction or own) == "token_mean"', 'own == "token_mean"', SUBCLASSES),
+    ("trl_seam/weighted_inputs.py", 'self._pending.add("advantages")', "pass", SUBCLASSES),
+    ("trl_seam/contract.py", "if others and declared is None:", "if False:", SUBCLASSES),
     (TRAINER, "= self.num_generations if", "= self.args.num_generations if", SUBCLASSES),
     (TRAINER, "weighted.check_consumed(type(self))", "pass", SUBCLASSES),
     (TRAINER, "self._lambda_step.begin_training()", "pass", LAMBDA_STEP),
     (TRAINER, "torch.is_grad_enabled() and not logps.requires_grad:", "False:", LAMBDA_STEP),
     (TRAINER, "self._lambda_file.load(str(self.state.best_model_checkpoint))", "pass", RESUME),
-    (STEP, "self._parameter.tensor.grad = None", "pass", LAMBDA_STEP),
-    (STEP, "optimizer.register_step_post_hook(lambda *_: self._after_step())", "pass", LAMBDA_STEP),
-    (STEP, 'isinstance(optimizer.defaults.get("eps"), float)', "True", LAMBDA_STEP),
-    (STEP, "self._schedule_factor * rate", "rate", LAMBDA_STEP),
+    (PARAMETER, "self._parameter.tensor.grad = None", "pass", LAMBDA_STEP),
+    (PARAMETER, "optimizer.register_step_post_hook(lambda *_: self._after_step())", "pass", LAMBDA_STEP),
+    (PARAMETER, 'isinstance(optimizer.defaults.get("eps"), float)', "True", LAMBDA_STEP),
+    (PARAMETER, "self._schedule_factor * rate", "rate", LAMBDA_STEP),
     (PARAMETER, 'reduction="mean"', 'reduction="sum"', TOOLS),
     (PARAMETER, "if not math.isfinite(norm):", "if False:", LAMBDA_STEP),
     (PARAMETER, '{"eps": ADAM_EPS}', "{}", LAMBDA_STEP),

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
-from trl_lambda.weights.own_functions import import_path
+from trl_lambda.weights.weighing import import_path
 
 CLASSES = {
     "lambda": (LambdaGRPOTrainer, LambdaGRPOConfig),

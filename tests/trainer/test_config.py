@@ -176,7 +176,7 @@ NO_EFFECT = [
     *((POWER | FIXED, name, value) for name, value in (
         ("lambda_bounds", [-1, 1]), ("lambda_learning_rate", 0.2), ("length_target", 9.0), ("lambda_gain", 1.0))),
     *(({}, name, value) for name, value in (
-        ("token_weight_kwargs", {"alpha": 0.5}), ("token_weight_inside_clip", True), ("lambda_gain", 1.0))),
+        ("token_weight_kwargs", {"alpha": 0.5}), ("lambda_gain", 1.0))),
     (TARGET, "lambda_gain", 1.0),
     ({"lambda_side": "signed"}, "lambda_features", ["length", "mean_logp"]),
     ({"length_weight": f"{__name__}.steep"}, "lambda_side", "signed"),
@@ -189,6 +189,13 @@ def test_an_option_without_effect_is_refused(options, name, value):
     message = re.escape(f"{name}={value!r} has no effect") + ".*" + re.escape(f"leave it at {DEFAULTS[name]!r}.")
     with pytest.raises(ValueError, match=message):
         LambdaGRPOConfig(**BASE, **options, **{name: value})
+
+
+def test_inside_the_clip_is_judged_with_the_trainers_own_weight():
+    config = LambdaGRPOConfig(**BASE, token_weight_inside_clip=True)
+    assert config.make_weights(token_weight=by_surprise)[1].function is by_surprise
+    with pytest.raises(ValueError, match="token_weight_inside_clip=True has no effect with token_weight=None: leave"):
+        config.make_weights()
 
 
 REFUSALS = [

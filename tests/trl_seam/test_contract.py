@@ -11,6 +11,17 @@ from trl import GRPOTrainer
 
 from trl_lambda.trl_seam import contract
 
+LOGPS_METHOD = "_get_per_token_logps_and_entropies"
+# Entries of `inputs` that `_compute_loss` must read after it has called LOGPS_METHOD.
+READ_AFTER_LOGPS = ("advantages", "old_per_token_logps")
+# Attributes that the trainer reads: TRL sets them in `__init__`.
+ATTRIBUTES = (
+    *("_metrics", "_logs", "_buffered_inputs", "num_generations", "num_generations_eval", "num_iterations"),
+    *("reward_weights", "loss_type", "importance_sampling_level", "epsilon_low", "epsilon_high"),
+)
+# Entries of the scored batch that the trainer reads.
+SCORED_KEYS = ("completion_mask", "advantages", "tool_mask", "num_items_in_batch")
+
 
 def parse(function) -> list[ast.AST]:
     return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))))
@@ -31,10 +42,10 @@ def lines_of_reads(nodes, key: str) -> list[int]:
 def order_violations(compute_loss) -> list[str]:
     """What of the order log-probabilities, then weighted entries is not so in a loss."""
     nodes = parse(compute_loss)
-    calls = lines_of_calls(nodes, contract.LOGPS_METHOD)
+    calls = lines_of_calls(nodes, LOGPS_METHOD)
     if len(calls) != 1:
         return [f"{len(calls)} calls"]
-    found = {key: lines_of_reads(nodes, key) for key in contract.READ_AFTER_LOGPS}
+    found = {key: lines_of_reads(nodes, key) for key in READ_AFTER_LOGPS}
     return [
         f"{key} is {'not read' if not lines else 'read too early'}"
         for key, lines in found.items()
@@ -49,9 +60,9 @@ def test_installed_trl_keeps_the_contract():
         contract.check_contract()
     assert order_violations(GRPOTrainer._compute_loss) == []
     stored = [n for n in parse(GRPOTrainer.__init__) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
-    assert set(contract.ATTRIBUTES) <= {node.attr for node in stored}
+    assert set(ATTRIBUTES) <= {node.attr for node in stored}
     scored = [n.value for n in parse(GRPOTrainer._generate_and_score_completions) if isinstance(n, ast.Constant)]
-    assert set(contract.SCORED_KEYS) <= set(scored)
+    assert set(SCORED_KEYS) <= set(scored)
     assert trl.__version__ in contract.TESTED_VERSIONS
 
 

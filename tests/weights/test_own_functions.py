@@ -260,6 +260,11 @@ class Impostor(Nameless):
     name = "power"
 
 
+class TokenNameless(TokenWeight):
+    def __call__(self, probs):
+        return probs
+
+
 class TokenImpostor(TokenWeight):
     name = "ar"
 
@@ -277,12 +282,13 @@ class TokenImpostor(TokenWeight):
         (as_length_weight, user_weights.Square, "a weight must be a function or an object with __call__, got <class"),
         (as_length_weight, 1.0, "a weight must be a function or an object with __call__, got 1.0"),
         (as_length_weight, torch.square, "square hides its arguments: wrap it in a Python function"),
-        (as_length_weight, Nameless(), "Nameless needs a name of its own, got name=''"),
+        (as_length_weight, Nameless(), "Nameless needs a name of its own, got name='': set its class attribute"),
         (as_length_weight, Impostor(), "Impostor needs a name of its own, got name='power'"),
         (as_token_weight, user_weights.power, "user_weights.power requires lengths, lam. A weight is called by name"),
         (as_token_weight, lambda p=0.5: p, "<lambda> requires nothing. A weight is called by name with any of: probs"),
         (as_token_weight, user_weights.Linear, "a weight must be a function or an object with __call__, got <class"),
         (as_token_weight, "user_weights.linear", "a weight must be a function or an object with __call__, got 'user"),
+        (as_token_weight, TokenNameless(), "TokenNameless needs a name of its own, got name='': set its class"),
         (as_token_weight, TokenImpostor(), "TokenImpostor needs a name of its own, got name='ar'"),
     ],
 )

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from .parameter import LambdaParameter
+from .parameter import Folder, LambdaParameter
 
 LAMBDA_FILE = "lambda.json"
-Folder = str | os.PathLike[str]
 
 
 def read_lambda_file(folder: Folder) -> dict[str, Any]:
@@ -50,7 +49,13 @@ class LambdaFile:
 
     def __init__(self, parameter: LambdaParameter | None, settings: Mapping[str, Any], *, is_needed: bool) -> None:
         self._parameter = parameter
-        self._settings = json.loads(json.dumps(settings))  # as they are read back
+        try:
+            self._settings = json.loads(json.dumps(settings, allow_nan=False))  # as they are read back
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"length_weight_kwargs and token_weight_kwargs must hold JSON values ({error}): pass others inside a "
+                "functools.partial, as the trainer's length_weight= or token_weight=."
+            ) from error
         self._is_needed = is_needed
 
     def write(self, folder: Folder, global_step: int, *, home: str | None = None) -> None:
@@ -67,11 +72,9 @@ class LambdaFile:
             return Path(folder, LAMBDA_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
         content = {"lambda": None, "lambdas": [], "skipped": 0, "learnable": False, "learning_state": {}}
         if (parameter := self._parameter) is not None:
-            content = {"lambda": parameter.value, "lambdas": parameter.values, "skipped": parameter.skipped}
-            content |= {
-                "learnable": parameter.learning.is_learnable,
-                "learning_state": parameter.learning.state_dict(),
-            }
+            values, learning = parameter.values, parameter.learning
+            content = {"lambda": values[0], "lambdas": values, "skipped": parameter.skipped}
+            content |= {"learnable": learning.is_learnable, "learning_state": learning.state_dict()}
         content |= {"settings": self._settings, "global_step": global_step, "optimizer": home}
         temporary = Path(folder) / f"{LAMBDA_FILE}.tmp"
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
