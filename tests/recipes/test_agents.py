@@ -2,10 +2,10 @@
 
 import asyncio
 import sqlite3
-import sys
 from typing import Any
 
 import pytest
+from misbehaviour import MISBEHAVIOUR, misbehave
 from stand_ins import write_agent_model, write_model
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
@@ -15,7 +15,8 @@ from recipes.agents import search
 from recipes.agents.calculator import calculate
 from recipes.agents.checks import check_rows, check_tokenizer, load_environment, load_tools
 from recipes.agents.guard import MAX_CHARACTERS, ToolError, guard, guard_environment
-from recipes.agents.rewards import answer_match, final_accuracy, last_message
+from recipes.agents.rewards import answer_match, final_accuracy
+from recipes.playground.make_base_model import BASE_MODELS
 
 # ---- The calculator ----
 
@@ -26,12 +27,10 @@ ARITHMETIC = {
     "(" * 99 + "1" + ")" * 99: "1",
 }  # fmt: skip
 NOT_ARITHMETIC = [
-    "__import__('os').system('ls')", "open('/etc/passwd').read()", "eval('1+1')", "exec('x=1')", "print(1)", "abs(-1)",
-    "a", "a+1", "None", "True", "True+1", "not 1", "~1", "1 if 1 else 2", "1 and 2", "1 or 2", "1 < 2", "1 == 1",
-    "1 | 2", "1 & 2", "1 ^^ 2", "1 << 70", "1 >> 1", "1 @ 2", "'a' * 1000000", "'1' + '2'", "b'1'", "f'{1}'",
-    "[1] * 10", "(1, 2)", "1, 2", "{1: 2}", "{1}", "[x for x in (1, 2)]", "lambda: 1", "(lambda: 1)()", "x := 1",
-    "(x := 1)", "x = 1", "import os", "().__class__.__bases__", "(1).real", "1 .__class__", "[1][0]", "...", "1j",
-    "1; 2", "1\n2", "yield 1", "await x", "*1", "", " ", "1 +", "((1)", "one plus one", "\x00", "\ud800",
+    "__import__('os').system('ls')", "eval('1+1')", "abs(-1)", "a+1", "None", "True", "True+1", "not 1", "~1",
+    "1 if 1 else 2", "1 and 2", "1 < 2", "1 | 2", "1 << 70", "1 @ 2", "'a' * 1000000", "b'1'", "f'{1}'", "[1] * 10",
+    "(1, 2)", "{1: 2}", "[x for x in (1, 2)]", "(lambda: 1)()", "(x := 1)", "x = 1", "().__class__.__bases__",
+    "(1).real", "[1][0]", "...", "1j", "1; 2", "1\n2", "", " ", "1 +", "((1)", "one plus one", "\x00", "\ud800",
 ]  # fmt: skip
 TOO_LARGE = [
     "9**9**9**9", "10**31", "10**1000000000", "2**101", "1e308*10", "1e400", "9" * 31, "-(10**30) - 1", "0.5**-1000",
@@ -53,49 +52,6 @@ def test_the_calculator_refuses_anything_else(expression):
 
 
 # ---- The guard ----
-
-
-class Unwritable(dict):
-    def __str__(self):
-        raise RuntimeError("no text")
-
-    __repr__ = __str__
-
-
-def endless() -> None:
-    while True:
-        pass
-
-
-def raises(error: BaseException) -> None:
-    raise error
-
-
-MISBEHAVIOUR = {
-    "raises": lambda: raises(ValueError("wrong")),
-    "raises a megabyte": lambda: raises(ValueError("x" * 10**6)),
-    "raises what has no text": lambda: raises(ValueError(Unwritable())),
-    "exits": lambda: sys.exit(1),
-    "recurses": lambda: (lambda f: f(f))(lambda f: f(f)),
-    "loops": endless,
-    "bytes": lambda: b"bytes",
-    "object": object,
-    "a megabyte": lambda: "x" * 10**6,
-    "a list of a megabyte": lambda: ["x" * 10**6],
-    "parts of a megabyte": lambda: [{"type": "text", "text": "x" * 10**6}],
-    "a number too long to write": lambda: 10**100_000,
-    "what has no text": Unwritable,
-}
-
-
-def misbehave(how: str) -> str:
-    """
-    Go wrong.
-
-    Args:
-        how: In which way.
-    """
-    return MISBEHAVIOUR[how]()
 
 
 async def misbehave_later(how: str) -> str:
@@ -138,17 +94,8 @@ class Environment:
         return b"bytes"
 
     @staticmethod
-    def count(to: int) -> str:
-        """
-        Count.
-
-        Args:
-            to: Up to here.
-        """
+    def count(to):
         return str(to)
-
-    def get_reward(self):
-        return 1.0
 
     def _hidden(self):
         return b"hidden"
@@ -161,7 +108,7 @@ def test_tools_are_guarded_and_look_as_before_and_nothing_else_is():
     assert guarded.__name__ == "Environment" and issubclass(guarded, Environment)
     instance = guarded()
     assert instance.count(to=3) == "3" and instance.count("a") == "a"
-    assert instance.reset() == b"observation" and instance._hidden() == b"hidden" and instance.get_reward() == 1.0
+    assert instance.reset() == b"observation" and instance._hidden() == b"hidden"
     with pytest.raises(ToolError, match="look: the answer is of type bytes"):
         instance.look()
 
@@ -198,18 +145,12 @@ def no_types(key):
     """Look up."""
 
 
-def no_docstring(key: str) -> str:
-    return key
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("calculate", "tools='calculate' cannot be imported"),
         ("recipes.agents.calculator.nothing", "tools='recipes.agents.calculator.nothing' cannot be imported"),
         ("test_agents.NoTool", "tools has 'test_agents.NoTool', which is a type; accepted: functions."),
         ("test_agents.no_types", "tools has 'test_agents.no_types', which cannot be described to a model: "),
-        ("test_agents.no_docstring", "tools has 'test_agents.no_docstring', which cannot be described to a model: "),
     ],
 )
 def test_a_tool_that_cannot_be_used_is_refused(name, message):
@@ -221,7 +162,7 @@ def test_a_tool_that_cannot_be_used_is_refused(name, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("test_agents.misbehave", "which is a function; accepted: a class."),
+        ("misbehaviour.misbehave", "which is a function; accepted: a class."),
         ("test_agents.NoReset", "which has no method reset"),
         ("test_agents.NoTool", "which has no tool"),
         ("test_agents.NeedsArgument", "which cannot be made: TypeError"),
@@ -273,9 +214,7 @@ def test_a_tokenizer_that_cannot_hold_a_conversation_with_tools_is_refused(tmp_p
     tokenizer.save_pretrained(tmp_path / "unknown")
     with pytest.raises(ValueError, match="calls TRL cannot read: set a response_template"):
         check_tokenizer(str(tmp_path / "unknown"), None, False)
-    lookup = AutoTokenizer.from_pretrained(
-        search.__file__.replace("agents/search.py", "playground/models/lookup_agent")
-    )
+    lookup = AutoTokenizer.from_pretrained(BASE_MODELS["lookup_agent"].folder)
     lookup.response_template = lookup.response_template | {"start_anchor": "F"}
     lookup.save_pretrained(tmp_path / "anchor")
     with pytest.raises(ValueError, match="read an earlier turn's call again and run it twice"):
@@ -351,7 +290,6 @@ def test_rewards_read_the_policys_last_message():
         [],
     ]
     assert final_accuracy(conversations, ["72"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert [last_message(each) != "" for each in conversations] == [True, True, True, False, False, False]
 
 
 def test_answer_match():

@@ -3,31 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import transformers.trainer
 from stand_ins import write_agent_model
 
 from recipes import train
 
 ROOT = Path(train.ROOT)
-BROKEN = {
-    "raises": lambda: 1 / 0,
-    "exits": lambda: sys.exit(1),
-    "loops": lambda: [None for _ in iter(int, 1)],
-    "bytes": lambda: b"bytes",
-    "a megabyte": lambda: "x" * 10**6,
-}
-
-
-def misbehave(how: str) -> str:
-    """
-    Go wrong.
-
-    Args:
-        how: In which way.
-    """
-    return BROKEN[how]()
 
 
 def reward(completions, **kwargs) -> list[float]:
@@ -54,7 +37,8 @@ class Counter:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    calls = [("misbehave", {"how": how}) for how in BROKEN] + [("look", {})]
+    ways = ("raises", "exits", "loops", "bytes", "a megabyte")
+    calls = [("misbehave", {"how": how}) for how in ways] + [("look", {})]
     return write_agent_model(tmp_path_factory.mktemp("agent"), calls)
 
 
@@ -71,10 +55,9 @@ def run(monkeypatch, folder: Path, **options):
 
 
 def test_a_run_with_tools_that_go_wrong_goes_on_and_counts_them(model, tmp_path, monkeypatch):
-    """The real loop: every call fails, is told to the model and logged."""
     row = json.dumps({"prompt": [{"role": "user", "content": "a"}], "solution": "72"})
     (tmp_path / "train.jsonl").write_text((row + "\n") * 16)
-    chosen = {"tools": "test_train.misbehave", "tool_timeout": 0.2, "reward_funcs": "test_train.reward"}
+    chosen = {"tools": "misbehaviour.misbehave", "tool_timeout": 0.2, "reward_funcs": "test_train.reward"}
     trainer = run(monkeypatch, tmp_path, model_name_or_path=model, dataset_name=tmp_path, **chosen)
     logged = trainer.state.log_history[0]
     assert logged["tools/call_frequency"] > 0.5 and logged["tools/failure_frequency"] > 0.5
@@ -93,42 +76,24 @@ def test_an_environment_needs_no_reward_no_prompt_and_no_dataset(rows, model, tm
 
 def test_the_short_progress_bar_shows_the_latest_figures(monkeypatch):
     shown = []
-
-    class Bar:
-        set_postfix = staticmethod(shown.append)
-
     progress = train.ShortProgress()
     progress.on_log(None, None, None, logs={"reward": 0.5})  # no bar on this process
-    progress.training_bar = Bar()
+    progress.training_bar = SimpleNamespace(set_postfix=shown.append)
     progress.on_log(None, None, None, logs={"reward": 0.5, "lambda/value": -0.25, "completions/mean_length": None})
     progress.on_log(None, None, None, logs={"train_runtime": 1.0})
     assert shown == [{"reward": "0.500", "lambda": "-0.250"}]
 
 
-def test_the_short_progress_bar_replaces_the_trainers(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", None)  # put back afterwards
-    chosen = {"environment": "test_train.Counter", "short_progress": "true", "disable_tqdm": "false"}
-    trainer = run(monkeypatch, tmp_path, model_name_or_path=model, **chosen)
-    callbacks = [type(each) for each in trainer.callback_handler.callbacks]
-    assert train.ShortProgress in callbacks and transformers.ProgressCallback not in callbacks
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tools": "test_train.nothing"}, "tools='test_train.nothing' cannot be imported"),
-        ({"environment": "test_train.misbehave"}, "environment is 'test_train.misbehave', which is a function"),
+        ({"tools": "misbehaviour.nothing"}, "tools='misbehaviour.nothing' cannot be imported"),
         ({"tool_timeout": 5}, "tool_timeout has no effect without tools or environment."),
-        ({"tools": "test_train.misbehave", "tool_timeout": 0}, "tool_timeout=0.0 must be above 0."),
-        ({"tools": "test_train.misbehave"}, "no dataset: set dataset_name"),
-        ({"environment": "test_train.Counter", "dataset_name": "no/where"}, "no/where"),
+        ({"tools": "misbehaviour.misbehave"}, "no dataset: set dataset_name"),
         ({"environment": "test_train.Counter", "model_name_or_path": "no/where"}, "couldn't find them"),
         ({"environment": "test_train.Counter"}, "no model: "),
-        (
-            {"tools": "test_train.misbehave", "reward_funcs": "accuracy_reward"},
-            "reward_funcs has 'accuracy_reward', which reads the first message",
-        ),
-        ({"tolls": "test_train.misbehave"}, "unknown argument '--tolls'; did you mean '--tools'?"),
+        ({"tools": "misbehaviour.misbehave", "reward_funcs": "accuracy_reward"}, "which reads the first message"),
+        ({"tolls": "x"}, "unknown argument '--tolls'; did you mean '--tools'?"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(options, message, tmp_path, monkeypatch):

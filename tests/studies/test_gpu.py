@@ -1,11 +1,9 @@
 """`make gpu`: every line with the device set aside, its schedule, and what a bare machine is given."""
 
-import csv
 import math
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -13,18 +11,12 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 
 from recipes.studies.cost import gpu, table
-from recipes.studies.cost.gpu_parts import probe, schedule, smollm2, syncs
+from recipes.studies.cost.gpu_parts import probe, smollm2, syncs
 from recipes.studies.cost.gpu_parts.correctness import Deviation, OutOfBounds, check
 from recipes.studies.cost.gpu_parts.schedule import Context, Part, run_part
-from recipes.studies.cost.measure import clock, memory
 from recipes.studies.cost.measure.rows import COLUMNS, append, read, row
 from recipes.studies.cost.measure.trainers import BASELINE, measured_arms
 from recipes.studies.shared.machine import ROOT
-
-
-def context(folder: Path) -> Context:
-    return Context("cpu", True, folder, folder)
-
 
 # ---- All of it ----
 
@@ -34,10 +26,8 @@ def test_every_line_runs_on_a_cpu_with_the_device_set_aside(tmp_path):
     command = [sys.executable, "-m", "recipes.studies.cost.gpu", "--tiny", "--out", str(out), "--minutes", "600"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    with open(out, newline="") as file:
-        assert tuple(next(csv.reader(file))) == COLUMNS
     seen = read(out)
-    assert not [bad for bad in seen if bad["metric"] in ("failed", "stopped")]
+    assert tuple(seen[0]) == COLUMNS and not [bad for bad in seen if bad["metric"] in ("failed", "stopped")]
     assert all(measured["hardware"] and measured["torch"] and measured["trl"] for measured in seen)
     parts = [measured["bench"] for measured in seen if measured["metric"] == "time of the part"]
     assert parts == [part.name for part in gpu.PARTS.values()]
@@ -66,21 +56,11 @@ def test_the_command_says_that_there_is_no_gpu_and_fails_with_a_step(monkeypatch
     assert "cost: step" in capsys.readouterr().err
 
 
-def test_the_pretrained_model_is_asked_for_by_name(monkeypatch, tmp_path):
-    module = types.ModuleType("recipes.playground.smollm2")
-    module.model_path = lambda: tmp_path
-    monkeypatch.setitem(sys.modules, "recipes.playground.smollm2", module)
-    assert smollm2.model_folder(Context("cuda", False, tmp_path, tmp_path)) == tmp_path
-    replies = [[{"role": "assistant", "content": text}] for text in ("3 * 4 = 12.", "13", "no number")]
-    assert smollm2.last_number(replies, ["12"] * 3) == [1.0, 0.0, 0.0]
-    assert all(len(row["prompt"]) == 2 and 4 <= int(row["solution"]) <= 81 for row in smollm2.problems(50))
-
-
 # ---- The schedule ----
 
 
 def test_a_step_that_fails_and_a_part_out_of_time_leave_a_row_each(tmp_path):
-    here, out = context(tmp_path), tmp_path / "gpu.csv"
+    here, out = Context("cpu", True, tmp_path, tmp_path), tmp_path / "gpu.csv"
 
     def fine(given):
         yield [row("part", "arm", "", "first", 1.0, "s")]
@@ -144,24 +124,6 @@ def test_waiting_is_an_error_in_the_packages_methods_alone():
     default = ("theirs", "their hook", "theirs again")
     assert dict(seen) == dict.fromkeys(default, "default") | {"ours": "error"}
     assert entered == {"hook": 1} and modes[-1] == "default" and vars(Ours)["hook"] is plain
-
-
-def test_what_only_a_device_runs(monkeypatch):
-    """The branches that nothing on a CPU reaches, on a stand-in for `torch.cuda`."""
-    called = []
-    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda name=name: called.append(name))
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", called.append)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 17)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 9))
-    assert memory.peak_during(lambda: called.append("run"), "cuda") == 7
-    assert memory.available_bytes("cuda") == 5
-    assert clock.now("cuda") <= clock.now("cuda")
-    syncs.set_sync_mode("error", "cuda")
-    schedule.free_memory("cuda")
-    order = ["reset_peak_memory_stats", "run", "synchronize", "synchronize", "error", "empty_cache"]
-    assert called == order
 
 
 # ---- Arms, tables, wheels ----

@@ -1,16 +1,17 @@
 """The arena's second round: its plan, its controls, and how its questions are decided."""
 
-import csv
+import itertools
 import json
 
 import numpy as np
 import pytest
 import torch
+from study_rows import study_row, write_rows
 
 from recipes.studies.arena import planned, preference_tuning
 from recipes.studies.arena.analysis import planned as page_of
 from recipes.studies.arena.analysis.questions import CLAIMS, FAMILY, IDLE, MATTERS, answer, budget, verdict
-from recipes.studies.arena.analysis.runs import METRICS, Run, read_runs
+from recipes.studies.arena.analysis.runs import Run, read_runs
 from recipes.studies.arena.held_power import held_positive3
 from recipes.studies.shared.arms import find_arm
 from recipes.studies.shared.ledger import Ledger
@@ -18,8 +19,6 @@ from recipes.studies.shared.markdown import replace_tables
 from recipes.studies.shared.workers import KEY
 from trl_lambda.weights import ResponseRows, weigh_responses
 from trl_lambda.weights.length_weight import Power
-
-SEEDS = range(400, 412)
 
 
 def test_no_run_is_planned_twice_and_every_claim_has_its_runs_on_new_seeds():
@@ -52,31 +51,14 @@ def test_the_held_control_keeps_the_balance_and_the_order():
     assert (held[~right & (lengths > 0)] == 1).all()
 
 
-def run_of(task, arm, seed, values, study="planned"):
-    curve = " ".join(f"{v:.4f}" for v in values)
-    row = {"study": study, "task": task, "arm": arm, "seed": seed, "learning_rate": 3e-4, "max_steps": 100}
-    row |= {"steps_per_generation": 4, **dict.fromkeys(METRICS, 0.5), "grad_norm_mean": 0.5, "lambda_curve": ""}
-    return row | {"auc": float(np.mean(values)), "reward_curve": curve, "length_curve": " ".join(["10"] * len(values))}
-
-
-def rows_of(gains, *, seeds=SEEDS, study="planned"):
+def rows_of(gains):
     """gains: (task, arm) -> points above a baseline that every arm of the seed shares, plus noise of its own."""
-    rng = np.random.default_rng(3)
-    rows = []
-    for (task, arm), gain in gains.items():
-        for seed in seeds:
-            shared = np.random.default_rng(seed).normal(0, 0.05)
-            level = np.linspace(0.3, 0.5, 25) + shared + gain + rng.normal(0, 0.004)
-            rows.append(run_of(task, arm, seed, level, study))
+    rng, rows = np.random.default_rng(3), []
+    for ((task, arm), gain), seed in itertools.product(gains.items(), range(400, 412)):
+        shared = np.random.default_rng(seed).normal(0, 0.05)
+        level = np.linspace(0.3, 0.5, 25) + shared + gain + rng.normal(0, 0.004)
+        rows.append(study_row(task, arm, seed, level, "planned"))
     return rows
-
-
-def write(rows, folder):
-    with open(folder / "planned.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return read_runs(folder / "planned.csv")
 
 
 def test_questions_are_decided_as_planned(tmp_path):
@@ -85,7 +67,7 @@ def test_questions_are_decided_as_planned(tmp_path):
     gains |= {(task, arm): gain for task in IDLE for arm, gain in (("dapo", 0.0), ("positive3", -0.001))}
     gains["checked_sum", "positive3"] = -0.05
     gains["slippery_chain", "positive_weight_3"] = 0.04
-    answers = answer(write(rows_of(gains), tmp_path))
+    answers = answer(read_runs(write_rows(rows_of(gains), tmp_path / "planned.csv")))
     by = {(a.claim.question, a.claim.task): a for a in answers if a.claim.question in ("H1a", "H1b", "H2")}
     assert verdict(answers, "H1a") is True and verdict(answers, "H1b") is False
     assert by["H1b", "running_sum"].holds is True and by["H1b", "slippery_chain"].holds is False
