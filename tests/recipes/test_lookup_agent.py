@@ -26,42 +26,23 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(SPEC.folder)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(SPEC.folder)
-
-
 def make_trainer(folder, rows, tokenizer, environment=LookUp, **options):
     options = {"max_completion_length": 48, "bf16": False, "report_to": "none", "disable_tqdm": True} | options
-    args = LambdaGRPOConfig(
-        str(folder), per_device_train_batch_size=len(rows), num_generations=2, use_cpu=True, **options
-    )
-    trainer = LambdaGRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(SPEC.folder),
-        reward_funcs=exact_answer,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        environment_factory=environment,
-    )
+    options |= {"per_device_train_batch_size": len(rows), "num_generations": 2, "use_cpu": True}
+    model, args = AutoModelForCausalLM.from_pretrained(SPEC.folder), LambdaGRPOConfig(str(folder), **options)
+    given = {"train_dataset": Dataset.from_list(rows), "environment_factory": environment}
+    trainer = LambdaGRPOTrainer(model, exact_answer, args, processing_class=tokenizer, **given)
     trainer.model.train()
     return trainer
-
-
-def follow(start: str, table: str) -> list[str]:
-    """The chain from a key, read without the task's own code."""
-    chain = [start]
-    while chain[-1] in "abcdefgh":
-        chain.append(table["abcdefgh".index(chain[-1])])
-        assert len(chain) <= 4
-    return chain
 
 
 def test_problems_take_one_to_three_look_ups():
     rng = random.Random(0)
     hops = []
     for problem in (lookup_agent(rng) for _ in range(600)):
-        chain = follow(problem.prompt[1], problem.table)
+        chain = [problem.prompt[1]]
+        while chain[-1] in "abcdefgh":
+            chain.append(problem.table["abcdefgh".index(chain[-1])])
         hops.append(len(chain) - 1)
         assert chain[-1] == problem.solution == problem.short
         asked, answers = re.findall(r"\[(.)\]", problem.long), re.findall(r"\((.)\)", problem.long)
@@ -71,29 +52,24 @@ def test_problems_take_one_to_three_look_ups():
 
 def test_the_tokenizer_renders_and_reads_a_conversation(tokenizer):
     call = {"type": "function", "function": {"name": "look_up", "arguments": {"key": "a"}}}
-    messages = [
-        {"role": "user", "content": "Fa"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "name": "look_up", "content": "7"},
-    ]
+    messages = [{"role": "user", "content": "Fa"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "name": "look_up", "content": "7"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "Fa=[a]<eos>(7)="
-    parsed = tokenizer.parse_response("[a]<eos>", prefix="Fa=")
-    assert parsed["tool_calls"] == [call]
+    assert tokenizer.parse_response("[a]<eos>", prefix="Fa=")["tool_calls"] == [call]
     # The second turn is read alone, whatever came before it.
     assert tokenizer.parse_response("7<eos>", prefix="Fa=[a]<eos>(7)=") == {"role": "assistant", "content": "7"}
 
 
 @pytest.mark.parametrize("limit", [48, 18, 9])
-def test_conversations_for_measuring_are_those_of_trls_loop(limit, tokenizer, model, tmp_path):
+def test_conversations_for_measuring_are_those_of_trls_loop(limit, tokenizer, tmp_path):
     """Greedily, also where the limit cuts a turn, and where a tool's answer would not fit."""
     problems = make_splits("lookup_agent")["test"][:24]
     rows = [problem.row() for problem in problems for _ in range(2)]
     trainer = make_trainer(tmp_path, rows, tokenizer, top_k=1, max_completion_length=limit)
     output = trainer._generate_and_score_completions(rows)
-    completions, own = roll_out(
-        model, tokenizer, [p for p in problems for _ in range(2)], limit=limit, sampling={"do_sample": False}
-    )
+    model, twice = AutoModelForCausalLM.from_pretrained(SPEC.folder), [p for p in problems for _ in range(2)]
+    completions, own = roll_out(model, tokenizer, twice, limit=limit, sampling={"do_sample": False})
     for row, (ids, mask) in enumerate(zip(completions, own, strict=True)):
         kept = output["completion_mask"][row].bool()
         assert output["completion_ids"][row][kept].tolist() == ids
@@ -103,9 +79,7 @@ def test_conversations_for_measuring_are_those_of_trls_loop(limit, tokenizer, mo
 
 
 class Counting(LookUp):
-    """Counts every call that reaches any of its instances."""
-
-    calls: list[str] = []
+    calls: list[str] = []  # of any instance
 
     def look_up(self, key: str) -> str:
         """
@@ -129,25 +103,17 @@ def test_each_call_runs_once_because_the_anchor_stands_in_every_generation_promp
     torch.manual_seed(0)
     output = trainer._generate_and_score_completions(rows)
     written = sum(text.count("[") for text in tokenizer.batch_decode(output["completion_ids"]))
-    assert written > 12
-    if anchor == "=":
-        assert len(Counting.calls) == written
-        assert trainer._metrics["train"]["tools/call_frequency"] == [pytest.approx(written / 24)]
-        assert trainer._metrics["train"]["tools/failure_frequency"] == [0.0]
-    else:
-        assert len(Counting.calls) > written
+    assert written > 12 and (len(Counting.calls) == written if anchor == "=" else len(Counting.calls) > written)
 
 
 def test_it_learns_to_look_everything_up():
-    """Thirty steps of the recipe, by its own command. `learn_agent` has whole runs of six seeds."""
     options = ["--max_steps", "30", "--eval_strategy", "no", "--eval_on_start", "false"]
     history = train_recipe(["recipes/train.py", "--config", str(learn_agent.RECIPE), *options])
     logged = {key: [entry[key] for entry in history if key in entry] for key in history[0]}
     first, last = (sum(logged["reward"][s]) / 10 for s in (slice(10), slice(-10, None)))
     assert last > first + 0.1
     assert sum(logged["tools/call_frequency"][-10:]) > sum(logged["tools/call_frequency"][:10])
-    assert logged["lambda/value"][-1] > 0  # longer is right more often
-    assert max(logged["tools/failure_frequency"]) < 0.2
+    assert logged["lambda/value"][-1] > 0 and max(logged["tools/failure_frequency"]) < 0.2
 
 
 def test_the_rows_of_six_seeds_show_what_the_readme_says():

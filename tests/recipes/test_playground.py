@@ -12,14 +12,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.playground.knights_and_knaves import is_consistent, solutions
-from recipes.playground.make_base_model import (  # fmt: skip
-    BASE_MODELS,
-    CHARACTERS,
-    MODEL_DIR,
-    is_usable,
-    make_tokenizer,
-    save_tokenizer,
-)
+from recipes.playground.make_base_model import BASE_MODELS, MODEL_DIR, is_usable, make_tokenizer, save_tokenizer
 from recipes.playground.make_data import DATA_DIR, write_data
 from recipes.playground.measure import measure
 from recipes.playground.rewards import exact_answer
@@ -33,14 +26,9 @@ def loaded(task: str):
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture
-def tokenizer():
-    return loaded("demo")[1]
-
-
-def drawn(task, count: int, seed: int = 0) -> list[Problem]:
-    rng = random.Random(seed)
-    return [task(rng) for _ in range(count)]
+def drawn(task: str, count: int) -> list[Problem]:
+    rng = random.Random(0)
+    return [TASKS[task](rng) for _ in range(count)]
 
 
 def numbers_of(text: str) -> tuple[int, ...]:
@@ -76,7 +64,7 @@ def test_splits_never_share_a_problem_and_the_base_model_can_read_each(task):
     seen = [identity(task, problem.row()) for problems in splits.values() for problem in problems]
     assert len(set(seen)) == len(seen) and min(map(len, splits.values())) >= 256 and make_splits(task) == splits
     assert make_splits(task, seed=1, sizes={"train": 64}) != make_splits(task, seed=2, sizes={"train": 64})
-    for problem in drawn(TASKS[task], 300):
+    for problem in drawn(task, 300):
         assert set(problem.prompt + problem.short + problem.long) <= set(BASE_MODELS[task].characters)
         assert problem.prompt[0] == "ABCDEF"[list(TASKS).index(task)] and problem.prompt[-1] == "="
         assert exact_answer([problem.short], [problem.solution]) == [1.0]
@@ -86,44 +74,39 @@ def test_splits_never_share_a_problem_and_the_base_model_can_read_each(task):
 
 
 def test_sums_are_right_in_both_styles_and_their_steps_add_up():
-    for problem in drawn(TASKS["running_sum"], 500):
+    for problem in drawn("running_sum", 500):
         assert problem.key == numbers_of(problem.prompt) and len(problem.long) > len(problem.short)
         assert exact_answer([problem.short, problem.long], [problem.solution] * 2) == [1.0, 1.0]
         for step in problem.long.split(";"):
             left, right, result = map(int, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step).groups())
             assert left + right == result
-    for problem in (*drawn(TASKS["slippery_chain"], 200), *drawn(TASKS["idle_filler"], 200)):
+    for problem in drawn("slippery_chain", 200) + drawn("idle_filler", 200):
         assert problem.solution == f"{sum(numbers_of(problem.prompt)):03d}"
+    assert {exact_answer([p.long], [p.solution])[0] for p in drawn("idle_filler", 200)} == {1.0}
 
 
-def test_fillers_are_idle_and_checks_repeat_the_same_steps():
-    problems = drawn(TASKS["idle_filler"], 2000)
-    assert {text.count(".") for p in problems for text in (p.short, p.long)} == set(range(21))
-    assert exact_answer([p.long for p in problems], [p.solution for p in problems]) == [1.0] * 2000
-    problems = drawn(TASKS["checked_sum"], 3000)
-    for problem in problems:
+def test_checks_repeat_the_same_steps():
+    for problem in drawn("checked_sum", 1000):
         assert int(problem.solution) == sum(numbers_of(problem.prompt)) % 10
-        assert len(set(problem.long.split("?"))) == 1
+        assert len(set(problem.long.split("?"))) == 1 == len(problem.short)
         total = None
         for step in problem.long.split("?")[0].split(";"):
             left, right, result = map(int, re.fullmatch(r"(\d)\+(\d)=(\d)", step).groups())
             assert (left + right) % 10 == result and total in (None, left)
             total = result
         assert str(total) == problem.solution
-    assert {len(p.short) for p in problems} == {1} and max(len(p.long) for p in problems) == 47
 
 
 def test_knights_and_knaves_have_one_solution_and_searches_refute_only_what_is_wrong():
     # "b is a knave" and "we are of one kind": were a a knave, b would be a knight, whose statement would be false.
     assert solutions(["bN", "a~b"]) == ["KN"]
-    for problem in drawn(TASKS["knights_and_knaves"], 300):
+    for problem in drawn("knights_and_knaves", 300):
         statements = problem.prompt[1:-1].split(";")
         cases = map("".join, itertools.product("KN", repeat=len(statements)))
         assert [kinds for kinds in cases if is_consistent(statements, kinds)] == [problem.solution]
         search, answer = problem.long.split("=")
         *refuted, found = search.split("-")
         assert found == answer == problem.solution and found not in refuted
-        assert all(len(case) == len(found) for case in refuted)
 
 
 # ---- The reward ----
@@ -140,14 +123,11 @@ def said(content, role="assistant", **more) -> dict:
         *((text, 0.0) for text in ("165", "47+86=164;164+31=195", "47+86=133;133+31=", "164;", "164+", "1164")),
         *((text, 0.0) for text in ("0164", "16", "-164", "164.0", "164=165", "", "=", "+;=;+", "é😀", None)),
         ([said("133+31=164")], 1.0),
-        ([said("165", "user"), said("164")], 1.0),
         ([said("165", "tool"), said("164")], 1.0),
         ([said(""), said("164", "tool")], 0.0),  # cut off: nobody answered
         ([said("164", tool_calls=[{"type": "function"}])], 0.0),  # it asks again
         ([said([{"type": "text", "text": "164"}])], 1.0),
-        ([said([{"type": "image"}])], 0.0),
         ([said(None)], 0.0),
-        ([{"role": "assistant"}], 0.0),
         ([], 0.0),
     ],
 )
@@ -166,19 +146,16 @@ def test_exact_answer_refuses_lists_that_do_not_match_and_never_matches_nothing(
 # ---- Models ----
 
 
-def test_the_tokenizer_is_one_token_per_character_pads_on_the_left_and_is_saved_as_made(tokenizer, tmp_path):
-    texts = ["A47+86=", "A47+86+31="]
+def test_the_tokenizer_is_one_token_per_character_pads_on_the_left_and_is_saved_as_made(tmp_path):
+    tokenizer, texts = loaded("demo")[1], ["A47+86=", "A47+86+31="]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert batch["attention_mask"].tolist() == [[0] * 3 + [1] * 7, [1] * 10]
-    assert batch["input_ids"][0, :3].tolist() == [tokenizer.pad_token_id] * 3 != [tokenizer.eos_token_id] * 3
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
     assert tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True) == texts
-    assert len(tokenizer) == len(set(tokenizer.get_vocab().values())) == 24  # nothing was added on loading
     assert tokenizer("A4 xé?")["input_ids"] == tokenizer("A4?")["input_ids"]  # unknown characters are left out
-    made = make_tokenizer()
-    save_tokenizer(made, tmp_path)
+    save_tokenizer(make_tokenizer(), tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (MODEL_DIR / name).read_bytes()
-    assert made.decode(made(CHARACTERS)["input_ids"]) == CHARACTERS
 
 
 @pytest.mark.parametrize("name", BASE_MODELS)
@@ -193,12 +170,10 @@ def test_a_base_model_is_what_its_figures_say(name):
     (chosen,) = (entry for entry in recorded["validation_history"] if entry["step"] == recorded["chosen_step"])
     assert is_usable(chosen, spec)
     assert model.num_parameters() == recorded["parameters"] and model.dtype == torch.float32
-    assert model.config.vocab_size == len(tokenizer) and model.config.attention_dropout == 0.0
+    assert model.config.vocab_size == len(tokenizer)
     for config in (model.config, model.generation_config):
         assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    state = torch.random.get_rng_state()
     found = measure(model, tokenizer, make_splits(spec.task)["test"][:128], num_samples=4, seed=11)
-    assert torch.equal(torch.random.get_rng_state(), state)
     assert found["accuracy_sampled"] == pytest.approx(figures["accuracy_sampled"], abs=0.09)
     assert found["mean_length"] == pytest.approx(figures["mean_length"], rel=0.15)
 

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from recipes.playground.smollm2 import FOLDER
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
@@ -44,13 +43,8 @@ def build(folder, *, lora, **options):
         "model_init_kwargs": {"dtype": "float32"}, "disable_tqdm": True,
     }  # fmt: skip
     peft = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]) if lora else None
-    return LambdaGRPOTrainer(
-        str(FOLDER),
-        [product, length],
-        LambdaGRPOConfig(str(folder), **(defaults | options)),
-        dataset,
-        peft_config=peft,
-    )
+    args = LambdaGRPOConfig(str(folder), **(defaults | options))
+    return LambdaGRPOTrainer(str(FOLDER), [product, length], args, dataset, peft_config=peft)
 
 
 def trained(trainer) -> dict[str, torch.Tensor]:
@@ -90,15 +84,11 @@ def test_the_cards_own_code_loads_the_adapter(tmp_path):
     assert loaded.keys() == mine.keys()
     for name, value in mine.items():
         assert torch.equal(loaded[name].float(), value.float()), name
-    ids = namespace["tokenizer"]("What is 2 * 3?", return_tensors="pt")
-    merged = namespace["model"].merge_and_unload()
-    assert namespace["tokenizer"].decode(merged.generate(**ids, max_new_tokens=4)[0]).startswith("What is 2 * 3?")
     assert namespace["lam"] == trainer.lambda_value
 
 
 def test_tools_are_refused_with_its_template():
     from recipes.agents.checks import check_tokenizer
 
-    AutoTokenizer.from_pretrained(FOLDER)
     with pytest.raises(ValueError, match="chat template"):
         check_tokenizer(str(FOLDER), None, False)
