@@ -52,25 +52,9 @@ def test_a_target_can_be_planned(target: str):
 
 
 def test_the_workflows_run_what_the_repository_has():
-    paths = (ROOT / ".github" / "workflows").glob("*.yml")
-    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in paths}
-    assert workflows.keys() == {"ci", "newest-trl", "release"}
-    steps = {
-        stem: [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-        for stem, workflow in workflows.items()
-    }
-    assert steps["ci"] == [".ci/run"]
-    for command in [*sum(steps.values(), []), (ROOT / ".ci" / "run").read_text()]:
-        assert set(re.findall(r"\bmake ([a-z-]+)", command)) <= targets()
-        assert all((ROOT / file).exists() for file in re.findall(r"\btests/[\w/]+(?:\.py)?", command)), command
-    triggers = {stem: set(workflow[True]) for stem, workflow in workflows.items()}  # YAML 1.1 reads on as true
-    assert "push" in triggers["ci"] and "schedule" in triggers["newest-trl"]
-    assert workflows["release"][True] == {"push": {"tags": ["v*"]}}
-    assert workflows["release"]["jobs"]["publish"]["needs"] == "build"
-
-
-def test_the_hooks_are_the_linters_of_the_makefile():
-    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
-    entries = {hook["entry"].split(" --")[0] for hook in repository["hooks"]}
-    assert entries == {".venv/bin/ruff check", ".venv/bin/ruff format"}
-    assert ".venv/" in (ROOT / ".gitignore").read_text()
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert workflows.keys() == {"ci", "newest-trl", "release"} and "run: .ci/run\n" in workflows["ci"]
+    for text in [*workflows.values(), (ROOT / ".ci" / "run").read_text()]:
+        assert set(re.findall(r"\bmake ([a-z-]+)", text)) <= targets()
+        assert all((ROOT / file).exists() for file in re.findall(r"\btests/[\w/]+(?:\.py)?", text)), text
+    assert yaml.safe_load(workflows["release"])["jobs"]["publish"]["needs"] == "build"

@@ -50,10 +50,10 @@ def files(tmp_path_factory) -> Path:
 def options(files: Path, output_dir: Path, **changes) -> dict:
     """A run of two short steps."""
     return {
-        "model_name_or_path": str(files / "model"), "dataset_name": str(files / "data"),
-        "reward_funcs": ["test_grpo_script.reward"], "output_dir": str(output_dir), "use_cpu": True, "bf16": False,
-        "max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
-        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_steps": 1,
+        "model_name_or_path": str(files / "model"), "dataset_name": str(files / "data"), "use_cpu": True,
+        "reward_funcs": ["test_grpo_script.reward"], "output_dir": str(output_dir), "max_steps": 2, "save_steps": 1,
+        "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "report_to": "none",
+        "bf16": False, "logging_steps": 1,
     } | changes  # fmt: skip
 
 
@@ -97,16 +97,12 @@ def test_every_option_of_trl_is_one_here_and_ours_come_first_in_the_help():
     added = {field.name for field in fields(LambdaGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
     listed = set(re.findall(r"^  --(\w+)", first, re.MULTILINE)) - {"no_lambda_learnable", "no_token_metrics"}
     assert listed == added | {"dataset_preparation", "plot"}
-    assert len(first.splitlines()) < 150 and "\noptions:" in ours.format_help()
 
 
 VALUES = {
     "scale_rewards": False, "resume_from_checkpoint": True, "reward_funcs": ["accuracy_reward", "a.b"],
-    "reward_model_name_or_path": "some/model", "reward_weights": [1, 0.5], "learning_rate": "1e-6",
-    "model_init_kwargs": {"dtype": "float32"}, "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "datasets": [{"path": "a", "split": "b+c"}], "test_split_size": 0.1, "load_in_4bit": True, "use_peft": True,
-    "lora_target_modules": "all-linear", "eval_strategy": "no", "save_steps": 0.5, "lr_scheduler_kwargs": {},
-    "chat_template_kwargs": {"enable_thinking": False}, "dataset_config": None, "report_to": "none",
+    "learning_rate": "1e-6", "model_init_kwargs": {"dtype": "float32"}, "datasets": [{"path": "a", "split": "b+c"}],
+    "load_in_4bit": True, "eval_strategy": "no", "lr_scheduler_kwargs": {}, "dataset_config": None,
 }  # fmt: skip
 
 
@@ -137,8 +133,7 @@ def test_model_rewards_quantization_and_lora_reach_the_trainer(files, tmp_path, 
     assert len(built["train_dataset"]) == len(built["eval_dataset"]) == 2
     chosen["reward_funcs"] = "get_soft_overlong_punishment"  # one name, not a list
     assert error_of(*write_yaml(tmp_path / "run.yaml", chosen)) == "error: made"
-    (punishment,) = built["reward_funcs"][1:]
-    assert punishment([[0] * 1152, [0] * 10]) == [-0.5, 0.0]
+    assert built["reward_funcs"][1]([[0] * 1152, [0] * 10]) == [-0.5, 0.0]
 
 
 def test_a_mixture_of_datasets_is_split_and_prepared(files, tmp_path, built):
@@ -192,21 +187,16 @@ def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, mon
     assert "Summary of 2 optimizer steps" in done.stdout
     lam = json.loads((tmp_path / "out" / "lambda.json").read_text())["lambda"]
     assert re.search(rf"^  lambda .* -> {lam:.3f} \(step 1 -> 2\)$", done.stdout, re.MULTILINE)
-    for name in ("", "/lambda.json", "/README.md"):
-        assert f" {tmp_path / 'out'}{name}\n" in done.stdout
+    assert f" {tmp_path / 'out'}/lambda.json\n" in done.stdout
     # The same file resumes, here in this process.
     monkeypatch.chdir(files)
     config = {name: value for name, value in config.items() if name not in launch} | {"max_steps": 3}
     grpo.train([*write_yaml(tmp_path / "run.yaml", config), "--resume_from_checkpoint", "true", "--plot"])
     assert "(step 1 -> 3)" in capsys.readouterr().out
     assert (tmp_path / "out" / "run.png").read_bytes().startswith(b"\x89PNG")
-    # Another f, the finished run's own folder, and a folder that is none.
     config["resume_from_checkpoint"] = str(tmp_path / "out" / "checkpoint-2")
     arguments = write_yaml(tmp_path / "run.yaml", config)
     assert "checkpoint-2 was trained with 'lambda_grpo'" in error_of(*arguments, "--length_weight", "power")
-    assert "output folder rather than a checkpoint" in error_of(
-        *arguments, "--resume_from_checkpoint", str(tmp_path / "out")
-    )
     assert "nowhere has no trainer_state.json" in error_of(*arguments, "--resume_from_checkpoint", "nowhere")
     (tmp_path / "empty").mkdir()
     empty = ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "empty")]
@@ -230,14 +220,9 @@ def test_lora_with_a_weight_of_ones_own(files, tmp_path):
     [
         ([], "no options: name model, dataset and reward"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        (["run.yaml"], "unknown argument 'run.yaml'"),
         (["--lamda_init", "1"], "unknown argument '--lamda_init'; did you mean '--lambda_init'?"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
-        (["--accelerate_config", "zero9"], "zero9"),
-        (["--length_weight", "mean"], "length_weight='mean' is unknown; accepted: "),
         (["--length_weight", "no.such"], "length_weight='no.such' cannot be imported (ModuleNotFoundError"),
-        (["--length_weight", "dapo", "--lambda_init", "1"], "lambda_init=1.0 has no effect with length_weight='dapo'"),
-        (["--token_weight", "test_grpo_script.length_weight"], "requires lengths, lam."),
         (["--output_dir", "x"], "no model: set model_name_or_path"),
         (["--model_name_or_path", "m"], "no dataset: set dataset_name"),
         (["--model_name_or_path", "m", "--reward_funcs", "exact"], "reward_funcs has 'exact'; accepted: accuracy_rew"),
