@@ -214,6 +214,7 @@ def test_a_tokenizer_that_cannot_hold_a_conversation_with_tools_is_refused(tmp_p
     tokenizer.save_pretrained(tmp_path / "unknown")
     with pytest.raises(ValueError, match="calls TRL cannot read: set a response_template"):
         check_tokenizer(str(tmp_path / "unknown"), None, False)
+    check_tokenizer(str(BASE_MODELS["lookup_agent"].folder), None, False)
     lookup = AutoTokenizer.from_pretrained(BASE_MODELS["lookup_agent"].folder)
     lookup.response_template = lookup.response_template | {"start_anchor": "F"}
     lookup.save_pretrained(tmp_path / "anchor")
@@ -242,19 +243,17 @@ def index(tmp_path, monkeypatch):
 def test_search_finds_the_best_paragraphs_first(index):
     environment = search.Search()
     environment.reset(prompt=[], solution="Ridley Scott")
-    found = environment.search("Who is the director of the film Alien?")
-    assert found.splitlines()[0] == "Alien: " + PARAGRAPHS[0][1]
+    assert environment.search("Who is the director of the film Alien?").startswith("Alien: " + PARAGRAPHS[0][1])
     assert environment.search("zebra") == "Nothing was found."
     assert search.build_index(PARAGRAPHS[2:], index) == 1 and "shade" in search.Search().search("moss")
 
 
-@pytest.mark.parametrize("query", ['"', "alien AND NOT", "NEAR(alien)", "title:*", "a'; DROP TABLE paragraphs", "al*"])
+@pytest.mark.parametrize("query", ["alien AND NOT", "NEAR(alien)", "title:*", "a'; DROP TABLE paragraphs", "al*"])
 def test_a_query_is_words_and_no_language(index, query):
     environment = search.Search()
-    try:
-        environment.search(query)
-    except ValueError as error:
-        assert "no words" in str(error)
+    environment.search(query)
+    with pytest.raises(ValueError, match="no words"):
+        environment.search('"')
     assert "Ridley" in environment.search("alien")
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         environment._connection.execute("DELETE FROM paragraphs")

@@ -37,7 +37,7 @@ def numbers_of(text: str) -> tuple[int, ...]:
 
 
 def identity(task: str, row: dict):
-    """What makes a problem itself, read off its row: sums do not depend on the order of their terms."""
+    """Read off a problem's row: sums do not depend on the order of their terms."""
     if task == "lookup_agent":
         return row["prompt"][0]["content"], row["table"]
     return row["prompt"] if task == "knights_and_knaves" else numbers_of(row["prompt"])

@@ -57,16 +57,10 @@ def test_equal_weights_have_one_shade_and_limits_make_pages_compare(tmp_path):
     assert grounds(page) == [shade(0.25), shade(0.5), shade(1.0)]
 
 
-# ---- Tokens that the policy did not write ----
-
-OWN = [1, 1, 0, 0, 0, 1]
-CONVERSATION = ["[a]", "<eos>", "(", "</span><b>", ")=", "7"]
-
-
 def test_the_page_hatches_what_the_policy_did_not_write(tmp_path):
     """Their weights, whatever they are, take no part in the shades either."""
-    weights = [1.0, 1.2, float("nan"), 99.0, -99.0, 1.4]
-    page = page_of(tmp_path, CONVERSATION, weights, mask=torch.tensor(OWN))
+    tokens, weights = ["[a]", "<eos>", "(", "</span><b>", ")=", "7"], [1.0, 1.2, float("nan"), 99.0, -99.0, 1.4]
+    page = page_of(tmp_path, tokens, weights, mask=torch.tensor([1, 1, 0, 0, 0, 1]))
     unmasked = page_of(tmp_path, ["[a]", "<eos>", "7"], [1.0, 1.2, 1.4])
     assert SPAN.findall(page) == SPAN.findall(unmasked) and "not written by the policy" not in unmasked
     others = re.findall(r'<span class="other">(.*?)</span>', page)
@@ -117,20 +111,12 @@ def test_the_picture_shows_each_token_on_its_ground(tmp_path, figures):
     darkness = [sum(patch.get_facecolor()[:3]) for patch in axes.patches]
     assert darkness == sorted(darkness, reverse=True)
     assert not any(text.get_parse_math() for text in axes.texts)  # a $ is a $
-
-
-def test_long_tokens_are_broken_and_lines_do_not_overflow(tmp_path, figures):
-    heatmap(["x" * 40, "y" * 40, "z" * 100], [1.0, 2.0, 3.0], tmp_path / "a.png")
-    axes = figures[0].axes[0]
-    assert "".join(text.get_text() for text in axes.texts) == "x" * 40 + "y" * 40 + "z" * 100
+    heatmap(["x" * 100, "y", "z"], [1.0, 2.0, 3.0], tmp_path / "b.png", mask=[1, 1, 0])
+    axes = figures[1].axes[0]  # long tokens are broken, lines do not overflow, what others wrote is hatched
+    texts = [text.get_text() for text in axes.texts]
+    assert "".join(texts[:-1]) == "x" * 100 + "yz" and texts[-1] == "hatched: not written by the policy"
     assert max(patch.get_x() + patch.get_width() for patch in axes.patches) <= 88
-
-
-def test_the_picture_hatches_what_the_policy_did_not_write(tmp_path, figures):
-    heatmap(CONVERSATION, [1.0, 1.2, 5.0, 5.0, 5.0, 1.4], tmp_path / "a.png", mask=OWN)
-    axes = figures[0].axes[0]
-    assert [patch.get_hatch() is not None for patch in axes.patches] == [not own for own in OWN]
-    assert axes.texts[-1].get_text() == "hatched: not written by the policy"
+    assert [patch.get_hatch() is not None for patch in axes.patches] == [False] * 4 + [True]
 
 
 # ---- Refusals ----

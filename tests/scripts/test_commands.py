@@ -13,7 +13,7 @@ from documents import PAGES, ROOT, commands, name, prose
 from recipes.train import RecipeArguments
 from trl_lambda.scripts import grpo
 
-FOUND = [(name(path), command) for path in PAGES for command, _ in commands(path)]
+FOUND = [(name(path), command) for path in PAGES for command in commands(path)]
 
 
 def targets() -> set[str]:

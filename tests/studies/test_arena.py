@@ -11,21 +11,19 @@ import sys
 import time
 
 import pytest
-import torch
 from trl import GRPOConfig
 
 from recipes.playground.make_base_model import make_model, make_tokenizer, save_tokenizer
 from recipes.playground.tasks import LONG_TASKS
 from recipes.studies.arena import large
 from recipes.studies.arena.study import TASK_ARMS, TASKS, Plan
-from recipes.studies.shared.arms import ARMS, BASELINES, CONSTANT_WEIGHT, CONTROLS, FIRST_ROUND, find_arm
+from recipes.studies.shared.arms import ARMS, BASELINES, CONTROLS, FIRST_ROUND, find_arm
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.machine import ROOT
 from recipes.studies.shared.run import RunSpec, run, training_figures
 from recipes.studies.shared.workers import KEY
 from recipes.studies.tokens import study as budget
 from trl_lambda import LambdaGRPOConfig
-from trl_lambda.weights import token_weights
 
 STUDIES = {
     "arena": {name: find_arm(name) for name, arm in {**ARMS, **CONTROLS}.items() if not arm.removed},
@@ -54,18 +52,6 @@ def test_an_arm_with_a_removed_option_keeps_its_rows_and_says_why_it_cannot_run(
     assert {row["options"] for row in rows} == {json.dumps(ARMS[name].key) for name in FIRST_ROUND}
 
 
-def test_token_weights_of_the_arms_are_the_formulas_that_they_stand_for():
-    probs = torch.linspace(1e-6, 1, 20_001, dtype=torch.float64)
-    formula = (2 * (torch.sigmoid(9 * probs) - 0.25)).clamp(1, 1.4)
-    v = {
-        name: token_weights(probs.log(), token_weight="tr_grpo", **ARMS[name].options.get("token_weight_kwargs", {}))
-        for name in ("tr_b", "tr", "constant")
-    }
-    assert (v["tr_b"] - formula).abs().max() < 0.007
-    assert (v["tr"] - formula).abs().max() > 0.1  # R-A is another reading
-    assert (v["constant"] - CONSTANT_WEIGHT).abs().max() < 1e-6
-
-
 # ---- Runs ----
 
 
@@ -73,9 +59,7 @@ def test_arms_of_one_seed_start_from_the_same_completions_and_equal_specs_give_e
     rows = [run(RunSpec("test", "slippery_chain", arm, 3, 3e-4, 8)) for arm in ("grpo", "power_tr", "power_tr")]
     first = [(row["reward_curve"].split()[0], row["length_curve"].split()[0]) for row in rows]
     assert first[0] == first[1] == first[2]
-    for row in rows:
-        row.pop("seconds")
-    assert rows[1] == rows[2]
+    assert rows[1] | {"seconds": 0} == rows[2] | {"seconds": 0}
     assert len(rows[1]["lambda_curve"].split()) == 2 and rows[0]["lambda_curve"] == rows[0]["token_weight_mean"] == ""
     assert 1 < rows[1]["token_weight_mean"] <= 1.4
 
@@ -128,7 +112,6 @@ def test_plan_pairs_all_arms_and_gives_each_the_same_tuning_budget():
 
 
 def test_the_command_goes_on_where_it_stopped(tmp_path):
-    """With worker processes: killed when its first row is on disk, then run again to the end."""
     (tmp_path / "learning_rates.json").write_text(json.dumps({"grpo": 3e-4, "tr": 3e-4}))
     ledger = Ledger(tmp_path / "runs.csv", KEY)
     command = [sys.executable, "-m", "recipes.studies.arena.study", "main", "--smoke", "--results", str(tmp_path)]

@@ -11,7 +11,7 @@ from study_rows import study_row, write_rows
 
 from recipes.studies.arena.analysis import report
 from recipes.studies.arena.analysis.comparisons import Arena, Comparison, compare_all
-from recipes.studies.arena.analysis.curves import draw_curves, draw_lambda_paths
+from recipes.studies.arena.analysis.curves import draw_curves
 from recipes.studies.arena.analysis.runs import METRICS, paired_differences, read_runs
 from recipes.studies.arena.analysis.tables import difference_cell, make_tables
 from recipes.studies.shared.markdown import mean_and_error, replace_tables
@@ -92,16 +92,14 @@ def test_intervals_fall_back_to_students_by_hand():
 def test_p_values_by_hand():
     # Of the sums ±1 ± 2 ± 3 two are at least 6 from zero, six at least 2, all eight at least 0.
     assert [sign_flip_p(x) for x in ([1, 2, 3], [1, -2, 3], [-1, -2, 3], [0, 0, 0])] == [2 / 8, 6 / 8, 1, 1]
-    for unit in (0.1, 1 / 7, 1e-9):  # 3 + 6 - 2 - 1 is as far from zero as -3 + 6 + 2 + 1, whatever they round to
-        assert sign_flip_p(unit * np.array([3, 6, -2, -1])) == 10 / 16
+    # 3 + 6 - 2 - 1 is as far from zero as -3 + 6 + 2 + 1, whatever they round to.
+    assert sign_flip_p(np.array([3, 6, -2, -1]) / 7) == 10 / 16
     assert sign_flip_p(np.ones(40)) == 2 / 20001  # random flips, of which one pattern is at either end
     # t = 2√3 with two degrees of freedom, where P(|T| ≥ t) = 1 - t/√(2 + t²).
     assert paired_t_p([1, 2, 3]) == paired_t_p([-1, -2, -3]) == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-12)
     assert paired_t_p([0.0] * 12) == 1 and paired_t_p([0.5] * 4) == 2 / 16  # no spread: what four signs can say
     # Sorted 0.005·4, 0.01·3, 0.03·2, 0.04·1 = 0.02, 0.03, 0.06, 0.04: the last is raised to the one before.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]) and holm([0.6, 0.9]) == [1, 1]
-    # Why Holm is given Student's p: sign flips of twelve seeds cannot pass it.
-    assert holm([sign_flip_p(np.arange(1.0, 13.0))] * 133)[0] > 0.05
     for effect, needed in ((0.5, 34), (0.8, 15)):  # Cohen's tables: power 0.8, two-sided 0.05
         assert resolvable_difference(1, needed) <= effect < resolvable_difference(1, needed - 1)
 
@@ -146,8 +144,6 @@ def test_page_and_figures_show_the_numbers(results):
     differences = draw_curves(arena, "main").axes[1]
     drawn = {line.get_label(): np.mean(line.get_ydata()) for line in differences.lines}
     assert drawn["tr"] == pytest.approx(100 * PLANTED["running_sum"], abs=1) and abs(drawn["softmax"]) < 1
-    ends = {line.get_label(): line.get_ydata()[-1] for line in draw_lambda_paths(arena, "main").axes[0].lines}
-    assert ends["running_sum"] > 0.2 and ends["slippery_chain"] < -0.2
 
 
 def test_cells_and_markers():

@@ -25,6 +25,8 @@ def test_a_name_is_its_way_and_its_setting():
     with pytest.raises(ValueError, match="'hope 3' is no method; accepted: dapo, target"):
         budget.method("hope 3")
     rows = budget.Ledger(budget.RESULTS / "budget.csv", ("seed",)).rows()
+    for (way, task), settings in kept_settings(rows).items():  # the rivals' are those that the rule keeps
+        assert [f"{way} {setting}" for setting in settings] == budget.names_of(way, task)
     shown = {row["arm"]: json.loads(row["options"]) for row in rows}
     assert all(json.loads(json.dumps(budget.method(arm).key)) == options for arm, options in shown.items())
 
@@ -38,14 +40,6 @@ def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
     assert {spec.seed for spec in ladder} == set(range(500, 512)) and all(s.split == "test" for s in ladder)
     for part in (PLAN.step(), PLAN.tune(), PLAN.remedy(), budget.SMOKE.settle(), budget.SMOKE.ladder()):
         assert {spec.seed for spec in part} <= set(range(200, 208))
-
-
-def test_the_rivals_settings_are_those_that_the_rule_keeps():
-    rows = budget.Ledger(budget.RESULTS / "budget.csv", ("seed",)).rows()
-    kept = kept_settings(rows)
-    assert {way for way, _ in kept} == set(budget.TRIED)
-    for (way, task), settings in kept.items():
-        assert [f"{way} {setting}" for setting in settings] == budget.names_of(way, task)
 
 
 def test_the_rule_drops_what_is_beaten_and_keeps_the_best_and_the_shortest():
