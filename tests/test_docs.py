@@ -46,7 +46,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
 
 def test_the_picture_shows_the_formulas(monkeypatch):
-    """f·length is constant for GRPO, f is 1 for DAPO, a group's f add up to its size, v runs from 1 to 1.4."""
+    """f·length is constant for GRPO, a group's f add up to its size, v runs from 1 to 1.4."""
     monkeypatch.syspath_prepend(str(DOCS))
     import pictures
 
@@ -54,12 +54,8 @@ def test_the_picture_shows_the_formulas(monkeypatch):
     curves = {text.get_text(): line for text, line in zip(power.texts, power.lines, strict=True)}
     lengths, weights = curves["λ = -1: GRPO"].get_data()
     assert lengths * weights == pytest.approx(lengths[0] * weights[0], rel=1e-5)
-    assert set(curves["λ = 0: DAPO"].get_ydata()) == {1.0}
     assert all(sum(line.get_ydata()) == pytest.approx(8, rel=1e-5) for line in softmax.lines)
     assert (min(tokens.lines[0].get_ydata()), max(tokens.lines[0].get_ydata())) == pytest.approx((1.0, 1.4))
-
-
-# ---- Links ----
 
 
 @pytest.mark.parametrize("path", [*PAGES, *MORE_PAGES], ids=name)
@@ -77,9 +73,6 @@ def test_no_internal_link_is_dead(path: Path):
         assert file.exists(), f"{name(path)} links to {link}"
         if anchor:
             assert anchor in anchors(file), f"{name(path)} links to {link}: {sorted(anchors(file))}"
-
-
-# ---- Public names ----
 
 
 def public_things() -> dict[str, object]:
@@ -133,8 +126,6 @@ def test_every_logged_metric_is_on_its_page():
     rooms = {key.partition("/")[0] for key in logged}
     assert not {key for key in on_page if key.partition("/")[0] in rooms} - logged, "these are gone"
 
-
-# ---- Code and tables ----
 
 CODE = [path for path in PAGES if path.parent == DOCS and fences(path, "python")]
 

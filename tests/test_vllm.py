@@ -40,11 +40,6 @@ WEIGHTS = {
         lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "power", "prompt"),
         {"regulation": "tr_grpo"},
     ),
-    "grpo and ar": Weights(
-        {"length_weight": "grpo", "token_weight": "ar"},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "grpo"),
-        {"regulation": "ar"},
-    ),
     "power, positive": Weights(
         {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False},
         lambda lengths, advantages, lam: reference.side_weights(lengths, advantages, [0.8], "power", "positive"),
@@ -143,9 +138,6 @@ def results(model_folder, tmp_path_factory, request):
     return {name: ranks[0] for name, ranks in zip(jobs, done, strict=True)}
 
 
-# ---- The sampler follows the model ----
-
-
 @needs_vllm
 def test_the_sampler_follows_the_model_after_every_optimizer_step(results, model_folder):
     result = results["following"]
@@ -173,9 +165,6 @@ def test_the_sampler_follows_merged_adapters_and_lambda_learns(results, model_fo
         assert abs(result["lambda_grads"][number] - theirs.slope) < TOLERANCE["dapo"] * theirs.slope_scale
         lam = result["lambdas"][number]
     assert len({0.7, *result["lambdas"]}) == 5
-
-
-# ---- The step on its completions ----
 
 
 def of_all_ranks(ranks: list[dict], number: int) -> dict:
@@ -240,9 +229,6 @@ def test_two_processes_keep_one_lambda_and_take_the_references_steps(model_folde
     for number, policy in enumerate(following[0]["policies"]):
         model = own_model(model_folder, policy)
         assert all(mean_difference(model, rank["generations"][number]) < 1e-5 for rank in following)
-
-
-# ---- The recipe ----
 
 
 @needs_vllm

@@ -183,8 +183,6 @@ def test_shares_of_a_histogram_split_the_bin_on_an_edge():
     assert all(math.isnan(share) for share in quartile_shares([0.0], [0.0]) + quartile_shares([4.0], [0.0]))
 
 
-# ---- In the trainer ----
-
 PREFIXES = ("advantage/", "groups/", "lambda/", "length_weight/", "mass/", "share/", "token_weight/")
 THREE = ["length", "mean_logp", "min_logp"]
 ON = {
@@ -241,9 +239,6 @@ def test_lambdas_gradient_is_the_mean_since_the_last_log():
     parameter = run.trainer._lambda
     parameter.grads += [1.0, math.inf, 2.0]
     assert lambda_metrics(parameter)["lambda/grad"] == 1.5 and math.isnan(lambda_metrics(parameter)["lambda/grad"])
-
-
-# ---- The dead run ----
 
 
 def observe(observed, cut, tied, batches):

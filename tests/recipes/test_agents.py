@@ -18,8 +18,6 @@ from recipes.agents.guard import MAX_CHARACTERS, ToolError, guard, guard_environ
 from recipes.agents.rewards import answer_match, final_accuracy
 from recipes.playground.make_base_model import BASE_MODELS
 
-# ---- The calculator ----
-
 ARITHMETIC = {
     "48/2 + 17": "41", "1,000 * 3": "3000", "12,345,678+1": "12345679", "2**10": "1024", "2^10": "1024",
     "3 × (4 − 6) ÷ 2": "-3", "7//2": "3", "-7 % 3": "2", "0.1+0.2": "0.3", "1/3": "0.333333333333", "2**-1": "0.5",
@@ -49,9 +47,6 @@ def test_the_calculator_calculates(expression):
 def test_the_calculator_refuses_anything_else(expression):
     with pytest.raises(ValueError):
         calculate(expression)
-
-
-# ---- The guard ----
 
 
 async def misbehave_later(how: str) -> str:
@@ -111,9 +106,6 @@ def test_tools_are_guarded_and_look_as_before_and_nothing_else_is():
     assert instance.reset() == b"observation" and instance._hidden() == b"hidden"
     with pytest.raises(ToolError, match="look: the answer is of type bytes"):
         instance.look()
-
-
-# ---- Checks ----
 
 
 class NoTool:
@@ -222,8 +214,6 @@ def test_a_tokenizer_that_cannot_hold_a_conversation_with_tools_is_refused(tmp_p
         check_tokenizer(str(tmp_path / "anchor"), None, False)
 
 
-# ---- Search ----
-
 PARAGRAPHS = [
     ("Alien", "Alien is a film of 1979. Its director is Ridley Scott."),
     ("Ridley Scott", "Ridley Scott is an English director."),
@@ -268,8 +258,6 @@ def test_paragraphs_are_read_in_both_forms_and_cut(tmp_path, monkeypatch):
     monkeypatch.setenv(search.INDEX_VARIABLE, str(tmp_path / "long.sqlite"))
     assert len(search.Search().search("word " * 10_000)) < 3 * 700
 
-
-# ---- Rewards of the last message ----
 
 CALL = {"role": "assistant", "content": "I calculate.", "tool_calls": [{"type": "function"}]}
 TOOL = {"role": "tool", "name": "calculate", "content": r"\boxed{72}"}

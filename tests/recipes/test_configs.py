@@ -69,9 +69,6 @@ def read(name: str) -> dict:
     return yaml.safe_load(CONFIGS[name].read_text())
 
 
-# ---- Headers and dataclasses ----
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_recipe_opens_with_purpose_hardware_memory_and_its_command(name, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -140,9 +137,6 @@ def test_the_readme_lists_every_recipe_with_the_engine_and_the_memory_of_its_fil
         assert not engine or f"recipes/accelerate/{engine}.yaml" in command(name), name
     (words,) = re.findall(r"^(accelerate launch .*)$", README.replace("\\\n", " "), re.MULTILINE)
     assert shlex.split(words) == command("gsm8k/qwen2.5-1.5b_lora")
-
-
-# ---- Two steps ----
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,6 @@ def identity(task: str, row: dict):
     return row["prompt"] if task == "knights_and_knaves" else numbers_of(row["prompt"])
 
 
-# ---- Data ----
-
-
 def test_data_files_are_reproduced_byte_for_byte_and_load_as_a_dataset(tmp_path):
     written = write_data(tmp_path)
     committed = sorted(path.relative_to(DATA_DIR) for path in DATA_DIR.rglob("*.jsonl"))
@@ -70,9 +67,6 @@ def test_splits_never_share_a_problem_and_the_base_model_can_read_each(task):
         assert exact_answer([problem.short], [problem.solution]) == [1.0]
 
 
-# ---- Tasks ----
-
-
 def test_sums_are_right_in_both_styles_and_their_steps_add_up():
     for problem in drawn("running_sum", 500):
         assert problem.key == numbers_of(problem.prompt) and len(problem.long) > len(problem.short)
@@ -85,18 +79,6 @@ def test_sums_are_right_in_both_styles_and_their_steps_add_up():
     assert {exact_answer([p.long], [p.solution])[0] for p in drawn("idle_filler", 200)} == {1.0}
 
 
-def test_checks_repeat_the_same_steps():
-    for problem in drawn("checked_sum", 1000):
-        assert int(problem.solution) == sum(numbers_of(problem.prompt)) % 10
-        assert len(set(problem.long.split("?"))) == 1 == len(problem.short)
-        total = None
-        for step in problem.long.split("?")[0].split(";"):
-            left, right, result = map(int, re.fullmatch(r"(\d)\+(\d)=(\d)", step).groups())
-            assert (left + right) % 10 == result and total in (None, left)
-            total = result
-        assert str(total) == problem.solution
-
-
 def test_knights_and_knaves_have_one_solution_and_searches_refute_only_what_is_wrong():
     # "b is a knave" and "we are of one kind": were a a knave, b would be a knight, whose statement would be false.
     assert solutions(["bN", "a~b"]) == ["KN"]
@@ -107,9 +89,6 @@ def test_knights_and_knaves_have_one_solution_and_searches_refute_only_what_is_w
         search, answer = problem.long.split("=")
         *refuted, found = search.split("-")
         assert found == answer == problem.solution and found not in refuted
-
-
-# ---- The reward ----
 
 
 def said(content, role="assistant", **more) -> dict:
@@ -141,9 +120,6 @@ def test_exact_answer_refuses_lists_that_do_not_match_and_never_matches_nothing(
     with pytest.raises(ValueError, match="solution has 1 entries for 2 completions"):
         exact_answer(["1", "2"], ["1"])
     assert exact_answer([""], [""]) == [0.0]
-
-
-# ---- Models ----
 
 
 def test_the_tokenizer_is_one_token_per_character_pads_on_the_left_and_is_saved_as_made(tmp_path):

@@ -85,10 +85,3 @@ def test_the_cards_own_code_loads_the_adapter(tmp_path):
     for name, value in mine.items():
         assert torch.equal(loaded[name].float(), value.float()), name
     assert namespace["lam"] == trainer.lambda_value
-
-
-def test_tools_are_refused_with_its_template():
-    from recipes.agents.checks import check_tokenizer
-
-    with pytest.raises(ValueError, match="chat template"):
-        check_tokenizer(str(FOLDER), None, False)

@@ -86,9 +86,6 @@ def test_what_a_tool_answers_stays_text(tmp_path, attack, mask):
     assert text.count("alert(1)") == 4  # title twice, token, label
 
 
-# ---- The picture ----
-
-
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved."""
@@ -117,9 +114,6 @@ def test_the_picture_shows_each_token_on_its_ground(tmp_path, figures):
     assert "".join(texts[:-1]) == "x" * 100 + "yz" and texts[-1] == "hatched: not written by the policy"
     assert max(patch.get_x() + patch.get_width() for patch in axes.patches) <= 88
     assert [patch.get_hatch() is not None for patch in axes.patches] == [False] * 4 + [True]
-
-
-# ---- Refusals ----
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,6 @@ def write_state(folder: Path, history: list[dict]) -> Path:
     return folder
 
 
-# ---- The picture ----
-
-
 def test_every_panel_shows_what_was_logged():
     drawn = draw(HISTORY)
     assert list(drawn) == ["Reward", "Reward by function", *(panel.title for panel in PANELS[1:])]
@@ -141,9 +138,6 @@ def test_a_real_run_with_two_held_out_sets(tmp_path, capsys):
     assert "<h2>Completions of step 2</h2>" in page
 
 
-# ---- The page ----
-
-
 def test_the_page_holds_everything_itself_and_fits_a_phone(tmp_path):
     page = plot_run(HISTORY, tmp_path / "run.html", title="arm <1>").read_text(encoding="utf-8")
     assert "<h1>arm &lt;1&gt;</h1>" in page and 'name="viewport"' in page
@@ -179,9 +173,6 @@ def test_the_page_shades_the_last_completions_by_their_advantage(tmp_path):
     assert "<p>A = +1.00. Prompt: [user] 3+4</p>" in page and "[assistant] no↵\n[tool] </span>" in page
 
 
-# ---- From a folder ----
-
-
 def test_a_folder_is_read_where_the_run_has_come_furthest(tmp_path):
     run = tmp_path / "run"
     write_state(run / "checkpoint-9", HISTORY[:10])
@@ -214,8 +205,6 @@ def test_nothing_to_draw_is_one_line(tmp_path, history, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         main([str(tmp_path)])
 
-
-# ---- The lines, the command, the callback ----
 
 TRAINED = [
     {"step": 1, "rewards/f/mean": 0.2, "rewards/g/mean": None, "completions/mean_length": 10.0, "lambda/value": 0.0},

@@ -84,9 +84,6 @@ def built(monkeypatch) -> dict:
     return seen
 
 
-# ---- Whatever TRL's script takes ----
-
-
 def test_every_option_of_trl_is_one_here_and_ours_come_first_in_the_help():
     theirs, ours = trl_script.make_parser(), grpo.make_parser()
     assert type(ours) is type(theirs)
@@ -152,9 +149,6 @@ def test_a_mixture_of_datasets_is_split_and_prepared(files, tmp_path, built):
     assert built["eval_dataset"] is None
 
 
-# ---- Processes ----
-
-
 def test_launch_options_go_to_accelerate_and_the_rest_to_the_script(files, tmp_path, monkeypatch):
     launched = []
     monkeypatch.setattr(grpo, "launch_command", launched.append)
@@ -205,9 +199,6 @@ def test_lora_with_a_weight_of_ones_own(files, tmp_path):
     assert trainer.state.global_step == 2 and trainer.lambda_value != 0
     assert trainer.length_weight.name == "test_grpo_script.length_weight"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-
-
-# ---- One line ----
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,7 @@ from recipes.studies.shared.arms import ARMS, BASELINES, LEARNED, Arm
 from recipes.studies.shared.ledger import Ledger
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
-# ---- A bandit of two steps: context → first action; action 0 ends, any other → second action, then the end ----
-
+# A bandit of two steps: context → first action; action 0 ends, any other → second action, then the end.
 CONTEXTS, FIRST, SECOND = 2, 3, 3
 PROMPTS, GROUP = 5, 4
 
@@ -122,9 +121,6 @@ def test_inner_products_are_those_of_the_gradients_in_both_metrics():
                 assert got.norms[w, k].item() == pytest.approx(norm, rel=1e-10)
 
 
-# ---- Cosines and their errors, from vectors ----
-
-
 def products_of(gradients: torch.Tensor, truths: torch.Tensor) -> pg.Products:
     """Of gradients (W, K, D) and terms (K, D)."""
     return pg.Products(torch.einsum("wkd,jd->wkj", gradients, truths), gradients.norm(dim=2), truths @ truths.T)
@@ -157,9 +153,6 @@ def test_the_jackknife_leaves_each_batch_out_of_everything():
     torch.testing.assert_close(pg.jackknife_error(deleted), expected)
     assert pooled_error([1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]) == pytest.approx(0.05)
     assert pooled_error([1.0, 2.0, 3.0, 4.0], [0.1, 0.1, 0.1, 0.1]) == pytest.approx(math.sqrt(5 / 3) / 2)
-
-
-# ---- Weights, against the gradients of the trainers themselves ----
 
 
 def prepared_batch(prepared: Prepared) -> pg.Batch:
@@ -256,9 +249,6 @@ def test_an_option_that_is_not_covered_is_refused():
             make_weight("odd", Arm("", options))
 
 
-# ---- Batches ----
-
-
 @pytest.fixture(scope="module")
 def base():
     folder = BASE_MODELS["running_sum"].folder
@@ -276,9 +266,6 @@ def test_batches_are_samples_of_training_problems(base):
         assert prompts == [p for p in prompts[::8] for _ in range(8)] and batch.rewards.shape == (8, 8)
         seen += prompts[::8]
     assert len(set(seen)) == 16
-
-
-# ---- The study and its file ----
 
 
 def stub_measure(model, batches, on_batch=lambda: None):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import random
 import re
 import signal
 import subprocess
@@ -13,9 +12,6 @@ import time
 import pytest
 from trl import GRPOConfig
 
-from recipes.playground.make_base_model import make_model, make_tokenizer, save_tokenizer
-from recipes.playground.tasks import LONG_TASKS
-from recipes.studies.arena import large
 from recipes.studies.arena.study import TASK_ARMS, TASKS, Plan
 from recipes.studies.shared.arms import ARMS, BASELINES, CONTROLS, FIRST_ROUND, find_arm
 from recipes.studies.shared.ledger import Ledger
@@ -29,9 +25,6 @@ STUDIES = {
     "arena": {name: find_arm(name) for name, arm in {**ARMS, **CONTROLS}.items() if not arm.removed},
     "tokens": {spec.arm: budget.method(spec.arm) for spec in budget.Plan().ladder()},
 }
-
-
-# ---- Arms ----
 
 
 @pytest.mark.parametrize(("study", "name"), [(study, name) for study, arms in STUDIES.items() for name in arms])
@@ -50,9 +43,6 @@ def test_an_arm_with_a_removed_option_keeps_its_rows_and_says_why_it_cannot_run(
         run(RunSpec("test", "slippery_chain", "power_adamw", 0, 3e-4, 4))
     rows = Ledger(ROOT / "recipes/studies/arena/results/runs.csv", KEY).rows()
     assert {row["options"] for row in rows} == {json.dumps(ARMS[name].key) for name in FIRST_ROUND}
-
-
-# ---- Runs ----
 
 
 def test_arms_of_one_seed_start_from_the_same_completions_and_equal_specs_give_equal_rows():
@@ -78,9 +68,6 @@ def test_training_figures_of_a_log_made_by_hand():
     assert figures["token_weight_mean"] == pytest.approx(1.3)
     assert figures["lambda_20"] == 0.4 and figures["lambda_100"] == ""
     assert figures["reward_curve"] == "0.2500 0.7500" and figures["lambda_curve"].startswith("0.00000 0.10000")
-
-
-# ---- Plans and files ----
 
 
 def test_ledger_drops_a_torn_line_and_refuses_other_columns(tmp_path):
@@ -127,25 +114,6 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     rows = ledger.rows()
     assert rows[:1] == before and sorted(row["arm"] for row in rows) == ["grpo", "tr"]
     assert all(math.isfinite(float(row["auc"])) and row["commit"] and row["torch"] for row in rows)
-
-
-# ---- The larger models ----
-
-
-def test_large_arena_runs_the_same_way_on_longer_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(large, "MODELS", tmp_path)
-    spec = large.base_model("long_sum")
-    tokenizer = make_tokenizer(spec.characters, spec.max_length)
-    make_model(tokenizer, 16, 1).save_pretrained(spec.folder)  # a stand-in: only the path is tried
-    save_tokenizer(tokenizer, spec.folder)
-    row = run(large.LargeSpec("main", "long_sum", "power_tr", 0, 1e-4, 2, 2, device="cpu"))
-    # One token in 33 ends an answer: 32.7 tokens if cut at 160, 25.5 if cut at 48 as those of the small arena are.
-    assert row["device"] == "cpu" and 28 < row["mean_length"] < 38
-    lengths = [len(LONG_TASKS[task](random.Random(i)).long) for task in LONG_TASKS for i in range(300)]
-    assert max(lengths) < large.MAX_COMPLETION_LENGTH
-
-
-# ---- What a user launches ----
 
 
 def test_nothing_outside_the_studies_imports_one():

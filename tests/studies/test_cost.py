@@ -57,9 +57,6 @@ def run_bench(monkeypatch, tmp_path):
     return run
 
 
-# ---- What is counted ----
-
-
 def test_the_counter_sees_each_kind_of_transfer():
     x = torch.arange(6.0)
     with counting() as counts:
@@ -114,9 +111,6 @@ def test_off_the_cpu_the_weights_read_nothing(trainers, monkeypatch):
         weighted["advantages"].sum().item()
 
 
-# ---- What is held ----
-
-
 def test_a_view_counts_for_its_storage_and_a_peak_for_what_lives_at_the_same_time():
     x, mib = torch.zeros(4, 8), 2**20
     assert sum(storage_bytes([x, x[:1], x.view(-1), None, "text"]).values()) == 4 * 8 * 4
@@ -137,9 +131,6 @@ def test_the_buffer_holds_row_numbers_more_and_a_weighed_loss_leaves_no_gradient
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in trainer.model.parameters())
 
 
-# ---- Pairs and rows ----
-
-
 def test_pairs_alternate_and_every_phase_is_timed(trainers):
     base, ours = (Stepper(trainers[arm]) for arm in (BASELINE, "lambda_grpo"))
     order = []
@@ -149,9 +140,6 @@ def test_pairs_alternate_and_every_phase_is_timed(trainers):
     assert order[2:] == ["ours", "base"] * 2 + ["base", "ours"] * 2 + ["ours", "base"] * 2
     for seconds in (side for pair in taken for side in pair):
         assert sum(seconds[phase] for phase in (*PHASES, REST)) == pytest.approx(seconds[WHOLE])
-
-
-# ---- Each bench in its smallest form ----
 
 
 def test_overhead(run_bench, tmp_path):

@@ -4,7 +4,6 @@ import math
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,12 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 
 from recipes.studies.cost import gpu, table
-from recipes.studies.cost.gpu_parts import probe, smollm2, syncs
+from recipes.studies.cost.gpu_parts import probe, smollm2
 from recipes.studies.cost.gpu_parts.correctness import Deviation, OutOfBounds, check
 from recipes.studies.cost.gpu_parts.schedule import Context, Part, run_part
 from recipes.studies.cost.measure.rows import COLUMNS, append, read, row
 from recipes.studies.cost.measure.trainers import BASELINE, measured_arms
 from recipes.studies.shared.machine import ROOT
-
-# ---- All of it ----
 
 
 def test_every_line_runs_on_a_cpu_with_the_device_set_aside(tmp_path):
@@ -55,9 +52,6 @@ def test_the_command_says_that_there_is_no_gpu_and_fails_with_a_step(monkeypatch
     assert "cost: step" in capsys.readouterr().err
 
 
-# ---- The schedule ----
-
-
 def test_a_step_that_fails_and_a_part_out_of_time_leave_a_row_each(tmp_path):
     here, out = Context("cpu", True, tmp_path, tmp_path), tmp_path / "gpu.csv"
 
@@ -84,9 +78,6 @@ def test_a_step_that_fails_and_a_part_out_of_time_leave_a_row_each(tmp_path):
     assert value["stopped"] == "after 1 minutes, without the rest of long, never"
 
 
-# ---- Correctness ----
-
-
 def test_a_deviation_beyond_its_bound_raises_and_a_launched_process_says_why_it_failed(tmp_path):
     for value in (2.0, math.nan):
         with pytest.raises(OutOfBounds, match="lambda_grpo, fp32, loss"):
@@ -98,32 +89,6 @@ def test_a_deviation_beyond_its_bound_raises_and_a_launched_process_says_why_it_
         assert Path(args.config_file).is_file() and args.num_processes == 1 and args.mixed_precision == "no"
     with pytest.raises(RuntimeError, match="KeyError"):
         probe.launch([{"arm": "no such arm", "workload": {}}], tmp_path, "cpu")
-
-
-def test_waiting_is_an_error_in_the_packages_methods_alone():
-    class Theirs:
-        def outer(self):
-            self.hook()
-            seen.append(("theirs", modes[-1]))
-
-        def hook(self):
-            seen.append(("their hook", modes[-1]))
-
-    class Ours(Theirs):
-        def hook(self):
-            super().hook()
-            seen.append(("ours", modes[-1]))
-
-    Ours.hook.__module__ = "trl_lambda.somewhere"
-    seen, modes, trainer, plain = [], ["default"], Ours(), vars(Ours)["hook"]
-    trainer.accelerator = types.SimpleNamespace(device=torch.device("cpu"))
-    with syncs.errors_in_ours(trainer, lambda mode, device: modes.append(mode)) as entered:
-        trainer.outer()
-    assert dict(seen) == {"theirs": "default", "their hook": "default", "ours": "error"}
-    assert entered == {"hook": 1} and modes[-1] == "default" and vars(Ours)["hook"] is plain
-
-
-# ---- Arms, tables, wheels ----
 
 
 def test_the_tables_say_that_there_is_no_gpu_row_or_show_them(tmp_path):

@@ -47,9 +47,6 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-# ---- Prose ----
-
-
 def visible(text: str) -> str:
     """A page's text without fences, inline code, formulas, comments, link targets and tables that a program writes."""
     text = re.sub(r"<!-- \w+: begin -->.*?<!-- \w+: end -->", "", text, flags=re.DOTALL)

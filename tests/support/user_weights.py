@@ -13,19 +13,9 @@ def power(lengths, lam):
     return ratio * lengths.sum() / (lengths * ratio).sum()
 
 
-def same_power(lengths, lam):
-    """The same weights under another name."""
-    return power(lengths, lam)
-
-
 def linear(probs, alpha=0.6):
     """The package's own `ar`."""
     return alpha * probs + (1 - alpha)
-
-
-def same_linear(probs):
-    """The same weights under another name."""
-    return linear(probs)
 
 
 def half(lengths):

@@ -88,16 +88,7 @@ def own_tokens(folder: Path, completions: list[list[int]], weights: Weights) -> 
 
 
 def step(
-    folder: Path,
-    generation: dict,
-    old_policy: dict[str, torch.Tensor],
-    policy: dict[str, torch.Tensor],
-    lam: float | None,
-    weights: Weights,
-    *,
-    mode: str,
-    bounds: tuple[float, float],
-    surrogate: str,
+    folder: Path, generation: dict, old_policy, policy, lam, weights: Weights, *, mode, bounds, surrogate
 ) -> Step:
     """
     Row by row: advantages from the rewards, f from the lengths, corrections from what vLLM returned.
@@ -114,17 +105,8 @@ def step(
         for old, sampled in zip(old_logps, generation["sampled_logps"], strict=True)
     ]
     model = own_model(folder, policy)
-    terms = reference.policy_terms(
-        model,
-        prompts,
-        completions,
-        old_logps,
-        flat(advantages),
-        loss_type=surrogate,
-        own=own,
-        correction=corrections,
-        **weights.token_weight,
-    )
+    known = {"loss_type": surrogate, "own": own, "correction": corrections, **weights.token_weight}
+    terms = reference.policy_terms(model, prompts, completions, old_logps, flat(advantages), **known)
     losses = [f * term for f, term in zip(flat(weights.length_weight(lengths, advantages, lam)), terms, strict=True)]
     sum(losses).backward()
     losses, terms = ([torch.as_tensor(value).item() for value in values] for values in (losses, terms))

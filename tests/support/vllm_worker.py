@@ -81,26 +81,14 @@ def run_job(job: dict) -> dict:
         from peft import LoraConfig
 
         peft_config = LoraConfig(**job["peft"])
-    trainer = Recording(
-        model=job["model"],
-        reward_funcs=reward,
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 8}),
-        peft_config=peft_config,
-    )
+    dataset = Dataset.from_dict({"prompt": PROMPTS * 8})
+    trainer = Recording(job["model"], reward, args, dataset, peft_config=peft_config)
     run, keep = watch(trainer), KeepPolicies()
     trainer.add_callback(keep)
     generations = record_generations(trainer, job.get("skip_syncs", []))
     trainer.train()
-    return {
-        "generations": generations,
-        "policies": keep.policies,
-        "losses": run.losses,
-        "grads": run.grads,
-        "lambda_grads": run.lambda_grads,
-        "lambdas": run.lambdas,
-        "history": trainer.state.log_history,
-    }
+    done = {name: getattr(run, name) for name in ("losses", "grads", "lambda_grads", "lambdas")}
+    return done | {"generations": generations, "policies": keep.policies, "history": trainer.state.log_history}
 
 
 if __name__ == "__main__":
