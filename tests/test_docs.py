@@ -1,10 +1,11 @@
-"""The pages: built without a warning, no dead link, every public name and metric, code that runs."""
+"""README and pages: built without a warning, no dead link, every public name and metric, code that runs."""
 
 import inspect
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import FunctionType
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from documents import MORE_PAGES, PAGES, REPOSITORY, ROOT, anchors, fences, links, name
+from launch import HANG
 
 import trl_lambda
 import trl_lambda.report
@@ -21,8 +23,9 @@ from trl_lambda.generation_batch import GenerationBatch
 from trl_lambda.lambda_parameter import LambdaParameter, Regression, Target
 from trl_lambda.metrics.loss_metrics import LossMetrics, lambda_metrics
 from trl_lambda.scripts.grpo import LambdaGRPOScriptArguments
+from trl_lambda.trl_seam.contract import TESTED_VERSIONS
 
-DOCS = ROOT / "docs"
+DOCS, README = ROOT / "docs", ROOT / "README.md"
 # Exported for the package's own rooms.
 INTERNAL = {
     *("LENGTH_WEIGHTS", "SCOPES", "SIDES", "TOKEN_WEIGHTS", "groups_with_signal", "probabilities", "main"),
@@ -156,3 +159,37 @@ def test_the_answers_of_the_study_stand_in_its_tables():
     quoted = re.findall(r"[+-][\d.]+ (?:points )?(\[[+-][\d.]+, [+-][\d.]+\])", read("evidence.md"))
     assert len(quoted) >= 8
     assert not [interval for interval in quoted if interval not in text]
+
+
+def test_the_snippet_runs(tmp_path):
+    (snippet,) = fences(README, "python")
+    assert len(snippet.splitlines()) <= 13
+    assert snippet in fences(DOCS / "index.md", "python")
+    model = f"model={str(ROOT / 'recipes/playground/base_model')!r}"
+    code, replaced = re.subn(r'model="[\w.-]+/[\w.-]+"', model, snippet)
+    assert replaced == 1
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r})\n{code}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^λ = -?0\.\d{4}$", done.stdout, re.MULTILINE)
+
+
+def test_it_links_to_the_pages():
+    """All but the reference pages, which the site's menu has."""
+    linked = {link.partition("#")[0].rpartition("/")[2] for link in links(README)}
+    pages = {path.name for path in DOCS.glob("*.md")}
+    assert pages - linked <= {"index.md", "api.md", "engines.md", "cost.md", "length-target.md", "your-own.md"}
+
+
+def test_versions():
+    page = (DOCS / "verification.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| TRL \| (.*?) \|", page, re.MULTILINE).group(1)
+    assert tuple(row.split(", ")) == TESTED_VERSIONS
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors = {re.match(r"[a-z]+", text).group(): text for text in declared["dependencies"]}
+    for library in ("trl", "transformers", "accelerate", "datasets", "torch"):
+        (row,) = re.findall(rf"^\| {library} \| (.*)$", page, re.MULTILINE | re.IGNORECASE)
+        assert row.endswith(f"| `{floors[library].removeprefix(library)}` |")
+    (row,) = re.findall(r"^\| Python \| (3.*)$", page, re.MULTILINE)
+    versions = {text.rpartition(" ")[2] for text in declared["classifiers"] if "Python :: 3." in text}
+    assert set(re.findall(r"3\.\d+", row)) == versions

@@ -1,6 +1,7 @@
 """`recipes/agents`: the calculator, the guard around tools, the search, the rewards, and what the checks refuse."""
 
 import asyncio
+import re
 import sqlite3
 from typing import Any
 
@@ -138,36 +139,24 @@ def no_types(key):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("load", "name", "message"),
     [
-        ("recipes.agents.calculator.nothing", "tools='recipes.agents.calculator.nothing' cannot be imported"),
-        ("test_agents.NoTool", "tools has 'test_agents.NoTool', which is a type; accepted: functions."),
-        ("test_agents.no_types", "tools has 'test_agents.no_types', which cannot be described to a model: "),
+        (load_tools, "recipes.agents.calculator.nothing", " cannot be imported"),
+        (load_tools, "test_agents.NoTool", ", which is a type; accepted: functions."),
+        (load_tools, "test_agents.no_types", ", which cannot be described to a model: "),
+        (load_environment, "misbehaviour.misbehave", ", which is a function; accepted: a class."),
+        (load_environment, "test_agents.NoReset", ", which has no method reset"),
+        (load_environment, "test_agents.NoTool", ", which has no tool"),
+        (load_environment, "test_agents.NeedsArgument", ", which cannot be made: TypeError"),
+        (load_environment, "test_agents.Undescribed", "its tool 'look', which cannot be described to a model: "),
+        (load_environment, "recipes.agents.search.Search", "there is no index at "),
     ],
 )
-def test_a_tool_that_cannot_be_used_is_refused(name, message):
-    with pytest.raises(ValueError) as error:
-        load_tools([name])
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("misbehaviour.misbehave", "which is a function; accepted: a class."),
-        ("test_agents.NoReset", "which has no method reset"),
-        ("test_agents.NoTool", "which has no tool"),
-        ("test_agents.NeedsArgument", "which cannot be made: TypeError"),
-        ("test_agents.Undescribed", "its tool 'look', which cannot be described to a model: "),
-        ("recipes.agents.search.Search", "there is no index at "),
-    ],
-)
-def test_an_environment_that_cannot_be_used_is_refused(name, message, monkeypatch, tmp_path):
+def test_a_tool_or_environment_that_cannot_be_used_is_refused(load, name, message, monkeypatch, tmp_path):
     monkeypatch.delenv(search.INDEX_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError) as error:
-        load_environment(name)
-    assert message in str(error.value) and f"environment is {name!r}" in str(error.value)
+    with pytest.raises(ValueError, match=f"(?:tools|environment).*{name}.*{re.escape(message)}"):
+        load([name] if load is load_tools else name)
 
 
 def test_dotted_paths_load():
@@ -188,7 +177,6 @@ def test_rows_that_cannot_be_used_are_refused():
     check_rows([row], NoTool, "x.NoTool")
     check_rows([{"table": "b"}], Narrow, "x.Narrow")  # an environment needs no prompt
     check_rows([{"prompt": row["prompt"]}], None, None)
-    check_rows([], None, None)
     for bad, environment in ((row | {"prompt": "a"}, NoTool), ({"solution": "7"}, None)):
         with pytest.raises(ValueError, match="conversational prompts"):
             check_rows([bad], environment, "x.NoTool")
@@ -214,12 +202,8 @@ def test_a_tokenizer_that_cannot_hold_a_conversation_with_tools_is_refused(tmp_p
         check_tokenizer(str(tmp_path / "anchor"), None, False)
 
 
-PARAGRAPHS = [
-    ("Alien", "Alien is a film of 1979. Its director is Ridley Scott."),
-    ("Ridley Scott", "Ridley Scott is an English director."),
-    ("Moss", "Moss grows in the shade."),
-    ("Moss", "Moss grows in the shade."),
-]
+PARAGRAPHS = [("Alien", "Alien is a film. Its director is Ridley Scott."), ("Ridley Scott", "He is a director.")]
+PARAGRAPHS += [("Moss", "Moss grows in the shade.")] * 2
 
 
 @pytest.fixture
@@ -268,14 +252,9 @@ def answer(text: str) -> dict[str, str]:
 
 
 def test_rewards_read_the_policys_last_message():
-    conversations = [
-        [CALL, TOOL, answer(r"So it is \boxed{72}.")],
-        [answer(r"\boxed{72}")],
-        [answer(r"\boxed{72}"), TOOL, answer(r"\boxed{73}")],  # changed its mind
-        [CALL | {"content": r"\boxed{72}"}],  # cut off in a call
-        [CALL, TOOL],  # cut off after the tool
-        [],
-    ]
+    right, changed = answer(r"So it is \boxed{72}."), answer(r"\boxed{73}")
+    cut = [[CALL | {"content": r"\boxed{72}"}], [CALL, TOOL], []]  # in a call, after the tool, before anything
+    conversations = [[CALL, TOOL, right], [right], [right, TOOL, changed], *cut]
     assert final_accuracy(conversations, ["72"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
 
 
