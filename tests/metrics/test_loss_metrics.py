@@ -28,8 +28,6 @@ def has_signal(group, present):
 
 
 class Loops:
-    """What the logs are to be, from lists of lists."""
-
     def __init__(self):
         self.pairs, self.tied, self.f, self.masses, self.tokens = [], [], [], [], []
         self.signs, self.lengths, self.losses = {"positive": [], "negative": []}, {"positive": [], "negative": []}, 0

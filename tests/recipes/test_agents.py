@@ -1,8 +1,12 @@
 """`recipes/agents`: the calculator, the guard around tools, the search, the rewards, and what the checks refuse."""
 
 import asyncio
+import json
 import re
 import sqlite3
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 from trl.chat_template_utils import qwen3_chat_template
 
+from recipes import train
 from recipes.agents import search
 from recipes.agents.calculator import calculate
 from recipes.agents.checks import check_rows, check_tokenizer, load_environment, load_tools
@@ -267,3 +272,90 @@ def test_answer_match():
     conversations = [[answer(text)] for text in rewards]
     assert answer_match(conversations, ["Ridley Scott"] * len(rewards)) == list(rewards.values())
     assert answer_match([[answer("<answer>the</answer>")]], ["a"]) == [0.0]  # nothing is left of either
+
+
+def reward(completions, **kwargs) -> list[float]:
+    return [float(index % 2) for index, _ in enumerate(completions)]
+
+
+class Counter:
+    made = 0
+
+    def reset(self, **row):
+        Counter.made += 1
+        self.seed = Counter.made
+        return f"a{row.get('start', '')}"
+
+    def get_reward(self) -> float:
+        return float(self.seed % 3)
+
+    def look(self) -> str:
+        """Look."""
+        return "e"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    ways = ("raises", "exits", "loops", "bytes", "a megabyte")
+    calls = [("misbehave", {"how": how}) for how in ways] + [("look", {})]
+    return write_agent_model(tmp_path_factory.mktemp("agent"), calls)
+
+
+def run(monkeypatch, folder: Path, **options):
+    options = {
+        "output_dir": folder / "out", "use_cpu": "true", "bf16": "false", "disable_tqdm": "true", "report_to": "none",
+        "logging_steps": 1, "save_strategy": "no", "max_completion_length": 64, "per_device_train_batch_size": 16,
+        "max_tool_calling_iterations": 2, "max_steps": 1,
+    } | options  # fmt: skip
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return train.main()
+
+
+def test_a_run_with_tools_that_go_wrong_goes_on_and_counts_them(model, tmp_path, monkeypatch):
+    row = json.dumps({"prompt": [{"role": "user", "content": "a"}], "solution": "72"})
+    (tmp_path / "train.jsonl").write_text((row + "\n") * 16)
+    chosen = {"tools": "misbehaviour.misbehave", "tool_timeout": 0.2, "reward_funcs": "test_agents.reward"}
+    trainer = run(monkeypatch, tmp_path, model_name_or_path=model, dataset_name=tmp_path, **chosen)
+    logged = trainer.state.log_history[0]
+    assert logged["tools/call_frequency"] > 0.5 and logged["tools/failure_frequency"] > 0.5
+
+
+@pytest.mark.parametrize("rows", [None, {"start": "e"}, {"prompt": [{"role": "user", "content": "o"}]}])
+def test_an_environment_needs_no_reward_no_prompt_and_no_dataset(rows, model, tmp_path, monkeypatch):
+    dataset = {}
+    if rows is not None:
+        (tmp_path / "train.jsonl").write_text((json.dumps(rows) + "\n") * 16)
+        dataset = {"dataset_name": tmp_path}
+    trainer = run(monkeypatch, tmp_path, model_name_or_path=model, environment="test_agents.Counter", **dataset)
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/Counter/std"] > 0 and 0 < abs(trainer.lambda_value) < 0.2
+
+
+def test_the_short_progress_bar_shows_the_latest_figures(monkeypatch):
+    shown = []
+    progress = train.ShortProgress()
+    progress.on_log(None, None, None, logs={"reward": 0.5})  # no bar on this process
+    progress.training_bar = SimpleNamespace(set_postfix=shown.append)
+    progress.on_log(None, None, None, logs={"reward": 0.5, "lambda/value": -0.25, "completions/mean_length": None})
+    progress.on_log(None, None, None, logs={"train_runtime": 1.0})
+    assert shown == [{"reward": "0.500", "lambda": "-0.250"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": "misbehaviour.nothing"}, "tools='misbehaviour.nothing' cannot be imported"),
+        ({"tool_timeout": 5}, "tool_timeout has no effect without tools or environment."),
+        ({"tools": "misbehaviour.misbehave"}, "no dataset: set dataset_name"),
+        ({"environment": "test_agents.Counter", "model_name_or_path": "no/where"}, "couldn't find them"),
+        ({"environment": "test_agents.Counter"}, "no model: "),
+        ({"tools": "misbehaviour.misbehave", "reward_funcs": "accuracy_reward"}, "which reads the first message"),
+        ({"tolls": "x"}, "unknown argument '--tolls'; did you mean '--tools'?"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(options, message, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, tmp_path, **options)
+    assert str(error.value.code).startswith("error: ") and message in error.value.code
+    assert "\n" not in error.value.code

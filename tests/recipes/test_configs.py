@@ -101,7 +101,7 @@ def test_recipes_that_are_to_be_compared_differ_only_where_they_say():
         args, words = parse(name)[1], command(name)
         gpus = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus == 256
-        assert args.max_steps == 160 and args.learning_rate == 1e-6 and args.beta == 0.0
+        assert (args.max_steps, args.learning_rate, args.beta) == (160, 1e-6, 0.0)
 
 
 def test_what_single_recipes_promise():
@@ -141,7 +141,6 @@ def test_the_readme_lists_every_recipe_with_the_engine_and_the_memory_of_its_fil
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> dict:
-    """Models by recipe, and datasets by their hub names."""
     answers = [*BOXED, "<answer>Ridley Scott</answer>", "<answer>moss</answer>"]
     plain = write_model(tmp_path_factory.mktemp("model"))
     models = {name: write_agent_model(tmp_path_factory.mktemp("agent"), CALLS[name], answers) for name in CALLS}
@@ -202,7 +201,6 @@ def test_an_offline_recipe_runs_as_it_stands(name, tmp_path, monkeypatch):
 
 
 def test_a_recipes_own_command_runs_in_processes_of_its_own(stand_ins, tmp_path):
-    """accelerate, its YAML and the script together, as the header has them, on this machine's CPU."""
     engine = ["--cpu", "--mixed_precision", "no", "--num_cpu_threads_per_process", "1", "--dynamo_backend", "no"]
     name = "gsm8k/qwen2.5-1.5b_lora"
     words = [sys.executable, "-m", "accelerate.commands.launch", *engine, *command(name)[2:]]

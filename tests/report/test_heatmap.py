@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from trl_lambda.report import heatmap, plot_run
+from trl_lambda.report import ReportCallback, heatmap, plot_run
 from trl_lambda.report.token_heatmap import shade
 
 TOKENS = ["Add", " 47", " and", " $8", "6$:", "\n", "47", "+86", "=", "<b>133", ".\n\n", "wörd", " ", "\t"]
@@ -80,7 +80,6 @@ def tags_and_text(page: str) -> tuple[list, str]:
     "attack", ['" onmouseover="alert(1)', "</style></p></html><svg/onload=alert(1)>", "\x00<!-- &lt;alert(1) {title}"]
 )
 def test_what_a_tool_answers_stays_text(tmp_path, attack, mask):
-    """As a token of a tool or of the policy, as title and as label."""
     tags, text = tags_and_text(page_of(tmp_path, ["a", attack], [1, 1.2], mask=[1, mask], title=attack, label=attack))
     assert tags == tags_and_text(page_of(tmp_path, "ab", [1, 1.2], mask=[1, mask], title="b", label="b"))[0]
     assert text.count("alert(1)") == 4  # title twice, token, label
@@ -88,7 +87,6 @@ def test_what_a_tool_answers_stays_text(tmp_path, attack, mask):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved."""
     seen, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k)))
     return seen
@@ -143,5 +141,7 @@ def test_a_page_needs_no_matplotlib_and_a_picture_names_the_extra(tmp_path, monk
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     assert heatmap(["\ud800"], [1.0], tmp_path / "a.html").is_file()
-    with pytest.raises(ImportError, match=r'pip install "trl-lambda\[plots\]"'):
-        heatmap(["a"], [1.0], tmp_path / "a.png")
+    history, path = [{"step": 1, "reward": 0.5}], tmp_path / "a.png"
+    for use in (ReportCallback, lambda: plot_run(history, path), lambda: heatmap(["a"], [1.0], path)):
+        with pytest.raises(ImportError, match=r'pip install "trl-lambda\[plots\]"'):
+            use()

@@ -45,7 +45,6 @@ def draw(history: list[dict]) -> dict:
 
 
 def curves(axes) -> dict[str, list[tuple[float, float]]]:
-    """Points of the labelled lines, without missing ones."""
     points = {line.get_label(): zip(*line.get_data(), strict=True) for line in axes.lines}
     return {name: [p for p in xy if not np.isnan(p[1])] for name, xy in points.items() if not name.startswith("_")}
 
@@ -131,9 +130,8 @@ def test_a_real_run_with_two_held_out_sets(tmp_path, capsys):
     assert reward["held-out: easy"] == [(1, logged[0]), (2, logged[2])]
     assert reward["held-out: hard_ones"] == [(1, logged[1]), (2, logged[3])]
     assert "Weight on right and on wrong answers" in drawn and "Token weight v" in drawn
-    name, change = summarize_run(trainer.state.log_history)[2]
-    assert name == "held-out reward reward (hard_ones)"
-    assert change == f"{logged[1]:.3f} -> {logged[3]:.3f} (step 1 -> 2)"
+    line = ("held-out reward reward (hard_ones)", f"{logged[1]:.3f} -> {logged[3]:.3f} (step 1 -> 2)")
+    assert line in summarize_run(trainer.state.log_history)
     page = plot_run(tmp_path / "run", tmp_path / "run.html").read_text(encoding="utf-8")
     assert "<h2>Completions of step 2</h2>" in page
 
@@ -157,10 +155,8 @@ def write_completions(folder: Path, step: int, rows: list[dict]) -> None:
 def test_the_page_shades_the_last_completions_by_their_advantage(tmp_path):
     folder = write_state(tmp_path / "run", TRAINED)
     write_completions(folder, 9, [{"prompt": "old", "completion": "old", "advantage": 1.0}])
-    messages = [{"role": "assistant", "content": "no"}, {"role": "tool", "content": None}]
-    rows = [{"prompt": "1 < 2?", "completion": "<b>yes", "advantage": 0.5},
-            {"prompt": "1 < 2?", "completion": "", "advantage": None}]  # fmt: skip
-    write_completions(folder, 10, rows)
+    answers = (("<b>yes", 0.5), ("", None))
+    write_completions(folder, 10, [{"prompt": "1 < 2?", "completion": c, "advantage": a} for c, a in answers])
     write_completions(folder, 11, [{"prompt": "eval", "completion": "eval", "advantage": 0.0}])
     page = plot_run(folder, tmp_path / "run.html").read_text(encoding="utf-8")
     assert "Completions of step 10" in page and "<p>A = +0.50. Prompt: 1 &lt; 2?</p>" in page
@@ -168,6 +164,7 @@ def test_the_page_shades_the_last_completions_by_their_advantage(tmp_path):
     assert shown == [("(8, 48, 107)", "0.5", "&lt;b&gt;yes"), ("(247, 251, 255)", "0", "")]
     # Conversations are shown with their roles.
     prompt = [{"role": "user", "content": "3+4"}]
+    messages = [{"role": "assistant", "content": "no"}, {"role": "tool", "content": None}]
     write_completions(folder, 12, [{"prompt": prompt, "completion": messages, "advantage": 1.0}])
     page = plot_run(folder, tmp_path / "run.html").read_text(encoding="utf-8")
     assert "<p>A = +1.00. Prompt: [user] 3+4</p>" in page and "[assistant] no↵\n[tool] </span>" in page
@@ -184,26 +181,26 @@ def test_a_folder_is_read_where_the_run_has_come_furthest(tmp_path):
     assert read_log_history(run) == HISTORY
 
 
-@pytest.mark.parametrize("content", [b'{"log_history": [{"st', b"\xff\xfe\x00", b"[]", b"{}", b'{"log_history": [1]}'])
-def test_a_damaged_state_is_one_line(tmp_path, content, capsys):
-    (tmp_path / "trainer_state.json").write_bytes(content)
-    with pytest.raises(SystemExit, match=r"^error: \S*trainer_state.json is damaged, it holds no log history.*\)\.$"):
-        main([str(tmp_path)])
-    assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 1
+DAMAGED = "trainer_state.json is damaged, it holds no log history"
 
 
 @pytest.mark.parametrize(
-    ("history", "message"),
+    ("content", "message"),
     [
+        *(
+            (content, DAMAGED)
+            for content in (b'{"log_history": [{"st', b"\xff\xfe\x00", b"[]", b'{"log_history": [1]}')
+        ),
         (None, "has no trainer_state.json, nor has a checkpoint-N in it; give a run's output_dir"),
-        ([{"step": 1, "loss": 0.1}], "has not logged anything"),
+        (b'{"log_history": [{"step": 1, "loss": 0.1}]}', "has not logged anything"),
     ],
 )
-def test_nothing_to_draw_is_one_line(tmp_path, history, message):
-    if history is not None:
-        write_state(tmp_path, history)
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+def test_nothing_to_draw_is_one_line(tmp_path, content, message, capsys):
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}.*$"):
         main([str(tmp_path)])
+    assert capsys.readouterr().out == "" and not list(tmp_path.glob("report*"))
 
 
 TRAINED = [
@@ -253,10 +250,3 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_training(tmp_path, ca
     args = config(LambdaGRPOConfig, Batch(), output_dir=str(tmp_path / "file" / "folder"))
     ReportCallback().on_train_end(args, state, TrainerControl())
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith("no report: ")
-
-
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes the import fail
-    for use in (ReportCallback, lambda: plot_run(HISTORY, tmp_path / "run.png")):
-        with pytest.raises(ImportError, match=r'pip install "trl-lambda\[plots\]"'):
-            use()

@@ -81,7 +81,6 @@ def test_every_make_target_that_is_named_exists(path: Path):
 
 @pytest.mark.parametrize("target", sorted(targets()))
 def test_a_target_can_be_planned(target: str):
-    """`make` finds every rule and variable that a target needs, without running it."""
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

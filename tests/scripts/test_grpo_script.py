@@ -23,19 +23,11 @@ CPU = ["--use_cpu", "--bf16", "false"]
 
 
 def reward(completions, **kwargs):
-    """Named on command lines as `test_grpo_script.reward`."""
     return [float(len(completion)) for completion in completions]
-
-
-def length_weight(lengths, lam):
-    """A length weight of the user's own, with a λ."""
-    weights = lengths**lam
-    return weights / weights.mean()
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with a model, a dataset and a reward of the user's own."""
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "model")
     (folder / "data").mkdir()
@@ -48,7 +40,6 @@ def files(tmp_path_factory) -> Path:
 
 
 def options(files: Path, output_dir: Path, **changes) -> dict:
-    """A run of two short steps."""
     return {
         "model_name_or_path": str(files / "model"), "dataset_name": str(files / "data"), "use_cpu": True,
         "reward_funcs": ["test_grpo_script.reward"], "output_dir": str(output_dir), "max_steps": 2, "save_steps": 1,
@@ -63,7 +54,6 @@ def write_yaml(path: Path, content: dict) -> list[str]:
 
 
 def error_of(*arguments: str) -> str:
-    """The line that a command ends with."""
     with pytest.raises(SystemExit) as caught:
         grpo.train(list(arguments))
     line = caught.value.code  # a string: printed to stderr, exit status 1
@@ -73,7 +63,6 @@ def error_of(*arguments: str) -> str:
 
 @pytest.fixture
 def built(monkeypatch) -> dict:
-    """The arguments that the trainer was made with. Nothing is trained."""
     seen: dict = {}
 
     def make_trainer(**kwargs):
@@ -165,8 +154,7 @@ def test_launch_options_go_to_accelerate_and_the_rest_to_the_script(files, tmp_p
 
 
 def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, monkeypatch, capsys):
-    launch = {"num_processes": 1, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
-    launch["accelerate_config"] = "single_gpu"
+    launch = {"num_processes": 1, "mixed_precision": "no", "dynamo_backend": "no", "accelerate_config": "single_gpu"}
     config = options(files, tmp_path / "out", scale_rewards=False, **launch) | {"reward_funcs": "my_reward.length"}
     arguments = write_yaml(tmp_path / "run.yaml", config)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -193,11 +181,11 @@ def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, mon
 
 
 def test_lora_with_a_weight_of_ones_own(files, tmp_path):
-    config = options(files, tmp_path / "out", use_peft=True, length_weight="test_grpo_script.length_weight")
+    config = options(files, tmp_path / "out", use_peft=True, length_weight="user_weights.power")
     config |= {"length_weight_kwargs": None, "token_weight": "tr_grpo", "token_weight_kwargs": {"max": 1.2}}
     trainer = grpo.main(*grpo.parse(write_yaml(tmp_path / "run.yaml", config))[:4])
     assert trainer.state.global_step == 2 and trainer.lambda_value != 0
-    assert trainer.length_weight.name == "test_grpo_script.length_weight"
+    assert trainer.length_weight.name == "user_weights.power"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

@@ -115,7 +115,6 @@ def test_inner_products_are_those_of_the_gradients_in_both_metrics():
 
 
 def products_of(gradients: torch.Tensor, truths: torch.Tensor) -> pg.Products:
-    """Of gradients (W, K, D) and terms (K, D)."""
     return pg.Products(torch.einsum("wkd,jd->wkj", gradients, truths), gradients.norm(dim=2), truths @ truths.T)
 
 
@@ -192,7 +191,6 @@ for name, arm in {**ARMS, **CONTROLS}.items():
 
 @pytest.mark.parametrize("name", PARITY)
 def test_the_direction_of_every_arm_is_that_of_its_trainer(name):
-    """And its gradient of λ, where that is learned."""
     run = trained(PARITY[name][0])
     weights = {weight.name: weight for weight in all_weights()}
     batch, logps, direction = direction_of(weights[same_direction(weights.values())[name]])
@@ -262,7 +260,6 @@ def test_batches_are_samples_of_training_problems(base):
 
 
 def stub_measure(model, batches, on_batch=lambda: None):
-    """Columns of the right names, at once."""
     figures = ("cosine_raw", "ratio_raw", "ratio_raw_se", "cosine_adam", "ratio_adam", "ratio_adam_se")
     draw = random.Random(0)
     empty = {"same_as": "", **dict.fromkeys(RULE_COLUMNS, "")}

@@ -32,7 +32,7 @@ def test_every_arm_is_a_configuration_of_its_own(study, name, tmp_path):
     arms = STUDIES[study]
     config_class = GRPOConfig if arms[name].trl else LambdaGRPOConfig
     config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **arms[name].options)
-    assert arms[name].trl == (name in BASELINES)
+    assert study == "tokens" or arms[name].trl == (name in BASELINES)
     assert [other for other in arms if arms[other].key == arms[name].key] == [name]
 
 

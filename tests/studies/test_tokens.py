@@ -1,5 +1,6 @@
 """The study of tokens: its methods, its plan, its tables and its command."""
 
+import itertools
 import json
 import math
 import sys
@@ -35,8 +36,8 @@ def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
     ladder, settle = PLAN.ladder(), PLAN.settle()
     cells = {(spec.task, spec.arm) for spec in ladder}
     assert len(ladder) == len(set(ladder)) == 12 * len(cells) and len(settle) == 48 and set(settle) <= set(ladder)
-    for task in budget.TASKS:
-        assert {split_name(name)[0] for of, name in cells if of == task} >= set(budget.WAYS) - {"target signed"}
+    ways = {(task, split_name(name)[0]) for task, name in cells}
+    assert ways >= set(itertools.product(budget.TASKS, set(budget.WAYS) - {"target signed"}))
     assert {spec.seed for spec in ladder} == set(range(500, 512)) and all(s.split == "test" for s in ladder)
     for part in (PLAN.step(), PLAN.tune(), PLAN.remedy(), budget.SMOKE.settle(), budget.SMOKE.ladder()):
         assert {spec.seed for spec in part} <= set(range(200, 208))
@@ -121,8 +122,7 @@ def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():
     assert f"[{4.7 - half:+.1f}, {4.7 + half:+.1f}] | level |" in lead and half > 4.7
     assert overlong.endswith("| below |")
     assert "| 10.0 | +22.0 [" in cut and cut.endswith("above, with 20.0 tokens |")  # beyond the curve its end counts
-    signed = frontier_table(rows, budget.WAYS, "target signed").splitlines()[2]
-    assert "| 26.0 | -40.0 " in signed  # its end with 30 tokens
+    assert "| 26.0 | -40.0 " in frontier_table(rows, budget.WAYS, "target signed")  # its end with 30 tokens
 
 
 def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,6 @@ def name(path: Path) -> str:
 
 
 def fences(path: Path, language: str) -> list[str]:
-    """The code fences of a language, at the beginning of a line."""
     text = path.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
@@ -37,7 +36,6 @@ def prose(path: Path) -> str:
 
 
 def links(path: Path) -> list[str]:
-    """The targets of a page's links and images."""
     return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(path)))
 
 

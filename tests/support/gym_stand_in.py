@@ -54,14 +54,11 @@ class Fragile(Products):
 
 
 class LastDigits(Products):
-    """Its scorer depends on a parameter."""
-
     def score_answer(self, answer, entry):
         return float(answer[-self.config.max_digits :] == entry["answer"][-self.config.max_digits :])
 
 
 def install_gym(monkeypatch) -> ModuleType:
-    """Put the stand-in where `import reasoning_gym` finds it."""
     library, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
     kinds = {"products": Products, "shapes": Shapes, "fragile": Fragile, "last_digits": LastDigits}
     factory.DATASETS = {name: (kind, ProductsConfig) for name, kind in kinds.items()}

@@ -46,7 +46,6 @@ REWARD = "def brevity(completions, **kwargs):\n    return [-float(len(text)) for
 
 
 def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a command and return what it printed; a failure raises with it."""
     words, pipes = [str(part) for part in command], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(words, cwd=cwd, env=env, text=True, **pipes)
     if done.returncode:
@@ -76,7 +75,6 @@ def build(outdir: Path) -> tuple[Path, Path]:
 
 
 def names(archive: Path) -> set[str]:
-    """The files in a wheel, or in an sdist below its one folder."""
     if archive.suffix == ".whl":
         return set(zipfile.ZipFile(archive).namelist())
     with tarfile.open(archive) as tar:
@@ -119,7 +117,6 @@ def use(bin_folder: Path, folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Build, check, install, use; print what was done."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--outdir", type=Path, default=Path("dist"))
     args = parser.parse_args()

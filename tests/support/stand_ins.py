@@ -106,7 +106,6 @@ def write_agent_model(folder: Path, calls: list[tuple[str, dict]], answers: list
 
 
 def write_any_model(folder: Path, added: list[str], eos: str, template: str) -> str:
-    """A tiny Qwen2 that knows a few letters and what is added."""
     # AutoTokenizer of transformers 5 reads byte-level BPE for Qwen2, which leaves out the letters it does not know.
     words = ["<pad>", eos, "a", "e", "o"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))

@@ -19,7 +19,6 @@ def linear(probs, alpha=0.6):
 
 
 def half(lengths):
-    """A length weight without λ."""
     return torch.full_like(lengths, 0.5)
 
 

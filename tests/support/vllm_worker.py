@@ -23,8 +23,6 @@ PROMPTS = ["A47+86=", "A12+35+71=", "A98+64+20+33="]
 
 
 class Recording(LambdaGRPOTrainer):
-    """A trainer that keeps its losses."""
-
     def __init__(self, *args, **kwargs):
         self.seen_losses = []
         super().__init__(*args, **kwargs)
@@ -73,7 +71,6 @@ def record_generations(trainer, skip_syncs: list[int]) -> list[dict]:
 
 
 def run_job(job: dict) -> dict:
-    """Train as the job says; what happened, as plain lists and tensors."""
     batch = Batch(lengths=[[1] * 4 for _ in PROMPTS])  # for its shape alone: the completions are vLLM's
     args = config(LambdaGRPOConfig, batch, use_vllm=True, vllm_mode="colocate", **job["options"])
     peft_config = None
