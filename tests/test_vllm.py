@@ -29,31 +29,29 @@ from recipes.studies.arena.vllm_seeds import TABLE
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "recipes" / "playground" / "base_model"
 
+
+def of_lengths(*member):
+    return lambda lengths, advantages, lam: reference.length_weights(lengths, lam, *member)
+
+
+def favoured(lengths, advantages, lam):
+    return reference.favour_positive(reference.balanced_weights(lengths, advantages), lengths, advantages, 3.0)
+
+
+def positive(lengths, advantages, lam):
+    return reference.side_weights(lengths, advantages, [0.8], "power", "positive")
+
+
 # f and v to be tested, as options and in plain loops. A row may be any function of the batch's lengths, advantages, λ.
+SIDE = {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False}
+PROMPT = {"length_weight": "power", "length_weight_scope": "prompt", "lambda_init": -0.5, "token_weight": "tr_grpo"}
+MASKED = {"length_weight": "lambda_grpo", "lambda_init": 2.0, "mask_truncated_completions": True}
 WEIGHTS = {
-    "lambda_grpo": Weights(
-        {"length_weight": "lambda_grpo", "lambda_init": 0.7},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda_grpo"),
-    ),
-    "power and tr_grpo": Weights(
-        {"length_weight": "power", "length_weight_scope": "prompt", "lambda_init": -0.5, "token_weight": "tr_grpo"},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "power", "prompt"),
-        {"regulation": "tr_grpo"},
-    ),
-    "power, positive": Weights(
-        {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False},
-        lambda lengths, advantages, lam: reference.side_weights(lengths, advantages, [0.8], "power", "positive"),
-    ),
-    "balanced, positive weight": Weights(
-        {"length_weight": "balanced", "positive_weight": 3.0},
-        lambda lengths, advantages, lam: reference.favour_positive(
-            reference.balanced_weights(lengths, advantages), lengths, advantages, 3.0
-        ),
-    ),
-    "lambda_grpo, truncated masked": Weights(
-        {"length_weight": "lambda_grpo", "lambda_init": 2.0, "mask_truncated_completions": True},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda_grpo"),
-    ),
+    "lambda_grpo": Weights({"length_weight": "lambda_grpo", "lambda_init": 0.7}, of_lengths("lambda_grpo")),
+    "power and tr_grpo": Weights(PROMPT, of_lengths("power", "prompt"), {"regulation": "tr_grpo"}),
+    "power, positive": Weights(SIDE, positive),
+    "balanced, positive weight": Weights({"length_weight": "balanced", "positive_weight": 3.0}, favoured),
+    "lambda_grpo, truncated masked": Weights(MASKED, of_lengths("lambda_grpo")),
 }
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 SURROGATES = ["dapo", "cispo", "sapo", "vespo"]

@@ -56,9 +56,6 @@ class Loops:
                 if has_signal(of_group, group):
                     self.masses += [(f"{name}{part}", abs(a) * w * n / tokens) for part in ("", f"_{kind}")]
 
-    def token(self, quartile, logp, mass, v):
-        self.tokens.append((quartile, logp, mass, v))
-
     def metrics(self):
         n, a = ([pair[i] for pair in self.pairs] for i in (0, 1))
         size = math.sqrt(sum(x * x for x in n) * sum(x * x for x in a))
@@ -149,7 +146,7 @@ def test_every_metric_equals_plain_loops_however_the_batch_is_cut(rows):
             for t in range(lengths[p][g]):
                 mass = abs(advantages[p][g]) * f[p, g].item() * v[row, t].item()
                 mass *= has_signal(advantages[p], lengths[p])
-                loops.token(bins[lengths[p][g]], logps[row, t].item(), mass, v[row, t].item())
+                loops.tokens.append((bins[lengths[p][g]], logps[row, t].item(), mass, v[row, t].item()))
     expected, mine = loops.metrics(), metrics.flush(Accelerator(cpu=True))
     assert mine.keys() == expected.keys() and len(mine) == 34
     assert mine == pytest.approx(expected, rel=1e-4, abs=1e-6)  # sums in float32, bins of 0.85 %

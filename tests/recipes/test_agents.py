@@ -6,7 +6,6 @@ import re
 import sqlite3
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,16 +329,6 @@ def test_an_environment_needs_no_reward_no_prompt_and_no_dataset(rows, model, tm
     trainer = run(monkeypatch, tmp_path, model_name_or_path=model, environment="test_agents.Counter", **dataset)
     logged = trainer.state.log_history[0]
     assert logged["rewards/Counter/std"] > 0 and 0 < abs(trainer.lambda_value) < 0.2
-
-
-def test_the_short_progress_bar_shows_the_latest_figures(monkeypatch):
-    shown = []
-    progress = train.ShortProgress()
-    progress.on_log(None, None, None, logs={"reward": 0.5})  # no bar on this process
-    progress.training_bar = SimpleNamespace(set_postfix=shown.append)
-    progress.on_log(None, None, None, logs={"reward": 0.5, "lambda/value": -0.25, "completions/mean_length": None})
-    progress.on_log(None, None, None, logs={"train_runtime": 1.0})
-    assert shown == [{"reward": "0.500", "lambda": "-0.250"}]
 
 
 @pytest.mark.parametrize(

@@ -40,23 +40,17 @@ def reply(text, role="assistant"):
     return [{"role": role, "content": text}]
 
 
-@pytest.mark.parametrize(
-    ("text", "extractor", "answer"),
-    [
-        ("3*7=21.", "last_number", "21"),
-        ("It is **21**, not 24 or so.", "last_number", "24"),
-        ("5 - 3 = -2", "last_number", "-2"),
-        ("between 3-4", "last_number", "4"),
-        ("1,234,567.50", "last_number", "1234567.50"),
-        ("1,2,3", "last_number", "3"),
-        ("x4", "last_number", None),
-        ("<answer>3</answer> or <answer> 4\n</answer>", "answer_tags", "4"),
-        ("<answer>3", "answer_tags", None),
-        (" 21 \n", "text", "21"),
-    ],
-)
-def test_answers_are_extracted(text, extractor, answer):
-    assert extract_answer(text, extractor) == answer
+LAST = {
+    "3*7=21.": "21", "It is **21**, not 24 or so.": "24", "5 - 3 = -2": "-2", "between 3-4": "4", "x4": None,
+    "1,234,567.50": "1234567.50", "1,2,3": "3",
+}  # fmt: skip
+TAGS = {"<answer>3</answer> or <answer> 4\n</answer>": "4", "<answer>3": None}
+EXTRACTORS = {"last_number": LAST, "answer_tags": TAGS, "text": {" 21 \n": "21"}}
+
+
+@pytest.mark.parametrize(("extractor", "text"), [(name, text) for name, cases in EXTRACTORS.items() for text in cases])
+def test_answers_are_extracted(extractor, text):
+    assert extract_answer(text, extractor) == EXTRACTORS[extractor][text]
 
 
 def test_each_row_is_scored_by_its_own_task_parameters_and_extractor():

@@ -1,6 +1,5 @@
 """The arena: its arms, its runs, and that a killed study goes on where it stopped."""
 
-import itertools
 import json
 import math
 import re
@@ -12,7 +11,6 @@ import time
 import pytest
 from trl import GRPOConfig
 
-from recipes.studies.arena.study import TASK_ARMS, TASKS, Plan
 from recipes.studies.shared.arms import ARMS, BASELINES, CONTROLS, FIRST_ROUND, find_arm
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.machine import ROOT
@@ -82,20 +80,6 @@ def test_ledger_drops_a_torn_line_and_refuses_other_columns(tmp_path):
     assert [row["text"] for row in again.rows()] == ['with, comma and "quote"', ""]
     with pytest.raises(ValueError, match="other columns"):
         again.append({"arm": "c", "seed": 2})
-
-
-def test_plan_pairs_all_arms_and_gives_each_the_same_tuning_budget():
-    plan, rates = Plan(), dict.fromkeys(FIRST_ROUND, 3e-4)
-    tuning, runs = plan.tune(), plan.main(rates)
-    for arm in FIRST_ROUND:
-        cells = [(s.task, s.seed, s.learning_rate) for s in tuning if s.arm == arm]
-        assert sorted(cells) == sorted({(s.task, s.seed, s.learning_rate) for s in tuning})
-    assert len({tuple(vars(spec).values()) for spec in runs}) == len(runs)
-    for task, seed in itertools.product(TASKS, range(12)):
-        assert {s.arm for s in runs if (s.task, s.seed) == (task, seed)} == set(TASK_ARMS.get(task, FIRST_ROUND))
-    assert {s.seed for s in tuning}.isdisjoint(s.seed for s in runs)
-    assert {s.split for s in tuning} == {"validation"} and {s.split for s in runs} == {"test"}
-    assert {s.steps_per_generation for s in plan.one_step(rates)} == {1}
 
 
 def test_the_command_goes_on_where_it_stopped(tmp_path):

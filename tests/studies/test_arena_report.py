@@ -162,8 +162,7 @@ def test_cells_and_markers():
     assert difference_cell(Comparison("tr", "dapo", 1, -0.0123), 1, 100, 1) == "-1.2 (1 seed)"
     assert mean_and_error(np.array([0.01, 0.02, 0.03]), 100, 3) == "2.000 ± 0.577"
     page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: x -->\nkept\n"
-    once = replace_tables(page, {"one": "| \\1 |", "two": "2"})
-    assert once == page.replace("old", "| \\1 |") == replace_tables(once, {"one": "| \\1 |"})
+    assert replace_tables(page, {"one": "| \\1 |", "two": "2"}) == page.replace("old", "| \\1 |")
     with pytest.raises(ValueError, match="table: one --> is not closed"):
         replace_tables("<!-- table: one -->\n<!-- table: two -->\n<!-- end -->\n", {"one": "1"})
 

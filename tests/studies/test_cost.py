@@ -273,11 +273,6 @@ def test_a_deviation_beyond_its_bound_raises_and_a_launched_process_says_why_it_
 
 
 def test_the_tables_say_that_there_is_no_gpu_row_or_show_them(tmp_path):
-    path = tmp_path / "gpu.csv"
-    assert table.gpu_markdown(path) == "No GPU row yet: `make gpu` writes them.\n"
+    assert table.gpu_markdown(tmp_path / "gpu.csv") == "No GPU row yet: `make gpu` writes them.\n"
     readme = table.RESULTS.with_name("README.md").read_text(encoding="utf-8")
     assert f"<!-- gpu: begin -->\n{table.gpu_markdown(table.GPU_RESULTS)}<!-- gpu: end -->" in readme
-    append(path, [row("gpu b: cost", BASELINE, "1.5b", "whole step", [900.0], "ms")], "cpu")
-    append(path, [row("gpu b: cost", "lambda_grpo", "1.5b", "whole step", [1.002, 1.004], "ratio")], "cpu")
-    text = table.gpu_markdown(path)
-    assert "| lambda_grpo | 1.003 (1.002 – 1.004) | – |" in text and "`GRPOTrainer` takes 900 ms a step" in text

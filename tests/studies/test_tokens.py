@@ -1,6 +1,5 @@
 """The study of tokens: its methods, its plan, its tables and its command."""
 
-import itertools
 import json
 import math
 import sys
@@ -17,8 +16,6 @@ from recipes.studies.tokens.frontier import frontier_table
 from recipes.studies.tokens.rows import split_name
 from recipes.studies.tokens.tuning import kept_settings
 
-PLAN = budget.Plan()
-
 
 def test_a_name_is_its_way_and_its_setting():
     assert split_name("overlong 48 24") == ("overlong", "48 24") and split_name("fixed -0.5") == ("fixed", "-0.5")
@@ -30,17 +27,6 @@ def test_a_name_is_its_way_and_its_setting():
         assert [f"{way} {setting}" for setting in settings] == budget.names_of(way, task)
     shown = {row["arm"]: json.loads(row["options"]) for row in rows}
     assert all(json.loads(json.dumps(budget.method(arm).key)) == options for arm, options in shown.items())
-
-
-def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
-    ladder, settle = PLAN.ladder(), PLAN.settle()
-    cells = {(spec.task, spec.arm) for spec in ladder}
-    assert len(ladder) == len(set(ladder)) == 12 * len(cells) and len(settle) == 48 and set(settle) <= set(ladder)
-    ways = {(task, split_name(name)[0]) for task, name in cells}
-    assert ways >= set(itertools.product(budget.TASKS, set(budget.WAYS) - {"target signed"}))
-    assert {spec.seed for spec in ladder} == set(range(500, 512)) and all(s.split == "test" for s in ladder)
-    for part in (PLAN.step(), PLAN.tune(), PLAN.remedy(), budget.SMOKE.settle(), budget.SMOKE.ladder()):
-        assert {spec.seed for spec in part} <= set(range(200, 208))
 
 
 def test_the_rule_drops_what_is_beaten_and_keeps_the_best_and_the_shortest():

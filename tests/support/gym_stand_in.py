@@ -31,6 +31,7 @@ class Products:
     def score_answer(self, answer, entry):
         if answer is None:
             return 0.0
+        assert entry["metadata"]["terms"], "the scorer sees the metadata"
         if answer == entry["answer"]:
             return 1.0
         return len(entry["answer"]) / len(answer) if entry["answer"] in answer else 0.0

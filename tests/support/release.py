@@ -8,6 +8,7 @@ The environment is clean of this package, not of its dependencies: torch and the
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -26,22 +27,12 @@ from stand_ins import write_model
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONFIG = """\
-model_name_or_path: model
-dataset_name: data
-reward_funcs: my_reward.brevity
-output_dir: out
-max_steps: 2
-per_device_train_batch_size: 4
-num_generations: 4
-max_completion_length: 8
-use_cpu: true
-bf16: false
-logging_steps: 1
-report_to: none
-disable_tqdm: true
-save_strategy: "no"
-"""
+# JSON is YAML.
+CONFIG = {
+    "model_name_or_path": "model", "dataset_name": "data", "reward_funcs": "my_reward.brevity", "output_dir": "out",
+    "max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
+    "use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
+}  # fmt: skip
 REWARD = "def brevity(completions, **kwargs):\n    return [-float(len(text)) for text in completions]\n"
 
 
@@ -101,7 +92,7 @@ def use(bin_folder: Path, folder: Path) -> dict[str, str]:
     (folder / "data").mkdir()
     (folder / "data" / "rows.jsonl").write_text('{"prompt": "aeo"}\n{"prompt": "oa"}\n')
     (folder / "my_reward.py").write_text(REWARD)
-    (folder / "run.yaml").write_text(CONFIG)
+    (folder / "run.yaml").write_text(json.dumps(CONFIG))
     command, python = bin_folder / "trl-lambda", bin_folder / "python"
     launch = (python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m")

@@ -35,32 +35,14 @@ MATH = [
 
 def puzzle(names: list[str], solution: list[bool]) -> dict:
     """A row with the columns of `K-and-K/knights-and-knaves`."""
-    roles = ["knight" if knight else "knave" for knight in solution]
-    text = [f"{name} is a {role}" for name, role in zip(names, roles, strict=True)]
-    return {
-        "quiz": f"You meet {len(names)} inhabitants: {', '.join(names)}. So who is a knight and who is a knave?",
-        "names": names,
-        "knight_knave": {"knight": "a knight", "knave": "a knave"},
-        "solution": solution,
-        "solution_text": ", and ".join(text) + ".",
-        "cot_repeat_steps": ["Assume that this is so."],
-    }
+    quiz = f"You meet {len(names)} inhabitants: {', '.join(names)}. So who is a knight and who is a knave?"
+    return {"quiz": quiz, "names": names, "solution": solution, "cot_repeat_steps": ["Assume that this is so."]}
 
 
-KNIGHTS_AND_KNAVES = [
-    puzzle(["Zoey", "Oliver"], [True, False]),
-    puzzle(["Ava", "Noah", "Mia"], [True, False, True]),
-]
-HOTPOTQA = [
-    {
-        "question": "Who directed Alien?",
-        "answer": "Ridley Scott",
-        "context": {
-            "title": ["Alien", "Moss"],
-            "sentences": [["Alien is a film.", " Its director is Ridley Scott."], ["Moss grows in the shade."]],
-        },
-    },
-]
+KNIGHTS_AND_KNAVES = [puzzle(["Zoey", "Oliver"], [True, False]), puzzle(["Ava", "Noah", "Mia"], [True, False, True])]
+SENTENCES = [["Alien is a film.", " Its director is Ridley Scott."], ["Moss grows in the shade."]]
+PARAGRAPHS = {"title": ["Alien", "Moss"], "sentences": SENTENCES}
+HOTPOTQA = [{"question": "Who directed Alien?", "answer": "Ridley Scott", "context": PARAGRAPHS, "level": "easy"}]
 
 
 def write_dataset(folder: Path, configs: dict[str, dict[str, list[dict]]]) -> str:

@@ -8,13 +8,11 @@ from trl_lambda import LengthWeight, TokenWeight
 
 
 def power(lengths, lam):
-    """The package's own `power`, in three lines."""
     ratio = (lengths / lengths.mean()) ** lam
     return ratio * lengths.sum() / (lengths * ratio).sum()
 
 
 def linear(probs, alpha=0.6):
-    """The package's own `ar`."""
     return alpha * probs + (1 - alpha)
 
 
@@ -54,8 +52,6 @@ class Square(LengthWeight):
 
 
 class Confident(LengthWeight):
-    """An object that asks for statistics and has a λ."""
-
     name = "confident"
     has_lambda = True
     needs = ("mean_logp", "mean_entropy")
@@ -66,8 +62,6 @@ class Confident(LengthWeight):
 
 @dataclass(frozen=True)
 class Linear(TokenWeight):
-    """The package's `ar`, as an object of the user's."""
-
     alpha: float = 0.6
 
     name = "my linear"
