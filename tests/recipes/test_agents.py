@@ -97,9 +97,6 @@ class Environment:
     def count(to):
         return str(to)
 
-    def _hidden(self):
-        return b"hidden"
-
 
 def test_tools_are_guarded_and_look_as_before_and_nothing_else_is():
     guarded = guard(calculate)
@@ -108,7 +105,7 @@ def test_tools_are_guarded_and_look_as_before_and_nothing_else_is():
     assert guarded.__name__ == "Environment" and issubclass(guarded, Environment)
     instance = guarded()
     assert instance.count(to=3) == "3" and instance.count("a") == "a"
-    assert instance.reset() == b"observation" and instance._hidden() == b"hidden"
+    assert instance.reset() == b"observation"
     with pytest.raises(ToolError, match="look: the answer is of type bytes"):
         instance.look()
 
@@ -206,7 +203,8 @@ def test_a_tokenizer_that_cannot_hold_a_conversation_with_tools_is_refused(tmp_p
         check_tokenizer(str(tmp_path / "anchor"), None, False)
 
 
-PARAGRAPHS = [("Alien", "Alien is a film. Its director is Ridley Scott."), ("Ridley Scott", "He is a director.")]
+PARAGRAPHS = [("Alien", "Alien is a film of 1979. Its director is Ridley Scott.")]
+PARAGRAPHS += [("Ridley Scott", "Ridley Scott is an English director.")]
 PARAGRAPHS += [("Moss", "Moss grows in the shade.")] * 2
 
 

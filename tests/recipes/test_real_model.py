@@ -1,6 +1,4 @@
-"""The whole path on a pretrained model (`make llm`): its tokenizer, template, bf16 autocast, LoRA, resume, card."""
-
-import re
+"""The whole path on a pretrained model (`make llm`): its tokenizer, template, bf16 autocast, LoRA, resume."""
 
 import pytest
 import torch
@@ -18,11 +16,6 @@ SETUPS = {
 }
 
 
-def product(completions, answer, **kwargs):
-    numbers = [re.findall(r"\d+", completion[-1]["content"])[-1:] for completion in completions]
-    return [float(found == [right]) for found, right in zip(numbers, answer, strict=True)]
-
-
 def length(completions, **kwargs):
     return [-len(completion[-1]["content"]) / 100 for completion in completions]
 
@@ -31,9 +24,7 @@ def build(folder, *, lora, **options):
     from peft import LoraConfig
 
     rows = [(a, b) for a in range(2, 6) for b in range(3, 7)]
-    dataset = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": f"What is {a} * {b}?"}], "answer": str(a * b)} for a, b in rows]
-    )
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {a} * {b}?"}]} for a, b in rows])
     defaults = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 2,
         "max_completion_length": 12, "use_cpu": True, "bf16": True, "logging_steps": 1, "report_to": "none",
@@ -42,7 +33,7 @@ def build(folder, *, lora, **options):
     }  # fmt: skip
     peft = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]) if lora else None
     args = LambdaGRPOConfig(str(folder), **(defaults | options))
-    return LambdaGRPOTrainer(str(FOLDER), [product, length], args, dataset, peft_config=peft)
+    return LambdaGRPOTrainer(str(FOLDER), length, args, dataset, peft_config=peft)
 
 
 def trained(trainer) -> dict[str, torch.Tensor]:

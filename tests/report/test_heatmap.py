@@ -105,6 +105,7 @@ def test_the_picture_shows_each_token_on_its_ground(tmp_path, figures):
         assert box[0] == (before[0] + before[2] if box[1] == before[1] else 0)
     lightness = [sum(patch.get_facecolor()[:3]) for patch in axes.patches]
     assert lightness == sorted(lightness, reverse=True)
+    assert not any(text.get_parse_math() for text in axes.texts)  # a $ is a $
     heatmap(["x" * 100, "y", "z"], [1.0, 2.0, 3.0], tmp_path / "b.png", mask=[1, 1, 0])
     axes = figures[1].axes[0]  # long tokens are broken, lines do not overflow, what others wrote is hatched
     texts = [text.get_text() for text in axes.texts]
