@@ -178,6 +178,7 @@ def test_rows_that_cannot_be_used_are_refused():
     check_rows([row], NoTool, "x.NoTool")
     check_rows([{"table": "b"}], Narrow, "x.Narrow")  # an environment needs no prompt
     check_rows([{"prompt": row["prompt"]}], None, None)
+    check_rows([], None, None)
     for bad, environment in ((row | {"prompt": "a"}, NoTool), ({"solution": "7"}, None)):
         with pytest.raises(ValueError, match="conversational prompts"):
             check_rows([bad], environment, "x.NoTool")
