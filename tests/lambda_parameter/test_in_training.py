@@ -69,7 +69,6 @@ def test_the_regression_in_every_cut_equals_plain_loops(cut):
 
 
 def test_two_processes_take_the_same_steps_and_skip_the_same(tmp_path):
-    """The last job has a NaN on one rank only, and a callback that logs on the other alone."""
     jobs = [
         {"trainer": "lambda", "build": {"double": True}, "options": {**ADAMW, **options, "max_steps": 4}}
         for options in (TARGET, {"length_weight": "power", "lambda_side": "signed"}, {"lambda_init": 0.3})

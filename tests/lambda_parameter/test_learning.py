@@ -36,7 +36,6 @@ def through_json(learning, fresh):
 
 
 def synthetic(slope, seed, prompts=64, group=8, noise=0.5) -> GenerationBatch:
-    """Advantages that rise with ln|o| by `slope`, plus noise."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 60, (prompts, group), generator=generator)
     x = lengths.double().log()

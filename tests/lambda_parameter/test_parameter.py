@@ -27,6 +27,13 @@ def test_the_clip_keeps_direction_and_bound_and_the_log_the_gradient_before_it()
     assert one.tensor.grad.item() == pytest.approx(-1.0) and one.grads == pytest.approx([-3e38]) and one.skipped == 0
 
 
+def test_a_value_from_a_file_is_kept_in_bounds():
+    parameter = make()
+    parameter.bounds = (-1.0, 1.0)
+    parameter.load([-7.0], 4)
+    assert parameter.value == -1.0 and parameter.skipped == 4
+
+
 def test_average_gradient_joins_without_one_and_leaves_other_learning_alone():
     parameter, rule = make(), make(learning=Regression(("length",), 2.0, "positive"))
     for each in (parameter, rule):

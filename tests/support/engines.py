@@ -66,7 +66,6 @@ def make_job(processes: int, changes: dict, **options) -> dict:
 
 
 def launch_engine(name: str, folder: Path, options: dict, env: dict | None = None, **changes) -> list[dict]:
-    """Train under an engine, and see that it was that one."""
     engine = ENGINES[name]
     job = make_job(engine.processes, engine.job, **options) | changes
     command = list(engine.command) if engine.command else None

@@ -279,7 +279,6 @@ def train_trl(batch: Batch | None = None, **options) -> Run:
 
 
 def by_length(sign: int = 1, **fields) -> Batch:
-    """A batch in which length is what is rewarded."""
     batch = Batch(**fields)
     batch.rewards = [sign * len(c) / 12 for c in batch.completions]
     return batch

@@ -52,7 +52,6 @@ def use_fsdp2() -> None:
 
 
 def log_on_rank_0(trainer) -> TrainerCallback:
-    """What a user's callback may do."""
     callback = TrainerCallback()
     callback.on_step_begin = lambda args, state, control, **_: state.is_world_process_zero and trainer.log({"mine": 1})
     return callback
