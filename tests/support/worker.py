@@ -53,7 +53,7 @@ def use_fsdp2() -> None:
 
 def log_on_rank_0(trainer) -> TrainerCallback:
     callback = TrainerCallback()
-    callback.on_step_begin = lambda args, state, control, **_: state.is_world_process_zero and trainer.log({"mine": 1})
+    callback.on_step_begin = lambda a, state, c, **_: trainer.log({"mine": 1}) if state.is_world_process_zero else None
     return callback
 
 
