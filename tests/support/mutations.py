@@ -19,11 +19,11 @@ PAGE = ROOT / "tests" / "MUTATIONS.md"
 TRAINER, SCORING = "lambda_grpo_trainer.py", "trl_seam/scoring.py"
 PARAMETER, FILE = "lambda_parameter/parameter.py", "lambda_parameter/lambda_file.py"
 SUBCLASSES, TOOLS = "trl_seam/test_subclasses.py", "trl_seam/test_tools_exact.py"
-LAMBDA_STEP, RESUME = "trainer/test_lambda_step.py", "trainer/test_resume.py"
+ARGUMENTS, LAMBDA_STEP, RESUME = "weights/test_arguments.py", "trainer/test_lambda_step.py", "trainer/test_resume.py"
 # File of trl_lambda/, a text that is in it once, what stands there instead, and the test file that goes red.
 MUTANTS = (
     (SCORING, "return mask if tool_mask is None else mask * tool_mask", "return mask", TOOLS),
-    (SCORING, "start = self._accelerator.process_index * row_count", "start = 0", TOOLS),
+    (SCORING, "start = self._accelerator.process_index * row_count", "start = 0", ARGUMENTS),
     (SCORING, " + self.calls * _CALL", "", SUBCLASSES),
     (SCORING, "if mask.size(0) != row_count:", "if False:", SUBCLASSES),
     (SCORING, "bool((numbers[1:] == numbers[:-1]).any())", "False", SUBCLASSES),
@@ -42,7 +42,7 @@ MUTANTS = (
     (PARAMETER, "optimizer.register_step_post_hook(lambda *_: self._after_step())", "pass", LAMBDA_STEP),
     (PARAMETER, 'isinstance(optimizer.defaults.get("eps"), float)', "True", LAMBDA_STEP),
     (PARAMETER, "self._schedule_factor * rate", "rate", LAMBDA_STEP),
-    (PARAMETER, 'reduction="mean"', 'reduction="sum"', TOOLS),
+    (PARAMETER, 'reduction="mean"', 'reduction="sum"', ARGUMENTS),
     (PARAMETER, "if not math.isfinite(norm):", "if False:", LAMBDA_STEP),
     (PARAMETER, '{"eps": ADAM_EPS}', "{}", LAMBDA_STEP),
     (FILE, "if saved != mine:", "if False:", RESUME),
@@ -54,8 +54,7 @@ def occurrences(mutant: tuple[str, str, str, str]) -> int:
     return (ROOT / "trl_lambda" / mutant[0]).read_text(encoding="utf-8").count(mutant[1])
 
 
-def run(mutant: tuple[str, str, str, str]) -> str | None:
-    """The first test that fails on the mutant, without its parameters, or `None`."""
+def first_failure(mutant: tuple[str, str, str, str]) -> str | None:
     file, old, new, tests = mutant
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "repository"
@@ -77,17 +76,15 @@ def main() -> None:
     chosen = [mutant for mutant in MUTANTS if any(wanted in text for text in mutant)]
     rows = []
     for number, mutant in enumerate(chosen, 1):
-        test = run(mutant)
+        test = first_failure(mutant)
         file, old, new, tests = mutant
         rows.append(f"| `{file}` | `{old}` | `{new}` | {f'`{tests}::{test}`' if test else '**nothing**'} |")
         print(f"{number}/{len(chosen)} {rows[-1]}", flush=True)
     survivors = sum("**nothing**" in row for row in rows)
     if not wanted:
-        head = (
-            "# Which test catches which mutation\n\nWritten by `make mutations`, which breaks one line at a time.\n\n"
-        )
-        table = ["| file | line | broken | caught by |", "|---|---|---|---|", *rows]
-        PAGE.write_text(head + "\n".join(table) + "\n", encoding="utf-8")
+        head = "# Which test catches which mutation\n\nWritten by `make mutations`, which breaks one line at a time.\n"
+        table = "\n".join([head, "| file | line | broken | caught by |", "|---|---|---|---|", *rows, ""])
+        PAGE.write_text(table, encoding="utf-8")
     print(f"mutations: {len(chosen) - survivors} of {len(chosen)} caught")
     sys.exit(survivors > 0)
 
