@@ -126,7 +126,7 @@ def test_an_option_without_effect_is_refused(options, name, value):
 
 def test_inside_the_clip_is_judged_with_the_trainers_own_weight():
     config = LambdaGRPOConfig(**BASE, token_weight_inside_clip=True)
-    assert config.make_weights(token_weight=by_surprise)[1].function is by_surprise
+    assert config.make_weights(token_weight=user_weights.linear)[1].function is user_weights.linear
     with pytest.raises(ValueError, match="token_weight_inside_clip=True has no effect with token_weight=None: leave"):
         config.make_weights()
 
