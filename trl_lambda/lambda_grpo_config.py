@@ -220,7 +220,6 @@ class LambdaGRPOConfig(GRPOConfig):
             if str(getattr(self, name)).lower() in ("none", "null"):  # the command line has no other word for it
                 setattr(self, name, None)
         super().__post_init__()
-        self._check_values()
         self._check_weights(*self._named_weights())
 
     def make_weights(self, length_weight: Any = None, token_weight: Any = None) -> tuple[Any, Any]:
@@ -236,7 +235,6 @@ class LambdaGRPOConfig(GRPOConfig):
         Raises:
             `ValueError`: as for the class.
         """
-        self._check_values()
         f, v = self._named_weights()
         if length_weight is not None:
             self._refuse(["length_weight", "length_weight_kwargs"], "beside the trainer's own length_weight")
@@ -250,6 +248,7 @@ class LambdaGRPOConfig(GRPOConfig):
         return f, v
 
     def _named_weights(self) -> tuple[LengthWeight | None, TokenWeight | None]:
+        self._check_values()
         own = {
             "side": self.side,
             "features": tuple(self.lambda_features),

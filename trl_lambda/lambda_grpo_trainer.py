@@ -30,7 +30,7 @@ from .lambda_parameter import (
     Regression,
     Target,
 )
-from .metrics.loss_metrics import DeadRunWarning, LossMetrics, lambda_metrics
+from .metrics.loss_metrics import LossMetrics, lambda_metrics
 from .model_card import card_tags, complete_card, paper_of
 from .trl_seam.contract import check_contract, refuse_other_losses, refuse_unsupported
 from .trl_seam.scoring import Scoring, own_tokens
@@ -126,7 +126,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
             reduction=self.loss_reduction,
         )
         self._loss_metrics = {"train": LossMetrics(), "eval": LossMetrics()}
-        self._dead_run = DeadRunWarning()
 
     def _make_lambda(self, args: LambdaGRPOConfig, f: LengthWeight) -> LambdaParameter:
         bounds: Any = args.lambda_bounds
@@ -168,11 +167,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def lambda_values(self) -> dict[str, float]:
         """λ of every feature, by name; empty where f has none."""
         return {} if self._lambda is None else dict(zip(self._lambda.features, self._lambda.values, strict=True))
-
-    @property
-    def lambda_learning(self) -> Fixed | None:
-        """How λ learns; `None` where f has none."""
-        return None if self._lambda is None else self._lambda.learning
 
     @property
     def _mode(self) -> str:
@@ -221,7 +215,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         metrics.defer(partial(metrics.add_generation_batch, batch))
         if self.model.training:
             logged = self._metrics["train"]
-            self._dead_run.observe(logged)
+            metrics.warn_of_dead_run(logged)
             # A λ that is fixed or descends needs no batch, and the device would be waited for.
             if self._lambda is not None and self._lambda_step is not None and not self._lambda.learning.uses_loss:
                 # Answers that TRL masks have no tokens in the batch, but were sampled.
@@ -269,8 +263,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         advantages, old_logps, mask = inputs.peek("advantages"), inputs.peek("old_per_token_logps"), own_tokens(inputs)
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
 
-        f = self._response_weights.weights_of(batch, step)  # (P, G)
-        factor = self._response_weights.factor(f, batch, step)
+        f, factor = self._response_weights.weigh(batch, step)  # (P, G) and, flat, (P·G,)
         if factor is not None:
             inputs.scale_advantages(factor[places])
         v = None
@@ -292,9 +285,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
                 inputs.scale_advantages(v)
 
         metrics, f = self._loss_metrics[mode], f.detach()
-        metrics.defer(partial(metrics.add_masses, f, batch))
-        if factor is not None:
-            metrics.defer(partial(metrics.add_length_weights, f, batch, self._response_weights.depends_on_sign))
+        metrics.defer(partial(metrics.add_length_weights, f, batch, factor is not None))
         if self.args.token_metrics:
             tokens = (advantages, logps.detach(), mask, v, self.token_weight and self.token_weight.bounds)
             metrics.defer(partial(metrics.add_tokens, batch, places, f, *tokens), mask.numel())
@@ -310,11 +301,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._lambda_step is not None:
-            if not any(parameter.requires_grad for parameter in self.model.parameters()):
-                raise ValueError(
-                    "The model has nothing to train, and λ alone would learn. Load the adapter with "
-                    "PeftModel.from_pretrained(..., is_trainable=True), or set lambda_learnable=False."
-                )
             self._lambda_step.begin_training()
         return super().train(*args, **kwargs)
 
@@ -369,8 +355,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._lambda_file.write(output_dir, self.state.global_step, home=self._lambda_home())
 
     def _lambda_home(self) -> str:
-        step = self._lambda_step
-        return "no optimizer" if step is None else step.settle(self.optimizer, self.lr_scheduler)
+        return self._lambda_step.settle(self.optimizer, self.lr_scheduler) if self._lambda_step else "no optimizer"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         self._lambda_file.check(resume_from_checkpoint)

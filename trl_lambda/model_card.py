@@ -65,7 +65,7 @@ def complete_card(trainer: Any) -> None:
     pictures = [
         f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (path.parent / name).is_file()
     ]
-    sections = "\n\n".join([before.rstrip(), *pictures[:1], _loading(trainer), _settings(trainer)])
+    sections = "\n\n".join([before.rstrip(), *pictures[:1], _loading_code(trainer), _settings_table(trainer)])
     path.write_text(f"{sections}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 
@@ -82,8 +82,7 @@ def _with_names(trainer: Any, card: str) -> str:
     return card
 
 
-def _loading(trainer: Any) -> str:
-    """Return the code that loads the model or adapter, and λ if there is one."""
+def _loading_code(trainer: Any) -> str:
     is_adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     package, kind = ("peft", "AutoPeftModel") if is_adapter else ("transformers", "AutoModel")
     hub, folder = trainer.hub_model_id, str(trainer.args.output_dir)
@@ -108,8 +107,7 @@ def _loading(trainer: Any) -> str:
     return "### How to load it again\n\n```python\n" + "\n".join(code) + "\n```"
 
 
-def _settings(trainer: Any) -> str:
-    """Return the settings of the weights that had an effect, as a table."""
+def _settings_table(trainer: Any) -> str:
     args, f, v = trainer.args, trainer.length_weight, trainer.token_weight
     changed = [field.name for field in fields(args) if getattr(args, field.name) != field.default]
     kind = f.formula or f.name if f else f"TRL's own, of {args.loss_type!r}"
@@ -122,7 +120,7 @@ def _settings(trainer: Any) -> str:
         how = f"from {args.lambda_init:g}, learned" if args.lambda_learnable else "fixed"
         rows.append(("λ", f"{value} at step {trainer.state.global_step} ({how})"))
         if args.lambda_learnable:
-            rows.append(("how λ learns", f"{trainer.lambda_learning.name}, at rate {args.lambda_learning_rate:g}"))
+            rows.append(("how λ learns", f"{trainer._lambda.learning.name}, at rate {args.lambda_learning_rate:g}"))
     rows += [(f"`{name}`", getattr(args, name)) for name in _OPTIONS if name in changed]
     rows += [("token weight v (`token_weight`)", v.formula or v.name if v else "none"), *_parameters(v)]
     rows += [("surrogate (`loss_type`)", args.loss_type)]
@@ -137,11 +135,10 @@ def _settings(trainer: Any) -> str:
 
 
 def _parameters(weight: LengthWeight | TokenWeight | None) -> list[tuple[str, Any]]:
-    """Return what a member is set to, without the options of λ that are at their defaults."""
     rows = []
     for field in fields(weight) if is_dataclass(weight) else ():
         value, symbol = getattr(weight, field.name), field.metadata.get("symbol")
-        if "config" in field.metadata and value == field.default:
+        if "config" in field.metadata and value == field.default:  # an option of λ that nobody set
             continue
         value = f"{value:.4g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else value
         rows.append(

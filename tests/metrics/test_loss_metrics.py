@@ -13,7 +13,7 @@ from worker import run_job
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.generation_batch import GenerationBatch
-from trl_lambda.metrics.loss_metrics import BATCHES, DeadRunWarning, LossMetrics, lambda_metrics, quartile_shares
+from trl_lambda.metrics.loss_metrics import BATCHES, LossMetrics, lambda_metrics, quartile_shares
 
 double = torch.float64
 
@@ -28,7 +28,7 @@ def has_signal(group, present):
 class Loops:
     def __init__(self):
         self.pairs, self.tied, self.f, self.masses, self.tokens = [], [], [], [], []
-        self.signs, self.lengths, self.losses = {"positive": [], "negative": []}, {"positive": [], "negative": []}, 0
+        self.lengths, self.losses = {"positive": [], "negative": []}, 0
 
     def generation_batch(self, lengths, advantages, rewards):
         for group, of_group, known in zip(lengths, advantages, rewards, strict=True):
@@ -51,7 +51,6 @@ class Loops:
             for n, a, w in (row for row in rows if row[1]):
                 name = "positive" if a > 0 else "negative"
                 if has_signal(of_group, group):  # rounding in a tied group has no sign
-                    self.signs[name].append(w)
                     self.masses += [(f"{name}{part}", abs(a) * w * n / tokens) for part in ("", f"_{kind}")]
 
     def metrics(self):
@@ -62,13 +61,10 @@ class Loops:
         known |= {"groups/tied": mean(self.tied), "length_weight/min": min(everything)}
         known |= {"length_weight/max": max(everything)}
         known["length_weight/ess"] = mean([sum(g) ** 2 / (len(g) * sum(w * w for w in g)) for g in self.f if any(g)])
-        for name, weights in self.signs.items():
+        for name in ("positive", "negative"):
             known[f"advantage/{name}_mean_length"] = mean(self.lengths[name])
             for part in ("", "_hard", "_middle", "_easy"):
                 known[f"mass/{name}{part}"] = sum(m for s, m in self.masses if s == name + part) / self.losses
-            weights = [w for w in weights if w]
-            known |= {f"length_weight/{name}/mean": mean(weights), f"length_weight/{name}/min": min(weights)}
-            known[f"length_weight/{name}/max"] = max(weights)
         v = [v for *_, v in self.tokens]
         known |= {"token_weight/mean": mean(v), "token_weight/min": min(v), "token_weight/max": max(v)}
         known |= {
@@ -132,7 +128,6 @@ def test_every_metric_equals_plain_loops_however_the_batch_is_cut(rows):
         loops.generation_batch(lengths, advantages, rewards)
         order = torch.randperm(16, generator=generator)
         for places in order.split(rows):
-            metrics.defer(lambda f=f, batch=batch: metrics.add_masses(f, batch))
             metrics.defer(lambda f=f, batch=batch: metrics.add_length_weights(f, batch, True))
             part = (batch, places, f, a.view(16, 1)[places], logps[places], mask[places].int(), v[places], (1.25, 1.5))
             metrics.defer(lambda part=part: metrics.add_tokens(*part), 12 * len(places))
@@ -146,7 +141,7 @@ def test_every_metric_equals_plain_loops_however_the_batch_is_cut(rows):
                 mass *= has_signal(advantages[p], lengths[p])
                 loops.tokens.append((bins[lengths[p][g]], logps[row, t].item(), mass, v[row, t].item()))
     expected, mine = loops.metrics(), metrics.flush(Accelerator(cpu=True))
-    assert mine.keys() == expected.keys() and len(mine) == 34
+    assert mine.keys() == expected.keys() and len(mine) == 28
     assert mine == pytest.approx(expected, rel=1e-4, abs=1e-6)  # sums in float32, bins of 0.85 %
     assert metrics.flush(Accelerator(cpu=True)) == {}
 
@@ -165,7 +160,7 @@ def test_over_nothing_a_metric_is_none_of_a_number():
         logged = metrics.flush(Accelerator(cpu=True))
         for name, value in logged.items():
             is_nothing = name.startswith(("share/", "advantage/")) or not mask.any()
-            is_nothing |= name.startswith("length_weight/negative")
+            is_nothing &= not name.startswith("mass/")  # of nothing there is 0
             assert math.isnan(value) == (is_nothing and name != "groups/tied"), name
         assert logged["groups/tied"] == 1.0
 
@@ -206,7 +201,7 @@ def ours(result: dict) -> dict[str, float]:
 def test_logs_do_not_depend_on_how_the_rows_are_cut(tmp_path):
     jobs = [job(cut, name) for name in ON for cut in CUTS if "processes" in cut]
     split = iter(launch(jobs, tmp_path, processes=2))
-    for name, count in (("learned", 3 + 8 + 3 + 5 + 8 + 3), ("signed, tied", 3 + 1 + 8 + 9 + 3 + 8 + 7)):
+    for name, count in (("learned", 3 + 8 + 3 + 5 + 8 + 3), ("signed, tied", 3 + 1 + 8 + 3 + 3 + 8 + 6)):
         whole, accumulated = (ours(run_job(job(cut, name))) for cut in ("whole", "accumulated"))
         assert len(whole) == count and abs(whole["advantage/length_correlation"]) > 0.01
         assert whole.get("groups/tied", 1 / 3) == pytest.approx(1 / 3)
@@ -238,12 +233,12 @@ def observe(observed, cut, tied, batches):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(batches):
-            observed.observe({"completions/clipped_ratio": [0.0, cut], "frac_reward_zero_std": [0.0, tied]})
+            observed.warn_of_dead_run({"completions/clipped_ratio": [0.0, cut], "frac_reward_zero_std": [0.0, tied]})
     return [str(warning.message) for warning in caught]
 
 
 def test_a_dead_run_is_told_once_after_twenty_batches():
-    dead = DeadRunWarning()
+    dead = LossMetrics()
     assert not observe(dead, 0.95, 1.0, BATCHES - 1)
     (told,) = observe(dead, 0.9, 1.0, 1)
     assert "in 20 generation batches in a row at least 90% of the answers were cut" in told
@@ -252,9 +247,9 @@ def test_a_dead_run_is_told_once_after_twenty_batches():
 
 @pytest.mark.parametrize(("cut", "tied"), [(0.89, 1.0), (1.0, 0.99)])
 def test_one_batch_that_differs_keeps_it_silent(cut, tied):
-    dead = DeadRunWarning()
+    dead = LossMetrics()
     assert not observe(dead, 1.0, 1.0, BATCHES - 1) and not observe(dead, cut, tied, 1)
-    dead.observe({})  # a subclass that logs neither
+    dead.warn_of_dead_run({})  # a subclass that logs neither
     assert not observe(dead, 1.0, 1.0, BATCHES - 1)
 
 

@@ -41,7 +41,7 @@ MUTANTS = (
     (PARAMETER, "self._parameter.tensor.grad = None", "pass", LAMBDA_STEP),
     (PARAMETER, "optimizer.register_step_post_hook(lambda *_: self._after_step())", "pass", LAMBDA_STEP),
     (PARAMETER, 'isinstance(optimizer.defaults.get("eps"), float)', "True", LAMBDA_STEP),
-    (PARAMETER, "self._schedule_factor * rate", "rate", LAMBDA_STEP),
+    (PARAMETER, "self._schedule_factor * self._parameter", "self._parameter", LAMBDA_STEP),
     (PARAMETER, 'reduction="mean"', 'reduction="sum"', ARGUMENTS),
     (PARAMETER, "if not math.isfinite(norm):", "if False:", LAMBDA_STEP),
     (PARAMETER, '{"eps": ADAM_EPS}', "{}", LAMBDA_STEP),

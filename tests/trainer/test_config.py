@@ -7,6 +7,7 @@ import re
 import warnings
 
 import pytest
+import user_weights
 from harness import train_ours
 from transformers import HfArgumentParser
 from trl import GRPOConfig

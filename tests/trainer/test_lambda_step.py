@@ -80,7 +80,7 @@ def test_frozen_parameters_and_members_without_a_lambda():
     assert trainer.create_optimizer() is optimizer and len(optimizer.param_groups) == 3
     for options in ({"length_weight": "grpo"}, {"lambda_learnable": False}, {"length_weight": None}):
         assert len((trainer := make(**options)).create_optimizer().param_groups) == 2
-    assert trainer.lambda_value is None and trainer.lambda_values == {} and trainer.lambda_learning is None
+    assert trainer.lambda_value is None and trainer.lambda_values == {}
 
 
 class BringsItsOwn(LambdaGRPOTrainer):
@@ -212,12 +212,12 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(optim):
 # ---- A model with nothing to train ----
 
 
-def test_a_frozen_adapter_is_told_of_before_the_first_step(tmp_path):
+def test_a_frozen_adapter_is_told_of_at_the_first_loss(tmp_path):
     """λ alone trained, for a whole run (fault 2)."""
     get_peft_model(build_model(), LoraConfig(**LORA)).save_pretrained(tmp_path)
     frozen = PeftModel.from_pretrained(build_model(), tmp_path)
     for options in LEARNING.values():
-        with pytest.raises(ValueError, match="nothing to train.*is_trainable=True"):
+        with pytest.raises(RuntimeError, match="nothing to train.*is_trainable=True"):
             make(model=frozen, **options).train()
     make(model=PeftModel.from_pretrained(build_model(), tmp_path, is_trainable=True)).train()
 

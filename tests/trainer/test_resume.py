@@ -87,8 +87,8 @@ def test_the_same_set_up_goes_on_to_the_last_bit(kind, whole, tmp_path):
     if resumed.trainer._lambda_step is not None:
         assert len(set(first.lambdas)) == 4 or kind == "target"
         assert_equal_tensors(state_of_lambda(resumed.trainer), state_of_lambda(first.trainer))
-        learning = resumed.trainer.lambda_learning.state_dict()
-        assert learning == first.trainer.lambda_learning.state_dict()
+        learning = resumed.trainer._lambda.learning.state_dict()
+        assert learning == first.trainer._lambda.learning.state_dict()
         assert json.loads(json.dumps(learning)) == learning
     folders = [Path(result.trainer.args.output_dir, "checkpoint-4") for result in (resumed, first)]
     files = [{path.name for path in folder.iterdir()} for folder in folders]

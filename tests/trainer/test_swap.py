@@ -164,4 +164,4 @@ def test_a_reward_that_is_not_finite_is_not_remembered(options, value):
 
     result = run(batch, trainer_options={"reward_funcs": once}, max_steps=4, **options)
     assert all(map(math.isfinite, result.lambdas)) and result.lambdas[-1] not in (0.0, result.lambdas[-2])
-    json.dumps(result.trainer.lambda_learning.state_dict(), allow_nan=False)
+    json.dumps(result.trainer._lambda.learning.state_dict(), allow_nan=False)

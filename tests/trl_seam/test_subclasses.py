@@ -136,7 +136,7 @@ def test_f_of_groups_that_were_put_together_is_f_of_each():
     scored = mine.trainer._scoring.batches["train"]
     assert scored.lengths.tolist() == [[3, 1, 12, 6], [2, 2, 9, 5], [2, 2, 9, 5]]
     plain = run(None, batch=Batch(lengths=scored.lengths.tolist()), noise=0, lambda_init=1.5, lambda_learnable=False)
-    weights = [r.trainer._response_weights.weights_of(r.trainer._scoring.batches["train"], 1) for r in (mine, plain)]
+    weights = [r.trainer._response_weights.weigh(r.trainer._scoring.batches["train"], 1)[0] for r in (mine, plain)]
     assert torch.equal(*weights) and weights[0].max() > 1.1
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .learning import Fixed
 from .parameter import Folder, LambdaParameter
 
 LAMBDA_FILE = "lambda.json"
@@ -70,12 +71,17 @@ class LambdaFile:
         """
         if not self._is_needed:
             return Path(folder, LAMBDA_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
-        content = {"lambda": None, "lambdas": [], "skipped": 0, "learnable": False, "learning_state": {}}
-        if (parameter := self._parameter) is not None:
-            values, learning = parameter.values, parameter.learning
-            content = {"lambda": values[0], "lambdas": values, "skipped": parameter.skipped}
-            content |= {"learnable": learning.is_learnable, "learning_state": learning.state_dict()}
-        content |= {"settings": self._settings, "global_step": global_step, "optimizer": home}
+        parameter, learning = self._parameter, self._parameter.learning if self._parameter else Fixed()
+        content = {
+            "lambda": parameter.values[0] if parameter else None,
+            "lambdas": parameter.values if parameter else [],
+            "skipped": parameter.skipped if parameter else 0,
+            "learnable": learning.is_learnable,
+            "learning_state": learning.state_dict(),
+            "settings": self._settings,
+            "global_step": global_step,
+            "optimizer": home,
+        }
         temporary = Path(folder) / f"{LAMBDA_FILE}.tmp"
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, Path(folder) / LAMBDA_FILE)

@@ -19,8 +19,7 @@ import torch
 
 from ..generation_batch import GenerationBatch
 from ..trl_seam.contract import SCORE_FUNCTION_LOSS_TYPES
-from ..weights import ResponseRows
-from ..weights.rows import advantages_differ, centred_features
+from ..weights.rows import ResponseRows, advantages_differ, centred_features
 
 # Parts of the sums of "regression" that stay from one generation batch to the next.
 _DECAY = 0.9
@@ -169,11 +168,7 @@ class Regression(Learning):
     def metrics(self) -> dict[str, float]:
         x, b, total = self._sums[:-1, :-1], self._sums[:-1, -1], float(self._sums[-1, -1])
         w = self.slopes()
-        metrics = {"lambda/r2": float(2 * b @ w - w @ x @ w) / total if total > 0 else math.nan}
-        if "length" in self._features:
-            k = self._features.index("length")
-            metrics["lambda/slope"] = float(b[k] / x[k, k]) if x[k, k] > 0 else math.nan
-        return metrics
+        return {"lambda/r2": float(2 * b @ w - w @ x @ w) / total if total > 0 else math.nan}
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self._sums.tolist(), "count": self._count}

@@ -204,8 +204,7 @@ class LambdaStep:
         if not is_in_trainers and self._own is None:
             if self._accelerator.mixed_precision == "fp16":
                 raise ValueError("fp16=True leaves λ's gradient scaled in an optimizer of its own: use bf16=True.")
-            group = self._parameter.group(self._learning_rate, self._options)
-            self._own = torch.optim.AdamW([group], **self._options)
+            self._own = torch.optim.AdamW([self._parameter.group(self._learning_rate, self._options)], **self._options)
         if isinstance(scheduler, LambdaLR):
             self._schedule_factor = float(scheduler.lr_lambdas[0](scheduler.last_epoch))
         elif not (is_in_trainers and isinstance(scheduler, ReduceLROnPlateau)):
@@ -236,8 +235,8 @@ class LambdaStep:
         self._parameter.average_gradient(self._accelerator)
         self._is_new_window = self._is_averaged = True
         if self._own is not None:
-            rate = self._parameter.learning.learning_rate(self._learning_rate)
-            self._own.param_groups[0]["lr"] = self._schedule_factor * rate
+            rate = self._schedule_factor * self._parameter.learning.learning_rate(self._learning_rate)
+            self._own.param_groups[0]["lr"] = rate
             self._before_step()
             self._own.step()
             self._after_step()

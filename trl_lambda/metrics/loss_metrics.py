@@ -37,6 +37,7 @@ class LossMetrics:
         self._sums: dict[str, torch.Tensor] = {}
         self._finish: dict[str, Callable[[list[float]], dict[str, float]]] = {}
         self._least: dict[str, torch.Tensor] = {}  # of the largest values the negatives
+        self._dead_batches = 0  # in a row
 
     def defer(self, work: Callable[[], None], tokens: int = 0) -> None:
         """Call `work`, which keeps `tokens` tokens in memory, at the next log or when too many wait."""
@@ -59,19 +60,25 @@ class LossMetrics:
             tied = ~groups_with_signal(batch.statistics["rewards"])
             self._add_mean("groups/tied", tied, torch.ones_like(tied))
 
-    def add_length_weights(self, weights: torch.Tensor, batch: GenerationBatch, by_sign: bool) -> None:
-        """Take in f of a generation batch at one loss, (P, G); its metrics are split by the sign of A if asked."""
-        advantages, ess = batch.advantages, effective_sample_size(weights)
-        self._add_mean("length_weight/ess", ess.nan_to_num(), ~ess.isnan())
-        self._add_range("length_weight", weights, weights > 0)
-        if by_sign and advantages is not None:
-            sign = sides(advantages, batch.lengths > 0, "signed")  # rounding around equal rewards has none
-            for name, of_sign in (("positive", sign > 0), ("negative", sign < 0)):
-                self._add_mean(f"length_weight/{name}/mean", weights, of_sign & (weights > 0))
-                self._add_range(f"length_weight/{name}", weights, of_sign & (weights > 0))
+    def warn_of_dead_run(self, logged: Mapping[str, list[float]]) -> None:
+        """Warn once, after 20 generation batches in a row from which nothing can be learned, by TRL's metrics."""
+        cut, tied = (logged.get(name) or [0.0] for name in ("completions/clipped_ratio", "frac_reward_zero_std"))
+        self._dead_batches = self._dead_batches + 1 if cut[-1] >= CUT and tied[-1] == 1 else 0
+        if self._dead_batches == BATCHES:
+            warnings.warn(
+                f"Nothing can be learned: in {BATCHES} generation batches in a row at least {CUT:.0%} of the answers "
+                "were cut at max_completion_length and every group had equal rewards. No weight changes that. Raise "
+                "max_completion_length, shorten the task, or give a reward for partial answers.",
+                UserWarning,
+                stacklevel=2,
+            )
 
-    def add_masses(self, weights: torch.Tensor, batch: GenerationBatch) -> None:
-        """Take in the masses on right and wrong answers of a generation batch at one loss, from f, (P, G)."""
+    def add_length_weights(self, weights: torch.Tensor, batch: GenerationBatch, is_own: bool) -> None:
+        """Take in f of a generation batch at one loss, (P, G), and the masses on right and on wrong answers."""
+        if is_own:  # and not TRL's own reduction
+            ess = effective_sample_size(weights)
+            self._add_mean("length_weight/ess", ess.nan_to_num(), ~ess.isnan())
+            self._add_range("length_weight", weights, weights > 0)
         if batch.advantages is not None:
             sums = mass_sums(weights, batch.lengths, batch.advantages)
             self._add("mass", torch.cat([sums, torch.ones_like(sums[:1])]), _masses)
@@ -147,26 +154,6 @@ class LossMetrics:
         return metrics
 
 
-class DeadRunWarning:
-    """Warns once, after 20 generation batches in a row from which nothing can be learned."""
-
-    def __init__(self) -> None:
-        self._in_a_row = 0
-
-    def observe(self, metrics: Mapping[str, list[float]]) -> None:
-        """Take in TRL's metrics of a new generation batch."""
-        cut, tied = (metrics.get(name) or [0.0] for name in ("completions/clipped_ratio", "frac_reward_zero_std"))
-        self._in_a_row = self._in_a_row + 1 if cut[-1] >= CUT and tied[-1] == 1 else 0
-        if self._in_a_row == BATCHES:
-            warnings.warn(
-                f"Nothing can be learned: in {BATCHES} generation batches in a row at least {CUT:.0%} of the answers "
-                "were cut at max_completion_length and every group had equal rewards. No weight changes that. Raise "
-                "max_completion_length, shorten the task, or give a reward for partial answers.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
 def lambda_metrics(parameter: LambdaParameter) -> dict[str, float]:
     """
     λ of every feature now, its mean gradient since the last call, the count of skipped steps, and the metrics of its
@@ -182,7 +169,6 @@ def lambda_metrics(parameter: LambdaParameter) -> dict[str, float]:
 
 
 def _advantage_and_length(sums: list[float]) -> dict[str, float]:
-    """From the sums of `advantage_length_sums`."""
     return {
         "advantage/length_correlation": ratio(sums[0], math.sqrt(sums[1]) * math.sqrt(sums[2])),
         "advantage/positive_mean_length": ratio(sums[3], sums[4]),
@@ -278,8 +264,8 @@ def advantage_length_sums(lengths: torch.Tensor, advantages: torch.Tensor) -> to
     lengths, advantages = lengths.float() * present, advantages.float() * present
     a, n = (values - group_mean(values, present) * present for values in (advantages, lengths))
     positive, negative = advantages > 0, advantages < 0
-    by_sign = (lengths * positive, positive, lengths * negative, negative)
-    return torch.stack([values.float().sum() for values in (a * n, a.square(), n.square(), *by_sign)])
+    sums = (a * n, a.square(), n.square(), lengths * positive, positive, lengths * negative, negative)
+    return torch.stack([values.float().sum() for values in sums])
 
 
 def mass_sums(weights: torch.Tensor, lengths: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

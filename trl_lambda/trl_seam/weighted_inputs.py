@@ -6,8 +6,14 @@ from typing import Any
 import torch
 
 from ..generation_batch import GenerationBatch
-from ..weights import LengthWeight, ResponseRows, groups_with_signal, sequence_mean_weights, weigh_responses
-from ..weights.members import DAPO, GRPO
+from ..weights import (
+    LENGTH_WEIGHTS,
+    LengthWeight,
+    ResponseRows,
+    groups_with_signal,
+    sequence_mean_weights,
+    weigh_responses,
+)
 from ..weights.rows import one_where_zero
 from .contract import SEQUENCE_MEAN_LOSS_TYPES
 
@@ -41,39 +47,21 @@ class ResponseWeights:
         self._is_token_mean = (reduction or own) == "token_mean"
         self._replaces_reduction = member is not None
         # With TRL's own reduction, the member that it amounts to.
-        self._member = member or (DAPO() if self._is_token_mean else GRPO())
+        self._member = member or LENGTH_WEIGHTS["dapo" if self._is_token_mean else "grpo"]()
         self._lam = lam
         self._dim = (1,) if scope == "prompt" else (0, 1)
         self._positive_weight = positive_weight
         self._drops_tied = drop_tied_groups
 
-    @property
-    def depends_on_sign(self) -> bool:
-        """Whether responses with A > 0 and with A < 0 are weighted differently."""
-        return self._member.side != "both" or self._positive_weight != 1
+    def weigh(self, batch: GenerationBatch, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        f, (P, G), and its factor on top of the loss's own reduction, flat, (P·G,); `None` where it is that reduction.
 
-    def weights_of(self, batch: GenerationBatch, step: int) -> torch.Tensor:
-        """f, (P, G); with TRL's own reduction, the weight that it amounts to."""
-        rows, dtype = self._rows(batch, step), torch.float32 if batch.advantages is None else batch.advantages.dtype
-        live = groups_with_signal(rows.statistic("rewards")) if self._drops_tied else None
-        return weigh_responses(
-            self._member, rows, self._lam(), positive_weight=self._positive_weight, live=live, dtype=dtype
-        )
-
-    def factor(self, weights: torch.Tensor, batch: GenerationBatch, step: int) -> torch.Tensor | None:
-        """Factor of f, (P, G), on top of the loss's own reduction, flat, (P·G,); `None` where it is that reduction."""
-        rows = self._rows(batch, step)
-        if self._replaces_reduction:
-            return (weights if self._is_token_mean else sequence_mean_weights(weights, rows)).flatten()
-        if self._positive_weight == 1:
-            return None
-        plain = weigh_responses(self._member, rows, None, dtype=weights.dtype)
-        return (weights / one_where_zero(plain)).flatten()
-
-    def _rows(self, batch: GenerationBatch, step: int) -> ResponseRows:
+        With TRL's own reduction, f is the weight that it amounts to.
+        """
         # float64 inside: exp(h^λ) magnifies rounding by h^λ, and (P, G) numbers cost nothing. MPS has no float64.
         work = torch.float32 if batch.lengths.device.type == "mps" else torch.float64
-        return ResponseRows(
+        rows = ResponseRows(
             batch.lengths.to(work),
             batch.token_count.to(batch.lengths.device, work),
             dim=self._dim,
@@ -81,6 +69,16 @@ class ResponseWeights:
             statistics={name: values.to(work) for name, values in batch.statistics.items()},
             step=step,
         )
+        dtype = torch.float32 if batch.advantages is None else batch.advantages.dtype
+        live = groups_with_signal(rows.statistic("rewards")) if self._drops_tied else None
+        f = weigh_responses(
+            self._member, rows, self._lam(), positive_weight=self._positive_weight, live=live, dtype=dtype
+        )
+        if self._replaces_reduction:
+            return f, (f if self._is_token_mean else sequence_mean_weights(f, rows)).flatten()
+        if self._positive_weight == 1:
+            return f, None
+        return f, (f / one_where_zero(weigh_responses(self._member, rows, None, dtype=dtype))).flatten()
 
 
 class WeightedInputs(dict[str, Any]):

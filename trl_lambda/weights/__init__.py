@@ -147,8 +147,7 @@ def length_weights(
         if not torch.is_tensor(features) or features.shape[:2] != lengths.shape or features.dim() != 3:
             raise ValueError(f"features must be a tensor of shape (P, G, K) beside lengths, got {kind(features)}.")
         named = {f"feature {k}": features[..., k] for k in range(features.size(2))}
-        size = lam.numel() if isinstance(lam, torch.Tensor) else 1
-        member = Power(side, (*(("length",) if size == len(named) + 1 else ()), *named))
+        member = Power(side, (*(["length"] if torch.is_tensor(lam) and lam.numel() > len(named) else []), *named))
     if advantages is not None and advantages.shape != lengths.shape:
         raise ValueError(f"advantages must have the shape of lengths, got {kind(advantages)}.")
     if member.has_lambda:

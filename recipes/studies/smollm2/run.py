@@ -15,7 +15,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
-from trl_lambda.weights.own_functions import import_path
 
 from recipes.playground.smollm2 import model_path
 from recipes.reasoning_gym_tasks import ReasoningGymArguments, make_datasets, reasoning_gym_score
@@ -23,6 +22,7 @@ from recipes.studies.shared.arms import Arm
 from recipes.studies.shared.run import LambdaPath, environment, training_figures
 from recipes.studies.smollm2.arms import find_arm
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda.weights.weighing import import_path
 
 PROMPTS, GENERATIONS = 4, 8  # of one generation batch, which is one optimizer step
 LEARNING_RATE = 4e-4
