@@ -94,9 +94,8 @@ def test_the_tables_pair_by_seed_and_count_what_has_not_run():
 
 
 def test_the_report_replaces_its_tables_and_draws(tmp_path):
-    page = tmp_path / "README.md"
+    page, ledger = tmp_path / "README.md", Ledger(tmp_path / "runs.csv", study.KEY)
     page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    ledger = Ledger(tmp_path / "runs.csv", study.KEY)
     for seed in range(3):
         for arm, lam in (("dapo", ""), ("softmax_tr", "0 -0.01")):
             ledger.append(made_row(arm, seed, 0.4 + 0.1 * seed, lam))
