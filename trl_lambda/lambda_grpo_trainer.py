@@ -91,7 +91,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         f, v = self.length_weight, self.token_weight = args.make_weights(length_weight, token_weight)
         self._is_weighted = bool(f or v or args.positive_weight != 1)
         if self._is_weighted:
-            refuse_other_losses(type(self), weights_tokens=v is not None)
+            refuse_other_losses(type(self), args, weights_tokens=v is not None)
         if length_weight is not None or token_weight is not None:  # logs and trackers show the names of what is used
             args = copy.copy(args)
             args.length_weight, args.token_weight = f and f.name, v and v.name

@@ -210,7 +210,7 @@ def test_a_settled_weight_is_the_trainers_at_the_lambda_that_it_is_drawn_to(arm)
     run = watch(build(LambdaGRPOTrainer, config(LambdaGRPOConfig, prepared, **ARMS[arm].options), prepared))
     run.trainer._lambda.tensor.data.copy_(lam / 2)
     run.trainer.train()
-    of_trainer = -run.trainer.lambda_learning.gradient(torch.zeros(count, dtype=torch.float64))
+    of_trainer = -run.trainer._lambda.learning.gradient(torch.zeros(count, dtype=torch.float64))
     # Log-probabilities come from passes of other shapes, in float32.
     assert lam.tolist() == pytest.approx(of_trainer.tolist(), rel=1e-4)
     assert_parallel(direction_of(weight, lam / 2, prepared)[2], run)

@@ -87,7 +87,7 @@ def check_contract(trainer_class: type = GRPOTrainer, version: str = trl.__versi
 
 
 def refuse_unsupported(trainer_class: type, args: Any, config_class: type) -> None:
-    """Raise a `ValueError` for what would bypass the weights: another config, Unsloth, a fused loss kernel."""
+    """Raise a `ValueError` for what would bypass this package: another config, Unsloth."""
     if not isinstance(args, config_class):
         name = config_class.__name__
         raise ValueError(
@@ -101,19 +101,20 @@ def refuse_unsupported(trainer_class: type, args: Any, config_class: type) -> No
             "Unsloth has replaced GRPOTrainer's loss, and its kernels give λ and the token weights no effect. Import "
             "trl_lambda in a process that does not import unsloth."
         )
+
+
+def refuse_other_losses(trainer_class: type, args: Any, *, weights_tokens: bool) -> None:
+    """
+    Raise a `ValueError` for a fused loss kernel, and for a `_compute_loss` other than TRL's whose class does not
+    declare `loss_reduction`.
+
+    f restates a reduction. On a mean of sequence means the weights of a token mean would be another loss.
+    """
     if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
         raise ValueError(
             "use_liger_kernel=True makes this TRL compute its loss in a fused kernel that the weights do not reach. "
             "Use use_liger_kernel=False, or TRL >= 1.14."
         )
-
-
-def refuse_other_losses(trainer_class: type, *, weights_tokens: bool) -> None:
-    """
-    Raise a `ValueError` for a `_compute_loss` other than TRL's whose class does not declare `loss_reduction`.
-
-    f restates a reduction. On a mean of sequence means the weights of a token mean would be another loss.
-    """
     declared = getattr(trainer_class, "loss_reduction", None)
     if declared is not None and declared not in LOSS_REDUCTIONS:
         raise ValueError(
