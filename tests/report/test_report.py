@@ -78,16 +78,6 @@ def test_what_was_not_logged_is_not_drawn():
         assert {"Reward by function", *(panel.title for panel in PANELS)} - set(draw(history)) == gone
 
 
-def test_a_log_without_shares_leaves_a_gap():
-    """TRL logs `None` where a metric has no value, as where no group had a signal."""
-    nothing = dict.fromkeys([*SHARES, "advantage/length_correlation"])
-    drawn = draw([entry(step, **(nothing if 4 <= step <= 6 else {})) for step in range(1, 10)])
-    (area, *_) = drawn["Share of the loss, by response length"].collections
-    covered = {x for path in area.get_paths() for x in path.vertices[:, 0]}
-    assert len(area.get_paths()) == 2 and not any(3.5 < x < 6.5 for x in covered)
-    assert [x for x, _ in curves(drawn["Do longer answers earn more?"])["within groups"]] == [1, 2, 3, 7, 8, 9]
-
-
 @pytest.mark.parametrize("value", [None, float("inf"), "x"])
 def test_values_that_are_no_numbers_are_left_out(value):
     drawn = draw([{"step": 1, "reward": value}, {"step": 2, "reward": 0.5}, {"step": 3, "reward": value}])

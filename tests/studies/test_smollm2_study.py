@@ -7,7 +7,7 @@ from trl import GRPOConfig
 
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.length_rewards import distance, laconic
-from recipes.studies.smollm2 import alignment, report, run, study
+from recipes.studies.smollm2 import report, run, study
 from recipes.studies.smollm2.arms import find_arm
 from trl_lambda import LambdaGRPOConfig
 
@@ -114,14 +114,3 @@ def test_the_length_rewards_follow_their_formulas():
     hard([""], completion_ids=[[0] * 9])
     assert hard([""], completion_ids=[[0] * 9]) == [-1.0]  # λ and the penalty stop at 1
     assert distance(10)(["", ""], completion_ids=[[0] * 15, [0] * 5]) == [-0.5, -0.5]
-
-
-def test_alignment_measures_every_weight_by_the_adapters(tmp_path, monkeypatch):
-    model = write_model(tmp_path / "model")
-    some_right = lambda completions, metadata: [float(i % 3 == 0) for i in range(len(completions))]  # noqa: E731
-    monkeypatch.setattr(alignment, "reasoning_gym_score", some_right)
-    alignment.align("products", tmp_path, count=4, model_name=model)
-    rows = Ledger(tmp_path / "alignment.csv", alignment.KEY).rows()
-    assert [row["weight"] for row in rows][0] == "dapo" and float(rows[0]["ratio_adam"]) == 1.0
-    assert {"softmax", "tr", "softmax_tr", "positive3_settled"} <= {row["weight"] for row in rows}
-    alignment.align("products", tmp_path, count=4, model_name="nowhere")  # its rows are there
