@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from study_rows import study_row, write_rows
 
 from recipes.studies.arena import planned, preference_tuning
 from recipes.studies.arena.analysis import planned as page_of
 from recipes.studies.arena.analysis import report
 from recipes.studies.arena.analysis.comparisons import Arena, Comparison, compare_all
 from recipes.studies.arena.analysis.questions import FAMILY, IDLE, MATTERS, answer, budget, verdict
-from recipes.studies.arena.analysis.runs import METRICS, Run, paired_differences, read_runs
+from recipes.studies.arena.analysis.runs import METRICS, SUMMARIZED, Run, paired_differences, read_runs
 from recipes.studies.arena.analysis.tables import difference_cell, make_tables
 from recipes.studies.shared.arms import find_arm
 from recipes.studies.shared.ledger import Ledger
@@ -30,33 +29,45 @@ from recipes.studies.shared.paired_statistics import (
 )
 from recipes.studies.shared.workers import KEY
 
-TASKS = ("running_sum", "slippery_chain")
-STUDIED = ("grpo", "dapo", "bnpo", "softmax", "power_adamw", "tr", "ar")
 PLANTED = {"running_sum": 0.03, "slippery_chain": 0.035}  # of `tr`, in every accuracy
+STUDIED = ("grpo", "dapo", "bnpo", "softmax", "power_adamw", "tr", "ar")
 
 
-def make_rows(tasks=TASKS, arms=STUDIED, seeds=range(12), study="main"):
-    rng, rows = np.random.default_rng(7), []
-    for task, seed in itertools.product(tasks, seeds):
-        shared = rng.normal(0, 0.05)
-        for arm in arms:
-            better = shared + PLANTED[task] * (arm == "tr")
-            values = {name: 1 + 0.1 * rng.normal() for name in METRICS}
-            values |= {name: better + 0.5 + rng.normal(0, 0.01) for name in ("accuracy_greedy", "accuracy_sampled")}
-            rewards, learned = 0.4 + better + rng.normal(0, 0.01, 25), arm in ("softmax", "power_adamw")
-            path = np.linspace(0, -0.3 if task == "slippery_chain" else 0.3, 21) + rng.normal(0, 0.02, 21)
-            values |= {"auc": rewards.mean(), "token_weight_mean": 1.37 if arm == "tr" else ""}
-            values |= {"lambda_20": path[4] if learned else "", "lambda_100": path[20] if learned else ""}
-            values["lambda_curve"] = " ".join(f"{value:.5f}" for value in path) if learned else ""
-            rows.append(study_row(task, arm, seed, rewards, study, **values))
+def study_row(task: str, arm: str, seed: int, rewards, study="main", **values) -> dict:
+    """One run with these training rewards, every figure 0.5 but `values`."""
+    row = {"study": study, "task": task, "arm": arm, "seed": seed, "learning_rate": 3e-4, "max_steps": 100}
+    row |= {"steps_per_generation": 4, **dict.fromkeys(SUMMARIZED, 0.5), "lambda_curve": ""}
+    row |= {"auc": float(np.mean(rewards)), "reward_curve": " ".join(f"{value:.4f}" for value in rewards)}
+    return row | {"length_curve": " ".join(["10"] * len(rewards))} | values
+
+
+def rows_of(gains, study):
+    """gains: (task, arm) -> points above a baseline that every arm of the seed shares, plus noise of its own."""
+    rng, rows = np.random.default_rng(3), []
+    for ((task, arm), gain), seed in itertools.product(gains.items(), range(400, 412)):
+        better = np.random.default_rng(seed).normal(0, 0.05) + gain
+        values = {name: 1 + 0.1 * rng.normal() for name in METRICS if name != "auc"}
+        values |= {name: better + 0.5 + rng.normal(0, 0.01) for name in ("accuracy_greedy", "accuracy_sampled")}
+        values |= {"lambda_curve": "0 0.1 0.2"} if arm == "softmax" else {"lambda_20": "", "lambda_100": ""}
+        level = np.linspace(0.3, 0.5, 25) + better + rng.normal(0, 0.004)
+        rows.append(study_row(task, arm, seed, level, study, **values))
+    rng.shuffle(rows)
     return rows
+
+
+def write_rows(rows: list[dict], path):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder, rows = tmp_path_factory.mktemp("arena"), make_rows()
-    np.random.default_rng(0).shuffle(rows)
-    write_rows(rows, folder / "runs.csv")
+    folder = tmp_path_factory.mktemp("arena")
+    gains = {(task, arm): PLANTED[task] * (arm == "tr") for task, arm in itertools.product(PLANTED, STUDIED)}
+    write_rows(rows_of(gains, "main"), folder / "runs.csv")
     tables = ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
     page = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables)
     (folder / "README.md").write_text(page, encoding="utf-8")
@@ -128,11 +139,11 @@ def test_pairs_are_of_one_seed(tmp_path):
 def test_the_planted_effect_is_found_and_no_other_arm(results):
     """In all families that it is in; of the 18 families about one may hold a find that is none."""
     rows = list(csv.DictReader((results / "paired.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(rows) == len(TASKS) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
+    assert len(rows) == len(PLANTED) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
     assert (results / "README.md").read_text(encoding="utf-8").count("\nold\n") == 1  # its marker is not this report's
     accuracies = {"accuracy_greedy", "accuracy_sampled", "auc"}
     found = {(row["task"], row["metric"], row["arm"], row["baseline"]) for row in rows if float(row["p_holm"]) < 0.05}
-    planted = set(itertools.product(TASKS, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
+    planted = set(itertools.product(PLANTED, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
     assert found >= planted and len({(task, metric) for task, metric, *_ in found - planted}) <= 1
     for row in (row for row in rows if row["arm"] == "tr" and row["metric"] == "auc"):
         low, difference, high, sd = (float(row[name]) for name in ("low", "difference", "high", "sd"))
@@ -158,23 +169,13 @@ def test_the_committed_page_shows_the_committed_runs(tmp_path, capsys):
     assert report.main(["--results", str(tmp_path)]) == 1 and "runs.csv" in capsys.readouterr().err
 
 
-def rows_of(gains):
-    """gains: (task, arm) -> points above a baseline that every arm of the seed shares, plus noise of its own."""
-    rng, rows = np.random.default_rng(3), []
-    for ((task, arm), gain), seed in itertools.product(gains.items(), range(400, 412)):
-        shared = np.random.default_rng(seed).normal(0, 0.05)
-        level = np.linspace(0.3, 0.5, 25) + shared + gain + rng.normal(0, 0.004)
-        rows.append(study_row(task, arm, seed, level, "planned"))
-    return rows
-
-
 def test_questions_are_decided_as_planned(tmp_path):
     gains = {(task, arm): 0.0 for task in MATTERS for arm in ("dapo", "positive_weight_3")}
     gains |= {(task, "positive3"): 0.04 for task in MATTERS}
     gains |= {(task, arm): gain for task in IDLE for arm, gain in (("dapo", 0.0), ("positive3", -0.001))}
     gains["checked_sum", "positive3"] = -0.05
     gains["slippery_chain", "positive_weight_3"] = 0.04
-    answers = answer(read_runs(write_rows(rows_of(gains), tmp_path / "planned.csv")))
+    answers = answer(read_runs(write_rows(rows_of(gains, "planned"), tmp_path / "planned.csv")))
     by = {(a.claim.question, a.claim.task): a for a in answers if a.claim.question in ("H1a", "H1b", "H2")}
     assert verdict(answers, "H1a") is True and verdict(answers, "H1b") is False
     assert by["H1b", "running_sum"].holds is True and by["H1b", "slippery_chain"].holds is False
