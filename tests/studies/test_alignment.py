@@ -1,4 +1,4 @@
-"""The alignment of weighted gradients: its estimator by hand, its arms, its file."""
+"""The alignment of weighted gradients: its estimator by hand, its weights against the trainers', its file."""
 
 import csv
 import math
@@ -8,16 +8,21 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
+from harness import Batch, build_model, prompt_ids, train
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
 
 from recipes.playground.make_base_model import BASE_MODELS
 from recipes.studies.alignment import policy_gradient as pg
 from recipes.studies.alignment import study as alignment
+from recipes.studies.alignment.batches import own_tokens, token_logps
 from recipes.studies.alignment.measure import RULE_COLUMNS
 from recipes.studies.alignment.summary import pooled_error, summary_rows
-from recipes.studies.alignment.weights import all_weights, make_weight, same_direction
+from recipes.studies.alignment.weights import all_weights, lambda_gradient, make_weight, same_direction
 from recipes.studies.shared.arms import ARMS, BASELINES, LEARNED, Arm
 from recipes.studies.shared.ledger import Ledger
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
 # A bandit of two steps: context → first action; action 0 ends, any other → second action, then the end.
 CONTEXTS, FIRST, SECOND = 2, 3, 3
@@ -130,6 +135,26 @@ def test_the_jackknife_leaves_each_batch_out_of_everything():
     torch.testing.assert_close(pg.jackknife_error(deleted), expected)
     assert pooled_error([1.0, 1.0, 1.0, 1.0], [0.1, 0.1, 0.1, 0.1]) == pytest.approx(0.05)
     assert pooled_error([1.0, 2.0, 3.0, 4.0], [0.1, 0.1, 0.1, 0.1]) == pytest.approx(math.sqrt(5 / 3) / 2)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "tr_b", "softmax", "power_tr", "positive3_tr", "balanced"])
+def test_the_direction_of_an_arm_is_that_of_its_trainer(name):
+    pair = (GRPOTrainer, GRPOConfig) if ARMS[name].trl else (LambdaGRPOTrainer, LambdaGRPOConfig)
+    prepared, model = Batch(), build_model()
+    run, prompts = train(*pair, prepared, **ARMS[name].options), torch.tensor(prompt_ids(prepared))
+    completions = pad_sequence([torch.tensor(ids) for ids in prepared.completions], batch_first=True)
+    inputs = {"prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": completions}
+    rewards = torch.tensor(prepared.rewards).view(-1, prepared.num_generations)
+    batch = pg.Batch(inputs, own_tokens(completions, 1), rewards)
+    (weight,) = (weight for weight in all_weights() if weight.name == name)
+    logps = token_logps(model, batch)
+    values = weight(batch.lengths, logps.detach(), pg.group_advantages(rewards)).to(logps)
+    mine = pg.weighted_gradient(batch, logps, values, list(model.parameters()))
+    theirs = -torch.cat([run.grads[0][key].flatten() for key, _ in model.named_parameters()])
+    # float32 gradients of one step; 1e-5 in the cosine is an angle of 0.0045.
+    assert torch.cosine_similarity(mine, theirs, dim=0).item() == pytest.approx(1, abs=1e-5)
+    if weight.learnable:
+        assert lambda_gradient(weight, batch, logps.detach()) == pytest.approx(run.lambda_grads[0], rel=1e-4)
 
 
 def test_which_arms_coincide():

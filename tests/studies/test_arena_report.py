@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ import pytest
 from recipes.studies.arena import planned, preference_tuning
 from recipes.studies.arena.analysis import planned as page_of
 from recipes.studies.arena.analysis import report
-from recipes.studies.arena.analysis.comparisons import Arena, Comparison, compare_all
+from recipes.studies.arena.analysis.comparisons import Arena, compare_all
 from recipes.studies.arena.analysis.questions import FAMILY, IDLE, MATTERS, answer, budget, verdict
 from recipes.studies.arena.analysis.runs import METRICS, SUMMARIZED, Run, paired_differences, read_runs
-from recipes.studies.arena.analysis.tables import difference_cell, make_tables
+from recipes.studies.arena.analysis.tables import make_tables
 from recipes.studies.shared.arms import find_arm
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.markdown import mean_and_error, replace_tables
@@ -61,18 +60,6 @@ def write_rows(rows: list[dict], path):
         writer.writeheader()
         writer.writerows(rows)
     return path
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("arena")
-    gains = {(task, arm): PLANTED[task] * (arm == "tr") for task, arm in itertools.product(PLANTED, STUDIED)}
-    write_rows(rows_of(gains, "main"), folder / "runs.csv")
-    tables = ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
-    page = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables)
-    (folder / "README.md").write_text(page, encoding="utf-8")
-    assert report.main(["--results", str(folder)]) == 0
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -136,11 +123,19 @@ def test_pairs_are_of_one_seed(tmp_path):
     assert comparison.p == pytest.approx(paired_t_p([0.0, 0.04, 0.09])) and comparison.p_sign_flip == 0.5
 
 
-def test_the_planted_effect_is_found_and_no_other_arm(results):
+def test_the_planted_effect_is_found_and_no_other_arm(tmp_path):
     """In all families that it is in; of the 18 families about one may hold a find that is none."""
-    rows = list(csv.DictReader((results / "paired.csv").read_text(encoding="utf-8").splitlines()))
+    gains = {(task, arm): PLANTED[task] * (arm == "tr") for task, arm in itertools.product(PLANTED, STUDIED)}
+    write_rows(rows_of(gains, "main"), tmp_path / "runs.csv")
+    tables = ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
+    page = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables)
+    (tmp_path / "README.md").write_text(page, encoding="utf-8")
+    assert report.main(["--results", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "paired.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == len(PLANTED) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
-    assert (results / "README.md").read_text(encoding="utf-8").count("\nold\n") == 1  # its marker is not this report's
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count(
+        "\nold\n"
+    ) == 1  # its marker is not this report's
     accuracies = {"accuracy_greedy", "accuracy_sampled", "auc"}
     found = {(row["task"], row["metric"], row["arm"], row["baseline"]) for row in rows if float(row["p_holm"]) < 0.05}
     planted = set(itertools.product(PLANTED, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
@@ -151,11 +146,7 @@ def test_the_planted_effect_is_found_and_no_other_arm(results):
         assert difference - 2 * sd < low < difference < high < difference + 2 * sd
 
 
-def test_cells_and_markers():
-    found = Comparison("tr", "dapo", 12, 0.0123, 0.01, 0.002, 0.024, p=0.001, p_sign_flip=0.001, p_holm=0.06)
-    assert difference_cell(found, 12, 100, 1) == "+1.2 [+0.2, +2.4]"
-    assert difference_cell(replace(found, p_holm=0.04), 13, 100, 1) == "+1.2 [+0.2, +2.4] * (n = 12)"
-    assert difference_cell(Comparison("tr", "dapo", 1, -0.0123), 1, 100, 1) == "-1.2 (1 seed)"
+def test_tables_replace_those_between_their_markers():
     assert mean_and_error(np.array([0.01, 0.02, 0.03]), 100, 3) == "2.000 ± 0.577"
     page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: x -->\nkept\n"
     assert replace_tables(page, {"one": "| \\1 |", "two": "2"}) == page.replace("old", "| \\1 |")
