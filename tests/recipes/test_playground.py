@@ -8,21 +8,18 @@ from functools import cache
 
 import pytest
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.playground.knights_and_knaves import is_consistent, solutions
-from recipes.playground.lookup_agent import LookUp
 from recipes.playground.make_base_model import BASE_MODELS, MODEL_DIR, is_usable, make_tokenizer, save_tokenizer
 from recipes.playground.make_data import DATA_DIR, write_data
 from recipes.playground.measure import measure
 from recipes.playground.rewards import exact_answer
-from recipes.playground.rollouts import roll_out
 from recipes.playground.tasks import SPLIT_SIZES, TASKS, Problem, make_splits
 from recipes.studies.arena import learn_agent
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.recipe import train_recipe
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
 
 @cache
@@ -165,38 +162,6 @@ def test_the_demo_learns_and_lambda_ends_positive():
     assert after > before + 0.05
     lambdas = [entry["lambda/value"] for entry in history if "lambda/value" in entry]
     assert len(lambdas) == 50 and 0 < lambdas[0] < 0.02 and lambdas[-1] > 0.08
-
-
-def test_the_tokenizer_renders_and_reads_a_conversation():
-    tokenizer = loaded("lookup_agent")[1]
-    call = {"type": "function", "function": {"name": "look_up", "arguments": {"key": "a"}}}
-    messages = [{"role": "user", "content": "Fa"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    messages += [{"role": "tool", "name": "look_up", "content": "7"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text == "Fa=[a]<eos>(7)="
-    assert tokenizer.parse_response("[a]<eos>", prefix="Fa=")["tool_calls"] == [call]
-    # The second turn is read alone, whatever came before it.
-    assert tokenizer.parse_response("7<eos>", prefix="Fa=[a]<eos>(7)=") == {"role": "assistant", "content": "7"}
-
-
-@pytest.mark.parametrize("limit", [48, 18, 9])
-def test_conversations_for_measuring_are_those_of_trls_loop(limit, tmp_path):
-    model, tokenizer = loaded("lookup_agent")
-    problems = make_splits("lookup_agent")["test"][:24]
-    twice = [p for p in problems for _ in range(2)]
-    completions, own = roll_out(model, tokenizer, twice, limit=limit, sampling={"do_sample": False})
-    rows, options = [problem.row() for problem in twice], {"top_k": 1, "max_completion_length": limit}
-    options |= {"per_device_train_batch_size": len(rows), "num_generations": 2, "use_cpu": True, "bf16": False}
-    args = LambdaGRPOConfig(str(tmp_path), report_to="none", **options)
-    given = {"train_dataset": Dataset.from_list(rows), "environment_factory": LookUp}
-    trainer = LambdaGRPOTrainer(model.train(), exact_answer, args, processing_class=tokenizer, **given)
-    output = trainer._generate_and_score_completions(rows)
-    for row, (ids, mask) in enumerate(zip(completions, own, strict=True)):
-        kept = output["completion_mask"][row].bool()
-        assert output["completion_ids"][row][kept].tolist() == ids
-        assert output["tool_mask"][row][kept].tolist() == mask
-    assert {0, 1} == {x for mask in own for x in mask}
-    assert max(map(len, own)) == (26 if limit == 48 else limit)
 
 
 def test_it_learns_to_look_everything_up():

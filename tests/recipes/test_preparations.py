@@ -38,9 +38,7 @@ def test_math_takes_the_last_boxed_answer(solution, answer):
     assert preparations.math("?", solution)["solution"] == answer
 
 
-def test_math_answers_are_decided_by_math_verify():
-    half = preparations.math(MATH[0]["problem"], MATH[0]["solution"])["solution"]
-    assert rewards_of([r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", r"\boxed{3}"], half) == [1.0, 1.0, 0.0]
+def test_math_refuses_a_solution_without_a_box():
     with pytest.raises(ValueError, match=r"no \\boxed in the solution 'It is 7\.'"):
         preparations.math("?", "It is 7.")
 

@@ -1,4 +1,4 @@
-"""The alignment of weighted gradients: its estimator by hand, its weights against TRL's losses, its file."""
+"""The alignment of weighted gradients: its estimator by hand, its weights against the trainers', its file."""
 
 import csv
 import math
@@ -8,8 +8,8 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from harness import Batch as Prepared
-from harness import build, build_model, build_tokenizer, config, prompt, train, watch
+from harness import Batch, build_model, prompt_ids, train
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -18,16 +18,8 @@ from recipes.studies.alignment import policy_gradient as pg
 from recipes.studies.alignment import study as alignment
 from recipes.studies.alignment.batches import own_tokens, token_logps
 from recipes.studies.alignment.measure import RULE_COLUMNS
-from recipes.studies.alignment.settled import settled_lambda
 from recipes.studies.alignment.summary import pooled_error, summary_rows
-from recipes.studies.alignment.weights import (
-    CONTROLS,
-    STEPPING,
-    all_weights,
-    lambda_gradient,
-    make_weight,
-    same_direction,
-)
+from recipes.studies.alignment.weights import all_weights, lambda_gradient, make_weight, same_direction
 from recipes.studies.shared.arms import ARMS, BASELINES, LEARNED, Arm
 from recipes.studies.shared.ledger import Ledger
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
@@ -145,77 +137,24 @@ def test_the_jackknife_leaves_each_batch_out_of_everything():
     assert pooled_error([1.0, 2.0, 3.0, 4.0], [0.1, 0.1, 0.1, 0.1]) == pytest.approx(math.sqrt(5 / 3) / 2)
 
 
-def prepared_batch(prepared: Prepared) -> pg.Batch:
-    """The completions that `support` trains on, as the estimator takes them."""
-    group = prepared.num_generations
-    texts = [prompt(row // group) for row in range(len(prepared.completions))]
-    prompts = build_tokenizer()(texts, return_tensors="pt", padding=True)
-    width = max(map(len, prepared.completions))
-    completions = torch.tensor([c + [0] * (width - len(c)) for c in prepared.completions])
-    inputs = {"prompt_ids": prompts["input_ids"], "prompt_mask": prompts["attention_mask"]}
-    rewards = torch.tensor(prepared.rewards).view(-1, group)
-    return pg.Batch(inputs | {"completion_ids": completions}, own_tokens(completions, 1), rewards)
-
-
-def trained(arm: Arm):
-    pair = (GRPOTrainer, GRPOConfig) if arm.trl else (LambdaGRPOTrainer, LambdaGRPOConfig)
-    return train(*pair, Prepared(), **arm.options)
-
-
-def direction_of_run(run) -> torch.Tensor:
-    return torch.cat([-run.grads[0][parameter].flatten() for parameter, _ in build_model().named_parameters()])
-
-
-def direction_of(weight, lam=None, prepared=None):
-    """The prepared batch, log π of its tokens, and the weighted gradient as one vector."""
-    model, batch = build_model(), prepared_batch(prepared or Prepared())
+@pytest.mark.parametrize("name", ["grpo", "dapo", "tr_b", "softmax", "power_tr", "positive3_tr", "balanced"])
+def test_the_direction_of_an_arm_is_that_of_its_trainer(name):
+    pair = (GRPOTrainer, GRPOConfig) if ARMS[name].trl else (LambdaGRPOTrainer, LambdaGRPOConfig)
+    prepared, model = Batch(), build_model()
+    run, prompts = train(*pair, prepared, **ARMS[name].options), torch.tensor(prompt_ids(prepared))
+    completions = pad_sequence([torch.tensor(ids) for ids in prepared.completions], batch_first=True)
+    inputs = {"prompt_ids": prompts, "prompt_mask": torch.ones_like(prompts), "completion_ids": completions}
+    rewards = torch.tensor(prepared.rewards).view(-1, prepared.num_generations)
+    batch = pg.Batch(inputs, own_tokens(completions, 1), rewards)
+    (weight,) = (weight for weight in all_weights() if weight.name == name)
     logps = token_logps(model, batch)
-    values = weight(batch.lengths, logps.detach(), pg.group_advantages(batch.rewards), lam)
-    return batch, logps.detach(), pg.weighted_gradient(batch, logps, values.to(logps), list(model.parameters()))
-
-
-def assert_parallel(mine: torch.Tensor, run) -> None:
-    """float32 gradients of one step; 1e-5 in the cosine is an angle of 0.0045."""
-    assert torch.cosine_similarity(mine, direction_of_run(run), dim=0).item() == pytest.approx(1, abs=1e-5)
-
-
-# Without those that differ from an earlier one in how λ is stepped only.
-PARITY = {}
-for name, arm in {**ARMS, **CONTROLS}.items():
-    options = sorted(f"{key}={value}" for key, value in arm.options.items() if key not in STEPPING)
-    if not arm.removed and (arm.trl, options) not in [seen for _, seen in PARITY.values()]:
-        PARITY[name] = (arm, (arm.trl, options))
-
-
-@pytest.mark.parametrize("name", PARITY)
-def test_the_direction_of_every_arm_is_that_of_its_trainer(name):
-    run = trained(PARITY[name][0])
-    weights = {weight.name: weight for weight in all_weights()}
-    batch, logps, direction = direction_of(weights[same_direction(weights.values())[name]])
-    assert_parallel(direction, run)
-    if weights[name].learnable:
-        assert lambda_gradient(weights[name], batch, logps) == pytest.approx(run.lambda_grads[0], rel=1e-4)
-
-
-@pytest.mark.parametrize("arm", ["signed", "positive3"])
-def test_a_settled_weight_is_the_trainers_at_the_lambda_that_it_is_drawn_to(arm):
-    weight = next(weight for weight in all_weights() if weight.name == f"{arm}_settled")
-    prepared = Prepared()
-    drawn = zip(prepared.completions, prepared.rewards, strict=True)
-    prepared.rewards = [math.log(len(completion)) + 0.1 * reward for completion, reward in drawn]
-    count = len(weight.options["lambda_features"])
-    batch, logps, _ = direction_of(weight, torch.zeros(count), prepared)
-    lam = settled_lambda(weight, [batch], [logps])
-    assert lam.abs().min() > 0.05
-    run = watch(build(LambdaGRPOTrainer, config(LambdaGRPOConfig, prepared, **ARMS[arm].options), prepared))
-    run.trainer._lambda.tensor.data.copy_(lam / 2)
-    run.trainer.train()
-    of_trainer = -run.trainer._lambda.learning.gradient(torch.zeros(count, dtype=torch.float64))
-    # Log-probabilities come from passes of other shapes, in float32.
-    assert lam.tolist() == pytest.approx(of_trainer.tolist(), rel=1e-4)
-    assert_parallel(direction_of(weight, lam / 2, prepared)[2], run)
-    with pytest.raises(ValueError, match=f"{arm}_settled is measured at a λ"):
-        weight(batch.lengths, logps, pg.group_advantages(batch.rewards))
+    values = weight(batch.lengths, logps.detach(), pg.group_advantages(rewards)).to(logps)
+    mine = pg.weighted_gradient(batch, logps, values, list(model.parameters()))
+    theirs = -torch.cat([run.grads[0][key].flatten() for key, _ in model.named_parameters()])
+    # float32 gradients of one step; 1e-5 in the cosine is an angle of 0.0045.
+    assert torch.cosine_similarity(mine, theirs, dim=0).item() == pytest.approx(1, abs=1e-5)
+    if weight.learnable:
+        assert lambda_gradient(weight, batch, logps.detach()) == pytest.approx(run.lambda_grads[0], rel=1e-4)
 
 
 def test_which_arms_coincide():
@@ -236,6 +175,9 @@ def test_an_option_that_is_not_covered_is_refused():
     for options in ({"beta": 0.1}, sequence, inside, {"loss_type": "cispo"}, {"length_target": 20.0}):
         with pytest.raises(ValueError, match="'odd'"):
             make_weight("odd", Arm("", options))
+    (settled,) = (weight for weight in all_weights() if weight.name == "signed_settled")
+    with pytest.raises(ValueError, match="signed_settled is measured at a λ"):
+        settled(None, None, None)
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,17 @@ import csv
 import itertools
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from study_rows import study_row, write_rows
 
 from recipes.studies.arena import planned, preference_tuning
 from recipes.studies.arena.analysis import planned as page_of
 from recipes.studies.arena.analysis import report
-from recipes.studies.arena.analysis.comparisons import Arena, Comparison, compare_all
-from recipes.studies.arena.analysis.curves import draw_curves
-from recipes.studies.arena.analysis.questions import CLAIMS, FAMILY, IDLE, MATTERS, answer, budget, verdict
-from recipes.studies.arena.analysis.runs import METRICS, Run, paired_differences, read_runs
-from recipes.studies.arena.analysis.tables import difference_cell, make_tables
-from recipes.studies.arena.held_power import held_positive3
+from recipes.studies.arena.analysis.comparisons import Arena, compare_all
+from recipes.studies.arena.analysis.questions import FAMILY, IDLE, MATTERS, answer, budget, verdict
+from recipes.studies.arena.analysis.runs import METRICS, SUMMARIZED, Run, paired_differences, read_runs
+from recipes.studies.arena.analysis.tables import make_tables
 from recipes.studies.shared.arms import find_arm
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.markdown import mean_and_error, replace_tables
@@ -32,41 +27,39 @@ from recipes.studies.shared.paired_statistics import (
     student_quantile,
 )
 from recipes.studies.shared.workers import KEY
-from trl_lambda.weights import ResponseRows, weigh_responses
-from trl_lambda.weights.members import Power
 
-TASKS = ("running_sum", "slippery_chain")
-STUDIED = ("grpo", "dapo", "bnpo", "softmax", "power_adamw", "tr", "ar")
 PLANTED = {"running_sum": 0.03, "slippery_chain": 0.035}  # of `tr`, in every accuracy
+STUDIED = ("grpo", "dapo", "bnpo", "softmax", "power_adamw", "tr", "ar")
 
 
-def make_rows(tasks=TASKS, arms=STUDIED, seeds=range(12), study="main"):
-    rng, rows = np.random.default_rng(7), []
-    for task, seed in itertools.product(tasks, seeds):
-        shared = rng.normal(0, 0.05)
-        for arm in arms:
-            better = shared + PLANTED[task] * (arm == "tr")
-            values = {name: 1 + 0.1 * rng.normal() for name in METRICS}
-            values |= {name: better + 0.5 + rng.normal(0, 0.01) for name in ("accuracy_greedy", "accuracy_sampled")}
-            rewards, learned = 0.4 + better + rng.normal(0, 0.01, 25), arm in ("softmax", "power_adamw")
-            path = np.linspace(0, -0.3 if task == "slippery_chain" else 0.3, 21) + rng.normal(0, 0.02, 21)
-            values |= {"auc": rewards.mean(), "token_weight_mean": 1.37 if arm == "tr" else ""}
-            values |= {"lambda_20": path[4] if learned else "", "lambda_100": path[20] if learned else ""}
-            values["lambda_curve"] = " ".join(f"{value:.5f}" for value in path) if learned else ""
-            rows.append(study_row(task, arm, seed, rewards, study, **values))
+def study_row(task: str, arm: str, seed: int, rewards, study="main", **values) -> dict:
+    """One run with these training rewards, every figure 0.5 but `values`."""
+    row = {"study": study, "task": task, "arm": arm, "seed": seed, "learning_rate": 3e-4, "max_steps": 100}
+    row |= {"steps_per_generation": 4, **dict.fromkeys(SUMMARIZED, 0.5), "lambda_curve": ""}
+    row |= {"auc": float(np.mean(rewards)), "reward_curve": " ".join(f"{value:.4f}" for value in rewards)}
+    return row | {"length_curve": " ".join(["10"] * len(rewards))} | values
+
+
+def rows_of(gains, study):
+    """gains: (task, arm) -> points above a baseline that every arm of the seed shares, plus noise of its own."""
+    rng, rows = np.random.default_rng(3), []
+    for ((task, arm), gain), seed in itertools.product(gains.items(), range(400, 412)):
+        better = np.random.default_rng(seed).normal(0, 0.05) + gain
+        values = {name: 1 + 0.1 * rng.normal() for name in METRICS if name != "auc"}
+        values |= {name: better + 0.5 + rng.normal(0, 0.01) for name in ("accuracy_greedy", "accuracy_sampled")}
+        values |= {"lambda_curve": "0 0.1 0.2"} if arm == "softmax" else {"lambda_20": "", "lambda_100": ""}
+        level = np.linspace(0.3, 0.5, 25) + better + rng.normal(0, 0.004)
+        rows.append(study_row(task, arm, seed, level, study, **values))
+    rng.shuffle(rows)
     return rows
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder, rows = tmp_path_factory.mktemp("arena"), make_rows()
-    np.random.default_rng(0).shuffle(rows)
-    write_rows(rows, folder / "runs.csv")
-    tables = ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
-    page = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables)
-    (folder / "README.md").write_text(page, encoding="utf-8")
-    assert report.main(["--results", str(folder)]) == 0
-    return folder
+def write_rows(rows: list[dict], path):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -130,13 +123,22 @@ def test_pairs_are_of_one_seed(tmp_path):
     assert comparison.p == pytest.approx(paired_t_p([0.0, 0.04, 0.09])) and comparison.p_sign_flip == 0.5
 
 
-def test_the_planted_effect_is_found_and_no_other_arm(results):
+def test_the_planted_effect_is_found_and_no_other_arm(tmp_path):
     """In all families that it is in; of the 18 families about one may hold a find that is none."""
-    rows = list(csv.DictReader((results / "paired.csv").read_text(encoding="utf-8").splitlines()))
-    assert len(rows) == len(TASKS) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
+    gains = {(task, arm): PLANTED[task] * (arm == "tr") for task, arm in itertools.product(PLANTED, STUDIED)}
+    write_rows(rows_of(gains, "main"), tmp_path / "runs.csv")
+    tables = ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
+    page = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables)
+    (tmp_path / "README.md").write_text(page, encoding="utf-8")
+    assert report.main(["--results", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "paired.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == len(PLANTED) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count(
+        "\nold\n"
+    ) == 1  # its marker is not this report's
     accuracies = {"accuracy_greedy", "accuracy_sampled", "auc"}
     found = {(row["task"], row["metric"], row["arm"], row["baseline"]) for row in rows if float(row["p_holm"]) < 0.05}
-    planted = set(itertools.product(TASKS, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
+    planted = set(itertools.product(PLANTED, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
     assert found >= planted and len({(task, metric) for task, metric, *_ in found - planted}) <= 1
     for row in (row for row in rows if row["arm"] == "tr" and row["metric"] == "auc"):
         low, difference, high, sd = (float(row[name]) for name in ("low", "difference", "high", "sd"))
@@ -144,22 +146,7 @@ def test_the_planted_effect_is_found_and_no_other_arm(results):
         assert difference - 2 * sd < low < difference < high < difference + 2 * sd
 
 
-def test_page_and_figures_show_the_numbers(results):
-    page, arena = (results / "README.md").read_text(encoding="utf-8"), Arena.read(results / "runs.csv")
-    assert page.count("\nold\n") == 1  # under the marker that is not this report's
-    assert page == replace_tables(page, make_tables(arena))
-    first, *_ = [line for line in make_tables(arena)["accuracy"].splitlines() if line.startswith("| `")]
-    assert first.startswith("| `tr` | 12 |") and first.count("] * |") == 3
-    differences = draw_curves(arena, "main").axes[1]
-    drawn = {line.get_label(): np.mean(line.get_ydata()) for line in differences.lines}
-    assert drawn["tr"] == pytest.approx(100 * PLANTED["running_sum"], abs=1) and abs(drawn["softmax"]) < 1
-
-
-def test_cells_and_markers():
-    found = Comparison("tr", "dapo", 12, 0.0123, 0.01, 0.002, 0.024, p=0.001, p_sign_flip=0.001, p_holm=0.06)
-    assert difference_cell(found, 12, 100, 1) == "+1.2 [+0.2, +2.4]"
-    assert difference_cell(replace(found, p_holm=0.04), 13, 100, 1) == "+1.2 [+0.2, +2.4] * (n = 12)"
-    assert difference_cell(Comparison("tr", "dapo", 1, -0.0123), 1, 100, 1) == "-1.2 (1 seed)"
+def test_tables_replace_those_between_their_markers():
     assert mean_and_error(np.array([0.01, 0.02, 0.03]), 100, 3) == "2.000 ± 0.577"
     page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: x -->\nkept\n"
     assert replace_tables(page, {"one": "| \\1 |", "two": "2"}) == page.replace("old", "| \\1 |")
@@ -167,62 +154,10 @@ def test_cells_and_markers():
         replace_tables("<!-- table: one -->\n<!-- table: two -->\n<!-- end -->\n", {"one": "1"})
 
 
-def test_a_part_of_the_runs_will_do(tmp_path, capsys):
-    rows = make_rows(tasks=TASKS[:1], seeds=[3]) + make_rows(tasks=TASKS[1:], arms=("grpo", "tr"), seeds=range(2))
-    rows += make_rows(tasks=TASKS[:1], arms=("dapo", "tr"), seeds=range(3), study="one_step")
-    write_rows(rows, tmp_path / "results" / "runs.csv")
-    assert report.main(["--results", str(tmp_path / "results")]) == 0
-    figures = {path.stem for path in (tmp_path / "results").glob("*.png")}
-    names = {"accuracy_curves", "forest", "lengths"}
-    assert figures == {*names, "lambda_paths", *(f"{name}_one_step" for name in names)}
-    accuracy = make_tables(Arena.read(tmp_path / "results" / "runs.csv"))["accuracy"].split("**")
-    assert "(1 seed)" in accuracy[2] and "±" not in accuracy[2] and accuracy[5] == "running_sum (study one_step)"
-    assert report.main(["--results", str(tmp_path)]) == 1 and "runs.csv" in capsys.readouterr().err
-
-
-def test_the_committed_page_shows_the_committed_runs():
+def test_the_committed_page_shows_the_committed_runs(tmp_path, capsys):
     page = report.PAGE.read_text(encoding="utf-8")
     assert page == replace_tables(page, make_tables(Arena.read(report.RESULTS / "runs.csv")))
-
-
-def test_no_run_is_planned_twice_and_every_claim_has_its_runs_on_new_seeds():
-    specs, tuning = [spec for part in planned.PARTS.values() for spec in part.specs()], planned.rate_specs()
-    assert min(spec.seed for spec in specs) >= 400 > max(spec.seed for spec in tuning)
-    assert {spec.split for spec in specs} == {"test"} and {spec.split for spec in tuning} == {"validation"}
-    assert len(specs) == len({tuple(vars(spec).values()) for spec in specs})
-    cells = {(spec.study, spec.task, spec.arm) for spec in specs}
-    for claim in CLAIMS:
-        assert {(claim.study, claim.task, arm) for arm in (claim.arm, claim.baseline)} <= cells
-    # The plain balance is a control of every study and task.
-    assert {(study, task, "positive_weight_3") for study, task, _ in cells} <= cells
-
-
-def test_the_held_control_keeps_the_balance_and_the_order():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 40, (6, 8), generator=generator).double()
-    lengths[0, 0] = 0
-    advantages = torch.randn(6, 8, generator=generator)
-    advantages[5] = 0
-    statistics = {name: -torch.rand(6, 8, generator=generator).double() for name in ("mean_logp", "min_logp")}
-    rows = ResponseRows(lengths, lengths.sum(), advantages=advantages.double(), statistics=statistics)
-    members = (held_positive3, Power("positive", held_positive3.features))
-    held, power = (weigh_responses(member, rows, torch.tensor([0.7, -0.5, 1.1])) for member in members)
-    right = (advantages > 0) & (lengths > 0)
-    for group in range(5):
-        assert held[group][right[group]].mean().item() == pytest.approx(1, abs=1e-6)
-        ratio = held[group][right[group]] / power[group][right[group]]
-        assert (ratio / ratio[0] - 1).abs().max() < 1e-5 and held[group][right[group]].std() > 0.01
-    assert (held[~right & (lengths > 0)] == 1).all()
-
-
-def rows_of(gains):
-    """gains: (task, arm) -> points above a baseline that every arm of the seed shares, plus noise of its own."""
-    rng, rows = np.random.default_rng(3), []
-    for ((task, arm), gain), seed in itertools.product(gains.items(), range(400, 412)):
-        shared = np.random.default_rng(seed).normal(0, 0.05)
-        level = np.linspace(0.3, 0.5, 25) + shared + gain + rng.normal(0, 0.004)
-        rows.append(study_row(task, arm, seed, level, "planned"))
-    return rows
+    assert report.main(["--results", str(tmp_path)]) == 1 and "runs.csv" in capsys.readouterr().err
 
 
 def test_questions_are_decided_as_planned(tmp_path):
@@ -231,7 +166,7 @@ def test_questions_are_decided_as_planned(tmp_path):
     gains |= {(task, arm): gain for task in IDLE for arm, gain in (("dapo", 0.0), ("positive3", -0.001))}
     gains["checked_sum", "positive3"] = -0.05
     gains["slippery_chain", "positive_weight_3"] = 0.04
-    answers = answer(read_runs(write_rows(rows_of(gains), tmp_path / "planned.csv")))
+    answers = answer(read_runs(write_rows(rows_of(gains, "planned"), tmp_path / "planned.csv")))
     by = {(a.claim.question, a.claim.task): a for a in answers if a.claim.question in ("H1a", "H1b", "H2")}
     assert verdict(answers, "H1a") is True and verdict(answers, "H1b") is False
     assert by["H1b", "running_sum"].holds is True and by["H1b", "slippery_chain"].holds is False

@@ -5,20 +5,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import launch_command_parser
 
 from recipes.studies.cost import gpu, head_memory, import_time, overhead, table, two_processes, weights_alone
 from recipes.studies.cost.gpu_parts import probe, smollm2
 from recipes.studies.cost.gpu_parts.correctness import Deviation, OutOfBounds, check
 from recipes.studies.cost.gpu_parts.schedule import Context, Part, run_part
 from recipes.studies.cost.measure.counters import counting
-from recipes.studies.cost.measure.memory import buffered_bytes, loss_bytes, peak_during, run_child, storage_bytes
+from recipes.studies.cost.measure.memory import buffered_bytes, loss_bytes, run_child
 from recipes.studies.cost.measure.rows import CIRCUMSTANCES, COLUMNS, append, quartiles, read, row
-from recipes.studies.cost.measure.stepping import PHASES, REST, WHOLE, Stepper, time_pairs
 from recipes.studies.cost.measure.traffic import count_parts
 from recipes.studies.cost.measure.trainers import BASELINE, build_trainer, measured_arms
 from recipes.studies.cost.measure.workload import Workload
@@ -119,35 +116,12 @@ def test_off_the_cpu_the_weights_read_nothing(trainers, monkeypatch):
         weighted["advantages"].sum().item()
 
 
-def test_a_view_counts_for_its_storage_and_a_peak_for_what_lives_at_the_same_time():
-    x, mib = torch.zeros(4, 8), 2**20
-    assert sum(storage_bytes([x, x[:1], x.view(-1), None, "text"]).values()) == 4 * 8 * 4
-
-    def run():
-        one = torch.empty(4 * mib, dtype=torch.uint8)
-        del one
-        return torch.empty(2 * mib, dtype=torch.uint8), torch.empty(3 * mib, dtype=torch.uint8)
-
-    assert 5 * mib <= peak_during(run, "cpu") < 5.1 * mib
-
-
 def test_the_buffer_holds_row_numbers_more_and_a_weighed_loss_leaves_no_gradient(trainers):
     more = buffered_bytes(trainers["lambda_grpo"]) - buffered_bytes(trainers[BASELINE])
     assert more == SMALL.rows * 8  # lengths and advantages are held once, beside the buffer
     trainer = trainers["unified"]
     assert loss_bytes(trainer) > 0
     assert all(leaf.grad is None or not leaf.grad.any() for leaf in trainer.model.parameters())
-
-
-def test_pairs_alternate_and_every_phase_is_timed(trainers):
-    base, ours = (Stepper(trainers[arm]) for arm in (BASELINE, "lambda_grpo"))
-    order = []
-    for name, stepper in (("base", base), ("ours", ours)):
-        stepper.run = lambda steps, name=name, run=stepper.run: (order.append(name), run(steps))
-    taken = time_pairs(base, {"lambda_grpo": ours}, pairs=3, steps=2)["lambda_grpo"]
-    assert order[2:] == ["ours", "base"] * 2 + ["base", "ours"] * 2 + ["ours", "base"] * 2
-    for seconds in (side for pair in taken for side in pair):
-        assert sum(seconds[phase] for phase in (*PHASES, REST)) == pytest.approx(seconds[WHOLE])
 
 
 def test_overhead(run_bench, tmp_path):
@@ -198,6 +172,7 @@ def test_rows_keep_median_and_quartiles_and_tables_the_last_of_equal_rows(tmp_pa
     assert "1.010 (1.010 – 1.010)" in text and "1.500" not in text and "| full logits | does not fit |" in text
     page = table.RESULTS.with_name("README.md").read_text(encoding="utf-8")
     assert f"<!-- bench: begin -->\n{table.markdown()}<!-- bench: end -->" in page
+    assert f"<!-- gpu: begin -->\n{table.gpu_markdown(table.GPU_RESULTS)}<!-- gpu: end -->" in page
 
 
 def test_every_line_runs_on_a_cpu_with_the_device_set_aside(tmp_path):
@@ -219,11 +194,12 @@ def test_every_line_runs_on_a_cpu_with_the_device_set_aside(tmp_path):
     assert "| lambda_grpo |" in text and "LoRA" in text and "nan" not in text
 
 
-def test_the_command_says_that_there_is_no_gpu_and_fails_with_a_step(monkeypatch, tmp_path, capsys):
-    def broken(given):
-        raise RuntimeError("on purpose")
-        yield
+def broken(given):
+    yield [row("part", "arm", "", "before", 1.0, "s")]
+    raise RuntimeError("on\npurpose")
 
+
+def test_the_command_says_that_there_is_no_gpu_and_fails_with_a_step(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu.main([])
@@ -236,23 +212,15 @@ def test_the_command_says_that_there_is_no_gpu_and_fails_with_a_step(monkeypatch
 def test_a_step_that_fails_and_a_part_out_of_time_leave_a_row_each(tmp_path):
     here, out = Context("cpu", True, tmp_path, tmp_path), tmp_path / "gpu.csv"
 
-    def fine(given):
-        yield [row("part", "arm", "", "first", 1.0, "s")]
-
-    def broken(given):
-        yield [row("part", "arm", "", "before", 1.0, "s")]
-        raise RuntimeError("on\npurpose")
-
     def long(given):
         given.ends = time.monotonic()
         yield [row("part", "arm", "", "last", 1.0, "s")]
 
-    steps = (("fine", fine), ("broken", broken), ("long", long), ("never", lambda given: pytest.fail("was begun")))
+    steps = (("broken", broken), ("long", long), ("never", lambda given: pytest.fail("was begun")))
     assert run_part(Part("part", 1, steps), here, out) == ["broken"]
     seen = read(out)
     assert [measured["metric"] for measured in seen] == [
-        *("first", "time of the step", "before", "failed", "time of the step", "last", "time of the step"),
-        *("stopped", "time of the part"),
+        *("before", "failed", "time of the step", "last", "time of the step", "stopped", "time of the part"),
     ]
     value = {measured["metric"]: measured["value"] for measured in seen}
     assert value["failed"] == "RuntimeError: on purpose"
@@ -263,16 +231,5 @@ def test_a_deviation_beyond_its_bound_raises_and_a_launched_process_says_why_it_
     for value in (2.0, math.nan):
         with pytest.raises(OutOfBounds, match="lambda_grpo, fp32, loss"):
             check([Deviation("lambda_grpo", "fp32", "loss", x, 1.0) for x in (0.5, value)])
-    for engine in ("fsdp2", "zero3"):
-        command = probe.launcher(engine, "cuda")
-        assert command[1:3] == ["-m", "accelerate.commands.launch"]
-        args = launch_command_parser().parse_args([*command[3:], "-m", "recipes.studies.cost.gpu_parts.probe"])
-        assert Path(args.config_file).is_file() and args.num_processes == 1 and args.mixed_precision == "no"
     with pytest.raises(RuntimeError, match="KeyError"):
         probe.launch([{"arm": "no such arm", "workload": {}}], tmp_path, "cpu")
-
-
-def test_the_tables_say_that_there_is_no_gpu_row_or_show_them(tmp_path):
-    assert table.gpu_markdown(tmp_path / "gpu.csv") == "No GPU row yet: `make gpu` writes them.\n"
-    readme = table.RESULTS.with_name("README.md").read_text(encoding="utf-8")
-    assert f"<!-- gpu: begin -->\n{table.gpu_markdown(table.GPU_RESULTS)}<!-- gpu: end -->" in readme

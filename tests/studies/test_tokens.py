@@ -9,7 +9,6 @@ import pytest
 
 from recipes.playground.rewards import exact_answer, short_right_answers
 from recipes.studies.shared.paired_statistics import student_quantile
-from recipes.studies.shared.run import make_trainer
 from recipes.studies.tokens import report
 from recipes.studies.tokens import study as budget
 from recipes.studies.tokens.frontier import frontier_table
@@ -40,17 +39,6 @@ def test_the_rule_drops_what_is_beaten_and_keeps_the_best_and_the_shortest():
     assert tried({1: (0.62, 30), 2: (0.55, 29), 3: (0.56, 25), 4: (0.5, 10)}) == ["1", "3"]
     assert tried({1: (0.5, 30), 2: (0.4, 20), 3: (0.3, 10)}) == ["1", "2"]  # none is near: the next in tokens
     assert tried({1: (0.6, 10), 2: (0.5, 20)}) == ["1"]
-
-
-def test_rewards_and_cuts_reach_the_trainer(tmp_path):
-    def trainer_of(name, **more):
-        return make_trainer(budget.BudgetSpec("x", "idle_filler", name, 0, 1e-4, 1, **more), str(tmp_path))
-
-    lead, overlong = trainer_of("lead 0.3"), trainer_of("overlong 24 16", batch=32)
-    assert [f.__name__ for f in lead.reward_funcs] == ["exact_answer", "short_right_answers"]
-    assert overlong.reward_funcs[1]([[1] * 20, [1] * 8]) == [-0.75, 0]
-    assert overlong.args.per_device_train_batch_size * overlong.args.steps_per_generation == 32
-    assert trainer_of("cut 10").args.max_completion_length == 10
 
 
 def test_the_length_reward_of_right_answers_equals_plain_loops():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trl_lambda import LengthWeight, TokenWeight
+from trl_lambda import LengthWeight
 
 
 def power(lengths, lam):
@@ -58,16 +58,6 @@ class Confident(LengthWeight):
 
     def __call__(self, rows, lam):
         return (lam * rows.statistic("mean_logp") + rows.statistic("mean_entropy")).exp()
-
-
-@dataclass(frozen=True)
-class Linear(TokenWeight):
-    alpha: float = 0.6
-
-    name = "my linear"
-
-    def __call__(self, probs):
-        return linear(probs, self.alpha)
 
 
 square = Square()
