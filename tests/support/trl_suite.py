@@ -133,7 +133,7 @@ def differences(name: str, theirs: dict[str, dict], ours: dict[str, dict]) -> tu
     refused, unexplained = [], []
     for test in sorted(theirs.keys() | ours.keys()):
         a, b = theirs.get(test, NOT_RUN), ours.get(test, NOT_RUN)
-        if a["outcome"] != b["outcome"]:
+        if a["outcome"] != b["outcome"] or a["error"].split(":")[0] != b["error"].split(":")[0]:
             (refused if b["refused"] else unexplained).append(f"{test}: {a['outcome']}, {b['outcome']}: {b['error']}")
         elif name == "none" and a["trained"] != b["trained"]:
             unexplained.append(f"{test}: other parameters after training")
@@ -161,11 +161,8 @@ def main() -> None:
             trainings = sum(len(line["trained"]) for line in results[name].values())
             print(f"{title}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}; {trainings} trainings")
             refused, unexplained = differences(name, results["trl"], results[name])
-            print(
-                *(f"  refused: {line}" for line in refused),
-                *(f"  unexplained: {line}" for line in unexplained),
-                sep="\n",
-            )
+            for line in [*(f"refused: {line}" for line in refused), *(f"unexplained: {line}" for line in unexplained)]:
+                print(" ", " ".join(line.split()), flush=True)
             failed = failed or bool(unexplained)
     sys.exit(failed)
 
