@@ -157,12 +157,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, title in RUNS.items():
             results[name] = run(name, paths, args, Path(folder))
-            counts = Counter(line["outcome"] for line in results[name].values())
+            counts = Counter(line["outcome"] for line in results[name].values()).items()
             trainings = sum(len(line["trained"]) for line in results[name].values())
-            print(f"{title}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}; {trainings} trainings")
+            print(f"{title}: {', '.join(f'{n} {end}' for end, n in counts)}; {trainings} trainings", flush=True)
             refused, unexplained = differences(name, results["trl"], results[name])
             for line in [*(f"refused: {line}" for line in refused), *(f"unexplained: {line}" for line in unexplained)]:
-                print(" ", " ".join(line.split()), flush=True)
+                print(" ", " ".join(line.split()))
             failed = failed or bool(unexplained)
     sys.exit(failed)
 
