@@ -17,15 +17,14 @@ ROOMS = (
     *("generation_batch", "weights", "trl_seam", "lambda_grpo_config", "lambda_parameter", "metrics", "report"),
     *("model_card", "lambda_grpo_trainer", "scripts", "__init__", "cli"),
 )
-# Bounds that hold. The aims of the third house: 1,650 statements without report and scripts, 10,000 lines of tests.
 MOST = {
     "statements": 2400,
-    "statements without report and scripts": 1860,
+    "statements without report and scripts": 1650,
     "lines": 4500,
     "added fields": 17,
     "raise statements": 100,
     "rooms": 11,
-    "lines of tests": 12_800,
+    "lines of tests": 10_000,
 }
 
 

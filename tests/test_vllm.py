@@ -5,7 +5,6 @@ vLLM changes its process (environment, threads, process groups), so that every t
 (`vllm_worker.py`), and this one never imports vLLM.
 """
 
-import csv
 import itertools
 import json
 import math
@@ -13,7 +12,6 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import fmean, stdev
 
 import pytest
 import reference
@@ -24,41 +22,33 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from vllm_expected import Weights, deviation, mean_difference, merge_adapter, own_model, step
 
 from recipes.playground.vllm_cpu import ENVIRONMENT
-from recipes.studies.arena.vllm_seeds import TABLE
 
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "recipes" / "playground" / "base_model"
 
+
+def of_lengths(*member):
+    return lambda lengths, advantages, lam: reference.length_weights(lengths, lam, *member)
+
+
+def favoured(lengths, advantages, lam):
+    return reference.favour_positive(reference.balanced_weights(lengths, advantages), lengths, advantages, 3.0)
+
+
+def positive(lengths, advantages, lam):
+    return reference.side_weights(lengths, advantages, [0.8], "power", "positive")
+
+
 # f and v to be tested, as options and in plain loops. A row may be any function of the batch's lengths, advantages, λ.
+SIDE = {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False}
+PROMPT = {"length_weight": "power", "length_weight_scope": "prompt", "lambda_init": -0.5, "token_weight": "tr_grpo"}
+MASKED = {"length_weight": "lambda_grpo", "lambda_init": 2.0, "mask_truncated_completions": True}
 WEIGHTS = {
-    "lambda_grpo": Weights(
-        {"length_weight": "lambda_grpo", "lambda_init": 0.7},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda_grpo"),
-    ),
-    "power and tr_grpo": Weights(
-        {"length_weight": "power", "length_weight_scope": "prompt", "lambda_init": -0.5, "token_weight": "tr_grpo"},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "power", "prompt"),
-        {"regulation": "tr_grpo"},
-    ),
-    "grpo and ar": Weights(
-        {"length_weight": "grpo", "token_weight": "ar"},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "grpo"),
-        {"regulation": "ar"},
-    ),
-    "power, positive": Weights(
-        {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, "lambda_learnable": False},
-        lambda lengths, advantages, lam: reference.side_weights(lengths, advantages, [0.8], "power", "positive"),
-    ),
-    "balanced, positive weight": Weights(
-        {"length_weight": "balanced", "positive_weight": 3.0},
-        lambda lengths, advantages, lam: reference.favour_positive(
-            reference.balanced_weights(lengths, advantages), lengths, advantages, 3.0
-        ),
-    ),
-    "lambda_grpo, truncated masked": Weights(
-        {"length_weight": "lambda_grpo", "lambda_init": 2.0, "mask_truncated_completions": True},
-        lambda lengths, advantages, lam: reference.length_weights(lengths, lam, "lambda_grpo"),
-    ),
+    "lambda_grpo": Weights({"length_weight": "lambda_grpo", "lambda_init": 0.7}, of_lengths("lambda_grpo")),
+    "power and tr_grpo": Weights(PROMPT, of_lengths("power", "prompt"), {"regulation": "tr_grpo"}),
+    "power, positive": Weights(SIDE, positive),
+    "balanced, positive weight": Weights({"length_weight": "balanced", "positive_weight": 3.0}, favoured),
+    "lambda_grpo, truncated masked": Weights(MASKED, of_lengths("lambda_grpo")),
 }
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 SURROGATES = ["dapo", "cispo", "sapo", "vespo"]
@@ -71,28 +61,18 @@ CASES = [
 BOUNDS = {"token": (0.9, 1.1), "sequence": (0.7, 1.4)}
 # Twelve rows in two micro-batches, shuffled by TRL; every generation batch serves two optimizer steps.
 OPTIONS = {
-    "per_device_train_batch_size": 6,
-    "gradient_accumulation_steps": 2,
-    "num_iterations": 2,
-    "max_steps": 4,
-    "max_completion_length": 16,
-    "optim": "adamw_torch",
-    "learning_rate": 2e-4,
+    **{"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 4},
+    **{"max_completion_length": 16, "optim": "adamw_torch", "learning_rate": 2e-4},
 }
 # A generation batch for every optimizer step, with TRL's own choice of correction.
 FOLLOWING = OPTIONS | WEIGHTS["lambda_grpo"].options | {"num_iterations": 1, "learning_rate": 2e-3}
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-JOBS = {
-    "following": {"options": FOLLOWING},
-    "third sync left out": {"options": FOLLOWING, "skip_syncs": [2]},
-    "lora": {"options": FOLLOWING, "peft": LORA},
-}
+JOBS = {"following": {"options": FOLLOWING}, "lora": {"options": FOLLOWING, "peft": LORA}}
 # VESPO's φ = e^λ w^k e^(-λw) magnifies the rounding of a sum of log ratios: up to 1.0e-5 was seen, elsewhere 5e-6.
 TOLERANCE = {"dapo": 1e-5, "cispo": 1e-5, "sapo": 1e-5, "vespo": 2e-5}
 
 
 def is_installed() -> bool:
-    """Whether vLLM's build for a CPU can be imported, without importing it."""
     try:
         return bool(version("vllm-cpu"))
     except PackageNotFoundError:
@@ -106,13 +86,8 @@ def case_job(case: tuple[str, str, str]) -> dict:
     """The second sync is left out: the corrections of the second generation batch are far from 1."""
     name, mode, surrogate = case
     low, high = BOUNDS[mode.split("_")[0]]
-    options = {
-        "loss_type": surrogate,
-        "vllm_importance_sampling_mode": mode,
-        "vllm_importance_sampling_clip_min": low,
-        "vllm_importance_sampling_clip_max": high,
-        "seed": CASES.index(case),
-    }
+    clip = {"vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": high}
+    options = {"loss_type": surrogate, "vllm_importance_sampling_mode": mode, "seed": CASES.index(case), **clip}
     return {"options": OPTIONS | WEIGHTS[name].options | options, "skip_syncs": [1]}
 
 
@@ -144,9 +119,6 @@ def results(model_folder, tmp_path_factory, request):
     return {name: ranks[0] for name, ranks in zip(jobs, done, strict=True)}
 
 
-# ---- The sampler follows the model ----
-
-
 @needs_vllm
 def test_the_sampler_follows_the_model_after_every_optimizer_step(results, model_folder):
     result = results["following"]
@@ -156,17 +128,6 @@ def test_the_sampler_follows_the_model_after_every_optimizer_step(results, model
         assert mean_difference(models[number], generation) < 1e-5
         if number:  # and the step was large enough for the sync to matter
             assert mean_difference(models[number - 1], generation) > 1e-2
-
-
-@needs_vllm
-def test_a_sync_left_out_shows(results, model_folder):
-    result = results["third sync left out"]
-    models = [own_model(model_folder, policy) for policy in result["policies"]]
-    differences = [mean_difference(model, result["generations"][number]) for number, model in enumerate(models)]
-    assert differences[2] > 1e-2 and max(differences[:2] + differences[3:]) < 1e-5
-    assert mean_difference(models[1], result["generations"][2]) < 1e-5  # it still sampled from the step before
-    logged = [entry["sampling/sampling_logp_difference/mean"] for entry in result["history"] if "loss" in entry]
-    assert logged == pytest.approx(differences, abs=1e-5)
 
 
 @needs_vllm
@@ -187,11 +148,7 @@ def test_the_sampler_follows_merged_adapters_and_lambda_learns(results, model_fo
     assert len({0.7, *result["lambdas"]}) == 5
 
 
-# ---- The step on its completions ----
-
-
 def of_all_ranks(ranks: list[dict], number: int) -> dict:
-    """Generation batch `number`: the rows of rank 0, then those of rank 1."""
     parts = [rank["generations"][number] for rank in ranks]
     rows = ("prompts", "completions", "sampled_logps", "rewards")
     return {key: list(itertools.chain(*(part[key] for part in parts))) for key in rows}
@@ -226,15 +183,10 @@ def assert_equals_reference(model_folder: Path, ranks: list[dict], case: tuple[s
 @needs_vllm
 @pytest.mark.parametrize("case", CASES, ids=" · ".join)
 def test_every_step_is_the_references(results, model_folder, case):
-    assert_equals_reference(model_folder, [results[case]], case)
-
-
-@needs_vllm
-@pytest.mark.parametrize("case", [("power and tr_grpo", mode, "dapo") for mode in MODES], ids=" · ".join)
-def test_the_bounds_of_the_correction_bite_on_some(results, model_folder, case):
     corrections = assert_equals_reference(model_folder, [results[case]], case)
-    bounds = (0.0, *BOUNDS[case[1].split("_")[0]])
-    assert 0 < sum(correction in bounds for correction in corrections) < len(corrections)
+    if case[::2] == ("power and tr_grpo", "dapo"):  # the bounds of the correction bite on some
+        bounds = (0.0, *BOUNDS[case[1].split("_")[0]])
+        assert 0 < sum(correction in bounds for correction in corrections) < len(corrections)
 
 
 @needs_vllm
@@ -252,9 +204,6 @@ def test_two_processes_keep_one_lambda_and_take_the_references_steps(model_folde
     for number, policy in enumerate(following[0]["policies"]):
         model = own_model(model_folder, policy)
         assert all(mean_difference(model, rank["generations"][number]) < 1e-5 for rank in following)
-
-
-# ---- The recipe ----
 
 
 @needs_vllm
@@ -276,24 +225,3 @@ def test_the_launcher_says_what_is_missing():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "make .vllm/.installed" in done.stderr
-
-
-def test_vllms_completions_teach_as_generates_do():
-    """The table of `recipes.studies.arena.vllm_seeds`: four seeds with each sampler."""
-    rows = list(csv.DictReader(TABLE.read_text(encoding="utf-8").splitlines()))
-    by_sampler = {name: [row for row in rows if row["sampler"] == name] for name in ("generate", "vllm")}
-    last, first = {}, {}
-    for name, runs in by_sampler.items():
-        assert [(row["seed"], row["steps"]) for row in runs] == [(str(seed), "100") for seed in range(4)]
-        assert all(float(row["lambda"]) > 0.15 for row in runs)
-        last[name] = [float(row["reward_last_20_steps"]) for row in runs]
-        first[name] = [float(row["reward_steps_1_to_20"]) for row in runs]
-        assert all(after > before + 0.1 for before, after in zip(first[name], last[name], strict=True))
-    assert all(float(row["logp_difference_worst_step"]) < 1e-6 for row in by_sampler["vllm"])
-    differences = [a - b for a, b in zip(last["vllm"], last["generate"], strict=True)]
-    assert abs(fmean(differences)) < 2 * stdev(differences) / math.sqrt(4)
-
-
-@needs_vllm
-def test_this_process_has_not_imported_vllm():
-    assert "vllm" not in sys.modules

@@ -11,12 +11,11 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 __all__ = ["LambdaGRPOConfig", "LambdaGRPOTrainer", "LengthWeight", "TRGRPOConfig", "TRGRPOTrainer", "TokenWeight"]
 
-_ROOMS = {"Config": "lambda_grpo_config", "Trainer": "lambda_grpo_trainer", "Weight": "weights"}
-
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is asked for: TRL takes seconds, which `trl-lambda --version` should not."""
-    room = next((room for ending, room in _ROOMS.items() if name in __all__ and name.endswith(ending)), None)
-    if room is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    is_config, is_weight = name.endswith("Config"), name.endswith("Weight")
+    room = "lambda_grpo_config" if is_config else "weights" if is_weight else "lambda_grpo_trainer"
     return getattr(importlib.import_module(f".{room}", __name__), name)

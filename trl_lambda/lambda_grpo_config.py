@@ -27,9 +27,11 @@ _INSTEAD = {
     "luspo": "loss_type='dapo' with importance_sampling_level='sequence' and length_weight='dapo' (LUSPO divided by "
     "the batch's mean length)",
 }
-_NUMBERS = ("positive_weight", "lambda_init", "lambda_learning_rate", "lambda_gain", "length_target")
-# Without effect on a λ that is fixed.
+_NUMBERS = ("positive_weight", "lambda_init", "lambda_learning_rate", "lambda_gain")
+# Without effect on TRL's own reduction, on a λ that is fixed, and without λ.
+_REDUCTION = ("length_weight_kwargs", "length_weight_scope", "drop_tied_groups")
 _LEARNING = ("lambda_gain", "length_target", "lambda_bounds", "lambda_learning_rate")
+_LAMBDA = ("lambda_side", "lambda_features", "lambda_init", "lambda_learnable", *_LEARNING)
 
 
 @dataclass
@@ -218,7 +220,7 @@ class LambdaGRPOConfig(GRPOConfig):
             if str(getattr(self, name)).lower() in ("none", "null"):  # the command line has no other word for it
                 setattr(self, name, None)
         super().__post_init__()
-        self.make_weights()
+        self._check_weights(*self._named_weights())
 
     def make_weights(self, length_weight: Any = None, token_weight: Any = None) -> tuple[Any, Any]:
         """
@@ -233,49 +235,57 @@ class LambdaGRPOConfig(GRPOConfig):
         Raises:
             `ValueError`: as for the class.
         """
-        self._check_values()
-        for name, given in (("length_weight", length_weight), ("token_weight", token_weight)):
-            if given is not None:
-                self._refuse([name, f"{name}_kwargs"], f"beside the trainer's own {name}")
-        options = {"side": self.side, "features": tuple(self.lambda_features)}
-        options["max_completion_length"] = self.max_completion_length
-        kwargs: Any = (self.length_weight_kwargs, self.token_weight_kwargs)
-        f: LengthWeight | None = as_length_weight(length_weight) if length_weight is not None else None
-        if f is None and self.length_weight is not None:
-            f = weight_from_name(self.length_weight, kwargs[0], options, LENGTH_WEIGHTS, "length_weight")
-        v: TokenWeight | None = as_token_weight(token_weight) if token_weight is not None else None
-        if v is None and self.token_weight is not None:
-            v = weight_from_name(self.token_weight, kwargs[1], {}, TOKEN_WEIGHTS, "token_weight")
-        self._check_length_weight(f)
-        self._check_token_weight(v)
-        if f is None and v is None:
-            self._refuse(["token_metrics"], "without a weight")
+        f, v = self._named_weights()
+        if length_weight is not None:
+            self._refuse(["length_weight", "length_weight_kwargs"], "beside the trainer's own length_weight")
+            f = as_length_weight(length_weight)
+        if token_weight is not None:
+            self._refuse(["token_weight", "token_weight_kwargs"], "beside the trainer's own token_weight")
+            v = as_token_weight(token_weight)
+        self._check_weights(f, v)
+        if v is None:
+            self._refuse(["token_weight_inside_clip"], "with token_weight=None")
         return f, v
 
-    def _check_values(self) -> None:
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            is_off = value is None and name == "length_target"
-            if not is_off and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
-        target, most, init, bounds = (
-            self.length_target,
-            self.max_completion_length,
-            self.lambda_init,
-            self.lambda_bounds,
+    def _named_weights(self) -> tuple[LengthWeight | None, TokenWeight | None]:
+        self._check_values()
+        own = {
+            "side": self.side,
+            "features": tuple(self.lambda_features),
+            "max_completion_length": self.max_completion_length,
+        }
+        return (
+            weight_from_name(self.length_weight, self.length_weight_kwargs, own, LENGTH_WEIGHTS, "length_weight"),
+            weight_from_name(self.token_weight, self.token_weight_kwargs, {}, TOKEN_WEIGHTS, "token_weight"),
         )
+
+    def _check_values(self) -> None:
+        for name in (*_NUMBERS, *(() if self.length_target is None else ("length_target",))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name}={value!r} must be a number, got {type(value).__name__}.")
         largest = torch.finfo(torch.float32).max  # float32 is the dtype of λ
-        is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2
-        is_pair = is_pair and all(isinstance(bound, int | float) for bound in bounds or ())
-        low, high = (bounds or (0, 0)) if is_pair else (-largest, largest)
-        right = bounds is None or is_pair
+        bounds: Any = (-largest, largest) if self.lambda_bounds is None else self.lambda_bounds
+        is_pair = (
+            isinstance(bounds, list | tuple) and len(bounds) == 2 and all(isinstance(b, int | float) for b in bounds)
+        )
+        low, high = bounds if is_pair else (math.nan, math.nan)
+        target, longest = self.length_target, self.max_completion_length
         for name, is_right, accepted in (
             ("positive_weight", 0 < self.positive_weight < math.inf, "finite and > 0"),
             ("lambda_learning_rate", 0 < self.lambda_learning_rate < math.inf, "finite and > 0"),
             ("lambda_gain", 0 < self.lambda_gain < math.inf, "finite and > 0"),
-            ("length_target", target is None or 0 < target <= (most or largest), f"> 0 and at most {most} tokens"),
-            ("lambda_bounds", right and -largest <= low < high <= largest, "two finite numbers, low < high"),
-            ("lambda_init", low <= init <= high, f"finite in float32 and in lambda_bounds={bounds}"),
+            (
+                "length_target",
+                target is None or 0 < target <= (longest or largest),
+                f"> 0 and at most {longest} tokens",
+            ),
+            ("lambda_bounds", -largest <= low < high <= largest, "two finite numbers, low < high"),
+            (
+                "lambda_init",
+                low <= self.lambda_init <= high,
+                f"finite in float32 and in lambda_bounds={self.lambda_bounds}",
+            ),
             ("lambda_features", isinstance(self.lambda_features, list | tuple), "a list"),
             ("length_weight_scope", self.length_weight_scope in SCOPES, f"one of {', '.join(SCOPES)}"),
             ("lambda_side", self.side in SIDES, f"one of {', '.join(SIDES)}"),
@@ -283,55 +293,51 @@ class LambdaGRPOConfig(GRPOConfig):
             if not is_right:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {accepted}.")
 
-    def _check_length_weight(self, f: LengthWeight | None) -> None:
-        if f is None:
-            names = ["length_weight_kwargs", "length_weight_scope", "drop_tied_groups"]
-            self._refuse(names, "with length_weight=None, TRL's own reduction")
-        elif self.loss_type not in CONVERTIBLE_LOSS_TYPES:
-            instead = _INSTEAD.get(self.loss_type, f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}")
-            raise ValueError(
-                f"loss_type={self.loss_type!r} brings its own reduction, which length_weight={f.name!r} would "
-                f"replace. Use {instead}, or length_weight=None to keep it."
-            )
-        else:
+    def _check_weights(self, f: LengthWeight | None, v: TokenWeight | None) -> None:
+        name, target, is_inside = f and f.name, self.length_target, self.token_weight_inside_clip
+        # In order: where f has no λ, the second row has refused whatever the rows on λ are about.
+        for is_idle, options, because in (
+            (f is None, _REDUCTION, "with length_weight=None, TRL's own reduction"),
+            (f is None or not f.has_lambda, _LAMBDA, f"with length_weight={name!r}, which has no λ"),
+            (type(f) not in LENGTH_WEIGHTS.values(), ("lambda_side", "length_target"), f"with length_weight={name!r}"),
+            (name != "power", ("lambda_features",), f"with length_weight={name!r}: set 'power'"),
+            (not self.lambda_learnable, _LEARNING, "with lambda_learnable=False"),
+            (
+                self.side == "both" or target is not None,
+                ("lambda_gain",),
+                "unless λ learns by regression: a lambda_side, and no length_target",
+            ),
+            (v is None, ("token_weight_kwargs",), "with token_weight=None"),
+            (f is None and v is None, ("token_metrics",), "without a weight"),
+        ):
+            if is_idle:
+                self._refuse(options, because)
+        if f is not None:
             f.check(max(self.num_generations or 1, self.num_generations_eval or 1))
-        if f is None or not f.has_lambda:
-            names = ["lambda_side", "lambda_features", "lambda_init", "lambda_learnable", *_LEARNING]
-            return self._refuse(names, f"with length_weight={f and f.name!r}, which has no λ")
-        if type(f) not in LENGTH_WEIGHTS.values():
-            self._refuse(["lambda_side", "length_target"], f"with length_weight={f.name!r}")
-        if f.name != "power":
-            self._refuse(["lambda_features"], f"with length_weight={f.name!r}: set 'power'")
-        if not self.lambda_learnable:
-            return self._refuse(_LEARNING, "with lambda_learnable=False")
-        if self.side == "both" or self.length_target is not None:
-            self._refuse(["lambda_gain"], "unless λ learns by regression: a lambda_side, and no length_target")
-        if self.length_target is None:
-            return
-        for is_refused, why in (
-            (self.side == "both", "needs another lambda_side: with 'both' λ does not steer the length"),
-            (list(self.lambda_features) != ["length"], "weights length alone: leave lambda_features"),
-            (self.lambda_bounds is None and abs(self.lambda_init) > 3, "keeps λ in [-3, 3], lambda_init too"),
-        ):
-            if is_refused:
-                raise ValueError(f"length_target={self.length_target} {why}.")
-
-    def _check_token_weight(self, v: TokenWeight | None) -> None:
-        if v is None:
-            self._refuse(["token_weight_kwargs", "token_weight_inside_clip"], "with token_weight=None")
-            return
-        v.check()
-        if not self.token_weight_inside_clip:
-            return
+        if v is not None:
+            v.check()
+        instead = _INSTEAD.get(self.loss_type, f"one of {', '.join(CONVERTIBLE_LOSS_TYPES)}")
         # v inside the clip goes through `old_per_token_logps`: refuse whatever else reads that tensor.
-        for is_refused, instead in (
-            (self.loss_type not in CLIPPED_LOSS_TYPES, f"a loss_type of {', '.join(CLIPPED_LOSS_TYPES)}"),
-            (self.importance_sampling_level != "token", "importance_sampling_level='token'"),
-            (self.beta != 0.0 and self.use_bias_correction_kl, "use_bias_correction_kl=False, or beta=0"),
-            (self.off_policy_mask_threshold is not None, "off_policy_mask_threshold=None"),
-        ):
+        for option, is_refused, why in (
+            ("loss_type", f is not None and self.loss_type not in CONVERTIBLE_LOSS_TYPES, "brings its own reduction, "
+             f"which length_weight={name!r} would replace. Use {instead}, or length_weight=None to keep it"),
+            ("length_target", target is not None and self.side == "both",
+             "needs another lambda_side: with 'both' λ does not steer the length"),
+            ("length_target", target is not None and list(self.lambda_features) != ["length"],
+             "weights length alone: leave lambda_features"),
+            ("length_target", target is not None and self.lambda_bounds is None and abs(self.lambda_init) > 3,
+             "keeps λ in [-3, 3], lambda_init too"),
+            ("token_weight_inside_clip", is_inside and self.loss_type not in CLIPPED_LOSS_TYPES,
+             f"requires a loss_type of {', '.join(CLIPPED_LOSS_TYPES)}. Or use False"),
+            ("token_weight_inside_clip", is_inside and self.importance_sampling_level != "token",
+             "requires importance_sampling_level='token'. Or use False"),
+            ("token_weight_inside_clip", is_inside and self.beta != 0.0 and self.use_bias_correction_kl,
+             "requires use_bias_correction_kl=False, or beta=0. Or use False"),
+            ("token_weight_inside_clip", is_inside and self.off_policy_mask_threshold is not None,
+             "requires off_policy_mask_threshold=None. Or use False"),
+        ):  # fmt: skip
             if is_refused:
-                raise ValueError(f"token_weight_inside_clip=True requires {instead}. Or use False.")
+                raise ValueError(f"{option}={getattr(self, option)!r} {why}.")
 
     def _refuse(self, names: Any, because: str) -> None:
         """Refuse options that differ from their default and would have no effect."""

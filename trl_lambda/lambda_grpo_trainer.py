@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from trl import GRPOTrainer
 
 from .generation_batch import GenerationBatch
@@ -31,14 +30,11 @@ from .lambda_parameter import (
     Regression,
     Target,
 )
-from .metrics.dead_run import DeadRunWarning
 from .metrics.loss_metrics import LossMetrics, lambda_metrics
 from .model_card import card_tags, complete_card, paper_of
-from .trl_seam.contract import check_contract
-from .trl_seam.refusals import refuse_other_losses, refuse_unsupported
-from .trl_seam.response_weights import ResponseWeights
+from .trl_seam.contract import check_contract, refuse_other_losses, refuse_unsupported
 from .trl_seam.scoring import Scoring, own_tokens
-from .trl_seam.weighted_inputs import WeightedInputs
+from .trl_seam.weighted_inputs import ResponseWeights, WeightedInputs
 from .weights import LengthWeight, TokenRows, TokenWeight, probabilities, weigh_tokens
 
 
@@ -83,8 +79,8 @@ class LambdaGRPOTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: LambdaGRPOConfig | None = None,
         *trl_args: Any,
-        length_weight: Callable[..., Tensor] | LengthWeight | None = None,
-        token_weight: Callable[..., Tensor] | TokenWeight | None = None,
+        length_weight: Callable[..., torch.Tensor] | LengthWeight | None = None,
+        token_weight: Callable[..., torch.Tensor] | TokenWeight | None = None,
         **trl_kwargs: Any,
     ) -> None:
         check_contract(GRPOTrainer)
@@ -95,7 +91,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         f, v = self.length_weight, self.token_weight = args.make_weights(length_weight, token_weight)
         self._is_weighted = bool(f or v or args.positive_weight != 1)
         if self._is_weighted:
-            refuse_other_losses(type(self), weights_tokens=v is not None)
+            refuse_other_losses(type(self), args, weights_tokens=v is not None)
         if length_weight is not None or token_weight is not None:  # logs and trackers show the names of what is used
             args = copy.copy(args)
             args.length_weight, args.token_weight = f and f.name, v and v.name
@@ -105,8 +101,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._observed: dict[str, GenerationBatch] = {}
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
 
-        statistics = [*(f.needs if f else ()), *(["rewards"] if args.drop_tied_groups else [])]
-        self._scoring = Scoring(self.accelerator, list(dict.fromkeys(statistics)))
+        self._scoring = Scoring(
+            self.accelerator, [*(f.needs if f else ()), *(["rewards"] if args.drop_tied_groups else [])]
+        )
         self._lambda = self._make_lambda(args, f) if f is not None and f.has_lambda else None
         self._lambda_step: LambdaStep | None = None
         if self._lambda is not None and self._lambda.learning.is_learnable:
@@ -122,7 +119,6 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._response_weights = ResponseWeights(
             f,
             lambda: None if self._lambda is None else self._lambda.for_loss,
-            is_fixed=self._lambda_step is None,
             scope=args.length_weight_scope,
             positive_weight=args.positive_weight,
             drop_tied_groups=args.drop_tied_groups,
@@ -130,10 +126,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
             reduction=self.loss_reduction,
         )
         self._loss_metrics = {"train": LossMetrics(), "eval": LossMetrics()}
-        self._dead_run = DeadRunWarning()
 
     def _make_lambda(self, args: LambdaGRPOConfig, f: LengthWeight) -> LambdaParameter:
-        bounds = None if args.lambda_bounds is None else (args.lambda_bounds[0], args.lambda_bounds[1])
+        bounds: Any = args.lambda_bounds
         if not args.lambda_learnable:
             learning = Fixed()
         elif args.length_target is not None:
@@ -144,14 +139,20 @@ class LambdaGRPOTrainer(GRPOTrainer):
             learning = Descent(args.loss_type)
         else:
             learning = Regression(f.features, args.lambda_gain, f.side)
-        device = self.accelerator.device
-        return LambdaParameter(args.lambda_init, learning, bounds=bounds, device=device, features=f.features)
+        return LambdaParameter(
+            args.lambda_init, learning, bounds=bounds, device=self.accelerator.device, features=f.features
+        )
 
     def _settings(self) -> dict[str, Any]:
         """The settings that a resumed run must share."""
-        names = ("length_weight", "length_weight_kwargs", "length_weight_scope", "drop_tied_groups", "positive_weight")
-        names += ("lambda_features", "token_weight", "token_weight_kwargs", "token_weight_inside_clip")
-        settings = {name: getattr(self.args, name) for name in names}
+        settings = {
+            name: getattr(self.args, name)
+            for name in (
+                *("length_weight", "length_weight_kwargs", "length_weight_scope", "drop_tied_groups"),
+                *("positive_weight", "lambda_features"),
+                *("token_weight", "token_weight_kwargs", "token_weight_inside_clip"),
+            )
+        }
         learning = None if self._lambda is None else self._lambda.learning.name
         fixed = {"lambda_init": self.args.lambda_init} if learning == "fixed" else {}
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "no sharding"
@@ -160,17 +161,12 @@ class LambdaGRPOTrainer(GRPOTrainer):
     @property
     def lambda_value(self) -> float | None:
         """λ now; `None` where f has none."""
-        return None if self._lambda is None else self._lambda.value
+        return None if self._lambda is None else self._lambda.values[0]
 
     @property
     def lambda_values(self) -> dict[str, float]:
         """λ of every feature, by name; empty where f has none."""
         return {} if self._lambda is None else dict(zip(self._lambda.features, self._lambda.values, strict=True))
-
-    @property
-    def lambda_learning(self) -> Fixed | None:
-        """How λ learns; `None` where f has none."""
-        return None if self._lambda is None else self._lambda.learning
 
     @property
     def _mode(self) -> str:
@@ -187,10 +183,14 @@ class LambdaGRPOTrainer(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self._is_weighted:
             self._scoring.number_rows(output, len(inputs))
-            args = self.args
-            size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-            forward, checkpointing = self._get_per_token_logps_and_entropies, args.gradient_checkpointing_kwargs
-            self._scoring.score_log_probabilities(output, forward, self.model, size, checkpointing)
+            is_training, args = self.model.training, self.args
+            self._scoring.score_log_probabilities(
+                output,
+                self._get_per_token_logps_and_entropies,
+                self.model,
+                args.per_device_train_batch_size if is_training else args.per_device_eval_batch_size,
+                args.gradient_checkpointing_kwargs,
+            )
             self._gather([output], in_order=True)
         return output
 
@@ -215,7 +215,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         metrics.defer(partial(metrics.add_generation_batch, batch))
         if self.model.training:
             logged = self._metrics["train"]
-            self._dead_run.observe(logged)
+            metrics.warn_of_dead_run(logged)
             # A λ that is fixed or descends needs no batch, and the device would be waited for.
             if self._lambda is not None and self._lambda_step is not None and not self._lambda.learning.uses_loss:
                 # Answers that TRL masks have no tokens in the batch, but were sampled.
@@ -227,7 +227,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
+    ) -> torch.Tensor:
         if not self._is_weighted:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # A copy: the buffered micro-batch is used again when num_iterations > 1.
@@ -247,7 +247,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._weigh(self._loss_inputs, outputs[0], outputs[1])
         return outputs
 
-    def _weigh(self, inputs: WeightedInputs, logps: Tensor, entropies: Tensor | None) -> None:
+    def _weigh(self, inputs: WeightedInputs, logps: torch.Tensor, entropies: torch.Tensor | None) -> None:
         """A ← f·v·A, with v from the current log-probabilities, (B, T), and f from λ as it is now."""
         inputs.count_reads()
         if self._lambda_step is not None and torch.is_grad_enabled() and not logps.requires_grad:
@@ -263,15 +263,20 @@ class LambdaGRPOTrainer(GRPOTrainer):
         advantages, old_logps, mask = inputs.peek("advantages"), inputs.peek("old_per_token_logps"), own_tokens(inputs)
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
 
-        f = self._response_weights.weights_of(batch, step)  # (P, G)
-        factor = self._response_weights.factor(f, batch, step)
+        f, factor = self._response_weights.weigh(batch, step)  # (P, G) and, flat, (P·G,)
         if factor is not None:
             inputs.scale_advantages(factor[places])
         v = None
         if self.token_weight is not None:
-            lengths = batch.lengths.flatten()[places].unsqueeze(1)
-            entropies = None if entropies is None else entropies.detach()
-            rows = TokenRows(probabilities(logps), advantages, entropies, old_logps, mask, lengths, step)
+            rows = TokenRows(
+                probabilities(logps),
+                advantages,
+                entropies=None if entropies is None else entropies.detach(),
+                old_logps=old_logps,
+                mask=mask,
+                lengths=batch.lengths.flatten()[places].unsqueeze(1),
+                step=step,
+            )
             inside = self.args.token_weight_inside_clip
             v = weigh_tokens(self.token_weight, rows, zero=not inside)  # (B, T)
             if inside:
@@ -280,13 +285,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
                 inputs.scale_advantages(v)
 
         metrics, f = self._loss_metrics[mode], f.detach()
-        metrics.defer(partial(metrics.add_masses, f, batch))
-        if factor is not None:
-            metrics.defer(partial(metrics.add_length_weights, f, batch, self._response_weights.depends_on_sign))
+        metrics.defer(partial(metrics.add_length_weights, f, batch, factor is not None))
         if self.args.token_metrics:
-            bounds = self.token_weight and self.token_weight.bounds
-            tokens = (batch, places, f, advantages, logps.detach(), mask, v, bounds)
-            metrics.defer(partial(metrics.add_tokens, *tokens), mask.numel())
+            tokens = (advantages, logps.detach(), mask, v, self.token_weight and self.token_weight.bounds)
+            metrics.defer(partial(metrics.add_tokens, batch, places, f, *tokens), mask.numel())
 
     # ---- 3. λ's parameter group and its step ----
 
@@ -299,15 +301,10 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._lambda_step is not None:
-            if not any(parameter.requires_grad for parameter in self.model.parameters()):
-                raise ValueError(
-                    "The model has nothing to train, and λ alone would learn. Load the adapter with "
-                    "PeftModel.from_pretrained(..., is_trainable=True), or set lambda_learnable=False."
-                )
             self._lambda_step.begin_training()
         return super().train(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._has_weighted = False
         if self._lambda_step is not None:
             self._lambda_step.before_micro_batch(self.optimizer, self.lr_scheduler)
@@ -358,9 +355,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._lambda_file.write(output_dir, self.state.global_step, home=self._lambda_home())
 
     def _lambda_home(self) -> str:
-        """The optimizer that λ is in."""
-        step = self._lambda_step
-        return "no optimizer" if step is None else step.settle(self.optimizer, self.lr_scheduler)
+        return self._lambda_step.settle(self.optimizer, self.lr_scheduler) if self._lambda_step else "no optimizer"
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         self._lambda_file.check(resume_from_checkpoint)

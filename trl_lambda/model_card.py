@@ -8,7 +8,7 @@ from .lambda_parameter import LAMBDA_FILE
 from .weights import LengthWeight, TokenWeight
 
 PAPERS = {
-    "2510.06870": {
+    "arXiv 2510.06870": {
         "id": "2510.06870",
         "name": "λ-GRPO",
         "title": "λ-GRPO: Unifying the GRPO Frameworks with Learnable Token Preferences",
@@ -20,7 +20,7 @@ PAPERS = {
     eprint       = {arXiv:2510.06870},
 }""",
     },
-    "2511.00066": {
+    "arXiv 2511.00066": {
         "id": "2511.00066",
         "name": "TR-GRPO",
         "title": "Token-Regulated Group Relative Policy Optimization for Stable Reinforcement Learning in Large "
@@ -37,16 +37,17 @@ Language Models}},
 }
 PICTURES = ("report.png", "run.png")  # of `trl-lambda report`, and of `plot: true`
 _OPTIONS = ("positive_weight", "drop_tied_groups", "length_target", "lambda_bounds", "token_weight_inside_clip")
-_FOLLOWS = "### Framework versions"  # the part of TRL's template that the settings precede
 
 
 def paper_of(length_weight: LengthWeight | None, token_weight: TokenWeight | None) -> dict[str, str] | None:
     """Return the paper of the weights that are on, λ-GRPO's with both citations if both are, as TRL's `_paper`."""
-    papers = [PAPERS[weight.arxiv] for weight in (length_weight, token_weight) if weight and weight.arxiv in PAPERS]
+    papers = [PAPERS[weight.source] for weight in (length_weight, token_weight) if weight and weight.source in PAPERS]
     if not papers:
         return None
-    citation = "\n".join(paper["citation"] for paper in papers)
-    return papers[0] | {"name": " and ".join(paper["name"] for paper in papers), "citation": citation}
+    return papers[0] | {
+        "name": " and ".join(paper["name"] for paper in papers),
+        "citation": "\n".join(paper["citation"] for paper in papers),
+    }
 
 
 def card_tags(trainer: Any, tags: str | list[str] | None) -> list[str]:
@@ -59,11 +60,12 @@ def card_tags(trainer: Any, tags: str | list[str] | None) -> list[str]:
 def complete_card(trainer: Any) -> None:
     """Add picture, loading code and settings to the card that TRL has written into `output_dir`."""
     path = Path(str(trainer.args.output_dir)) / "README.md"
-    before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition(_FOLLOWS)
+    # The settings precede this part of TRL's template.
+    before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition("### Framework versions")
     pictures = [
         f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (path.parent / name).is_file()
     ]
-    sections = "\n\n".join([before.rstrip(), *pictures[:1], _loading(trainer), _settings(trainer)])
+    sections = "\n\n".join([before.rstrip(), *pictures[:1], _loading_code(trainer), _settings_table(trainer)])
     path.write_text(f"{sections}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 
@@ -80,8 +82,7 @@ def _with_names(trainer: Any, card: str) -> str:
     return card
 
 
-def _loading(trainer: Any) -> str:
-    """Return the code that loads the model or adapter, and λ if there is one."""
+def _loading_code(trainer: Any) -> str:
     is_adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
     package, kind = ("peft", "AutoPeftModel") if is_adapter else ("transformers", "AutoModel")
     hub, folder = trainer.hub_model_id, str(trainer.args.output_dir)
@@ -106,12 +107,11 @@ def _loading(trainer: Any) -> str:
     return "### How to load it again\n\n```python\n" + "\n".join(code) + "\n```"
 
 
-def _settings(trainer: Any) -> str:
-    """Return the settings of the weights that had an effect, as a table."""
+def _settings_table(trainer: Any) -> str:
     args, f, v = trainer.args, trainer.length_weight, trainer.token_weight
     changed = [field.name for field in fields(args) if getattr(args, field.name) != field.default]
-    rows = [("length weight f (`length_weight`)", f.formula or f.name if f else f"TRL's own, of {args.loss_type!r}")]
-    rows += _parameters(f)
+    kind = f.formula or f.name if f else f"TRL's own, of {args.loss_type!r}"
+    rows = [("length weight f (`length_weight`)", kind), *_parameters(f)]
     if f is not None and f.has_scope:
         rows.append(("scope of the token mean (`length_weight_scope`)", args.length_weight_scope))
     if trainer.lambda_value is not None:
@@ -120,12 +120,13 @@ def _settings(trainer: Any) -> str:
         how = f"from {args.lambda_init:g}, learned" if args.lambda_learnable else "fixed"
         rows.append(("λ", f"{value} at step {trainer.state.global_step} ({how})"))
         if args.lambda_learnable:
-            rows.append(("how λ learns", f"{trainer.lambda_learning.name}, at rate {args.lambda_learning_rate:g}"))
+            rows.append(("how λ learns", f"{trainer._lambda.learning.name}, at rate {args.lambda_learning_rate:g}"))
     rows += [(f"`{name}`", getattr(args, name)) for name in _OPTIONS if name in changed]
     rows += [("token weight v (`token_weight`)", v.formula or v.name if v else "none"), *_parameters(v)]
-    rows.append(("surrogate (`loss_type`)", args.loss_type))
+    rows += [("surrogate (`loss_type`)", args.loss_type)]
     table = "\n".join("| {} | {} |".format(*(str(cell).replace("|", "\\|") for cell in row)) for row in rows)
-    sources = [f"[{w.source}](https://arxiv.org/abs/{w.arxiv})" if w.arxiv else w.source for w in (f, v) if w]
+    links = [(w.source, w.source.replace("arXiv ", "https://arxiv.org/abs/")) for w in (f, v) if w]
+    sources = [source if source == link else f"[{source}]({link})" for source, link in links]
     return (
         "### How the tokens were weighted\n\nTrained with `trl_lambda`, an independent implementation of the papers. "
         f"Source of the weights: {', '.join(sources) or 'TRL'}.\n\n"
@@ -134,11 +135,10 @@ def _settings(trainer: Any) -> str:
 
 
 def _parameters(weight: LengthWeight | TokenWeight | None) -> list[tuple[str, Any]]:
-    """Return what a member is set to, without the options of λ that are at their defaults."""
     rows = []
     for field in fields(weight) if is_dataclass(weight) else ():
         value, symbol = getattr(weight, field.name), field.metadata.get("symbol")
-        if "config" in field.metadata and value == field.default:
+        if "config" in field.metadata and value == field.default:  # an option of λ that nobody set
             continue
         value = f"{value:.4g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, tuple) else value
         rows.append(

@@ -16,7 +16,7 @@ from trl.chat_template_utils import (
 )
 
 from recipes.agents.guard import guard, guard_environment, tool_methods
-from trl_lambda.weights.own_functions import import_path
+from trl_lambda.weights.weighing import import_path
 
 # TRL's rewards that read the first message of a completion. With tools, that is the one before the first call.
 FIRST_MESSAGE_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")

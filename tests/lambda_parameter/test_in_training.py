@@ -6,21 +6,17 @@ import math
 import pytest
 import reference
 import torch
-from harness import Batch, build_model, config, train
+from harness import Batch, build_model, train_ours
 from launch import launch
-from trl import GRPOConfig, GRPOTrainer
 from worker import run_job
 
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 from trl_lambda.lambda_parameter import TARGET_BOUNDS, read_lambda_file
 
 TARGET = {"length_weight": "power", "length_target": 4.0}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_beta1": 0.8}
 
 
-class Shrinking(Batch):
-    """Completions that are a token shorter in every other generation batch."""
-
+class Shrinking(Batch):  # a token shorter, and without EOS, in every other generation batch
     calls = 0
 
     def rollout(self, prompts, trainer):
@@ -45,12 +41,9 @@ CUTS = {  # options, optimizer steps per generation batch
 @pytest.mark.parametrize("masks", [False, True], ids=["all rows", "truncated rows masked"])
 @pytest.mark.parametrize("cut", CUTS)
 def test_the_target_in_every_cut_equals_plain_loops(cut, masks):
-    """The shorter batches end without EOS and may be masked: their lengths have been sampled all the same."""
     (options, steps), batch = CUTS[cut], Shrinking()
     options = options | {"max_steps": 6 * steps, "mask_truncated_completions": masks}
-    result = train(
-        LambdaGRPOTrainer, LambdaGRPOConfig, batch, model=build_model(double=True), **TARGET, **ADAMW, **options
-    )
+    result = train_ours(batch, model=build_model(double=True), **TARGET, **ADAMW, **options)
     lengths = [sum(rows) / 12 for rows in map(batch.lengths_of, range(6))]
     expected = reference.target_path(lengths, 4.0, steps, "positive", TARGET_BOUNDS, 0.0, 1.0)
     # TRL keeps mean lengths in float32, where masked rows make us take its own.
@@ -62,8 +55,7 @@ def test_the_target_in_every_cut_equals_plain_loops(cut, masks):
 def test_the_regression_in_every_cut_equals_plain_loops(cut):
     (options, steps), batch = CUTS[cut], Shrinking()
     options = options | {"max_steps": 5 * steps, "lambda_side": "positive", "optim": "sgd", "lambda_gain": 1.5}
-    model = build_model(double=True)
-    result = train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, model=model, length_weight="power", **options)
+    result = train_ours(batch, model=build_model(double=True), length_weight="power", **options)
     a = reference.group_advantages([batch.rewards[i : i + 4] for i in (0, 4, 8)])
     groups = [[rows[i : i + 4] for i in (0, 4, 8)] for rows in map(batch.lengths_of, range(5))]
     learned = reference.regression([(lengths, a, []) for lengths in groups], ("length",), 1.5)
@@ -77,7 +69,6 @@ def test_the_regression_in_every_cut_equals_plain_loops(cut):
 
 
 def test_two_processes_take_the_same_steps_and_skip_the_same(tmp_path):
-    """The last job has a NaN on one rank only, and a callback that logs on the other alone."""
     jobs = [
         {"trainer": "lambda", "build": {"double": True}, "options": {**ADAMW, **options, "max_steps": 4}}
         for options in (TARGET, {"length_weight": "power", "lambda_side": "signed"}, {"lambda_init": 0.3})
@@ -123,7 +114,7 @@ def test_lambda_the_model_and_the_checkpoint_stay_valid(fault, learning, tmp_pat
     how = {"descent": {"lambda_init": 0.7}, "regression": {"lambda_side": "signed"}, "target": TARGET}[learning]
     cut = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1e-3}
     saving = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 3, "token_weight": "tr_grpo"}
-    result = train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, **{**cut, **saving, **how, **options})
+    result = train_ours(batch, **cut | saving | how | options)
     assert all(map(math.isfinite, result.lambdas)) and result.trainer._lambda.skipped == 0
     assert all(p.isfinite().all() for p in result.trainer.model.parameters())
     assert read_lambda_file(tmp_path / "checkpoint-3")["lambda"] == result.lambdas[-1]
@@ -137,17 +128,6 @@ def test_lambda_the_model_and_the_checkpoint_stay_valid(fault, learning, tmp_pat
 
 def test_bf16_weights_leave_lambda_in_float32():
     options = {"lambda_init": 0.7, "max_steps": 2}
-    full = train(LambdaGRPOTrainer, LambdaGRPOConfig, **options)
-    half = train(LambdaGRPOTrainer, LambdaGRPOConfig, model=build_model().to(torch.bfloat16), **options)
+    full, half = train_ours(**options), train_ours(model=build_model().to(torch.bfloat16), **options)
     assert half.trainer._lambda.tensor.dtype == torch.float32
     assert half.lambdas == pytest.approx(full.lambdas, abs=5e-3)  # bf16 has 8 bits
-
-
-def test_an_incomplete_last_batch_is_dropped_as_trl_does():
-    counts, dataset = [], Batch().dataset(repeats=2).select(range(5))  # five prompts at three per generation batch
-    for trainer_class, config_class in ((LambdaGRPOTrainer, LambdaGRPOConfig), (GRPOTrainer, GRPOConfig)):
-        options = {"max_steps": -1, "num_train_epochs": 2, "trainer_options": {"train_dataset": dataset}}
-        counts.append(train(trainer_class, config_class, **options).trainer.state.global_step)
-        with pytest.raises(ValueError, match="auto_find_batch_size is not supported by GRPO"):
-            config(config_class, Batch(), auto_find_batch_size=True)
-    assert counts[0] == counts[1] == 2

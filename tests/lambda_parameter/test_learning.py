@@ -1,9 +1,9 @@
 """How λ learns, without a trainer: regression and target against plain loops in float64, on simulated data."""
 
+import functools
 import json
 import math
 import random
-import warnings
 
 import pytest
 import reference
@@ -15,10 +15,10 @@ from trl_lambda.weights import SIDES, length_weights
 
 THREE = ("length", "mean_logp", "min_logp")
 OPTIMIZERS = {
-    "adamw": lambda weights: torch.optim.AdamW(weights, lr=1e-3),
-    "sgd with momentum": lambda weights: torch.optim.SGD(weights, lr=1e-3, momentum=0.9, nesterov=True),
+    "adamw": torch.optim.AdamW,
+    "sgd with momentum": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "sgd": torch.optim.SGD,
 }
-OPTIMIZERS["sgd"] = lambda weights: torch.optim.SGD(weights, lr=1e-3)
 
 
 def batch_of(lengths, advantages=None, **statistics) -> GenerationBatch:
@@ -36,7 +36,6 @@ def through_json(learning, fresh):
 
 
 def synthetic(slope, seed, prompts=64, group=8, noise=0.5) -> GenerationBatch:
-    """Advantages that rise with ln|o| by `slope`, plus noise."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 60, (prompts, group), generator=generator)
     x = lengths.double().log()
@@ -59,14 +58,12 @@ def test_regression_equals_the_normal_equations(features, side):
     gain = -2.0 if side == "negative" else 2.0
     expected = reference.regression(plain, features, gain)
     rule = Regression(features, 2.0, side)
-    for batch, (w, r2, slope) in zip(data, expected, strict=True):
+    for batch, (w, r2, _) in zip(data, expected, strict=True):
         rule = through_json(rule, Regression(features, 2.0, side))
         rule.observe(batch, math.nan)
         at = torch.linspace(0.1, 0.7, len(features), dtype=torch.float64)
         assert (at - rule.gradient(at)).tolist() == pytest.approx(w, rel=1e-9, abs=1e-12)
-        logged = rule.metrics()
-        assert logged["lambda/r2"] == pytest.approx(r2, rel=1e-9)
-        assert logged.get("lambda/slope") == (pytest.approx(slope, rel=1e-9) if "length" in features else None)
+        assert rule.metrics()["lambda/r2"] == pytest.approx(r2, rel=1e-9)
 
 
 @pytest.mark.parametrize("slope", [0.6, -0.6])
@@ -90,26 +87,18 @@ def test_without_a_signal_regression_asks_for_nothing_and_forgets_at_its_pace():
     assert rule.gradient(torch.zeros(1)).tolist() == [0.0] and math.isnan(rule.metrics()["lambda/r2"])
     batch = synthetic(0.8, 0)
     rule.observe(batch, math.nan)
-    before = rule.metrics()["lambda/slope"]
+    before = rule._sums[0, 1] / rule._sums[0, 0]
     right = torch.where(batch.advantages > 0, batch.lengths, 0)  # what is left of a group is right throughout
     rule.observe(batch_of(right, (batch.advantages > 0).double()), math.nan)
-    assert rule.metrics()["lambda/slope"] == pytest.approx(before, rel=1e-12)
+    assert float(rule._sums[0, 1] / rule._sums[0, 0]) == pytest.approx(float(before), rel=1e-12)
     assert rule.state_dict()["count"] == pytest.approx(0.9 * 64 * 7)
     with pytest.raises(ValueError, match="learns from one advantage per response, and the batch has one per token"):
         rule.observe(batch_of([[3, 5]]), math.nan)
 
 
-def test_descent_takes_autograds_gradient_and_warns_where_the_loss_has_no_meaning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        descent = Descent("dapo")
-        Descent("sapo")
-    assert descent.uses_loss and descent.state_dict() == {} and descent.learning_rate(0.3) == 0.3
+def test_descent_takes_autograds_gradient():
     with pytest.raises(TypeError, match="autograd makes λ's gradient"):
-        descent.gradient(torch.zeros(1))
-    for loss_type in ("cispo", "vespo"):
-        with pytest.warns(UserWarning, match=f"loss_type='{loss_type}' with a learnable λ"):
-            Descent(loss_type)
+        Descent("sapo").gradient(torch.zeros(1))
 
 
 # ---- Target ----
@@ -123,7 +112,7 @@ class Loop:
         self.rule = Target(target, steps, side, TARGET_BOUNDS, init)
         self.parameter = LambdaParameter(init, self.rule, bounds=TARGET_BOUNDS, device=torch.device("cpu"))
         self.parameter.tensor.data = torch.tensor([init], dtype=torch.float64)
-        self.torch = OPTIMIZERS[optimizer]([torch.zeros(1, requires_grad=True)])
+        self.torch = OPTIMIZERS[optimizer]([torch.zeros(1, requires_grad=True)], lr=1e-3)
         self.torch.add_param_group(self.parameter.group(0.1, self.torch.defaults))
 
     def generation_batch(self, length: float) -> None:
@@ -132,7 +121,7 @@ class Loop:
             self.parameter.clip_gradient()
             self.torch.step()
             self.parameter.finish_step()
-            self.path.append(self.parameter.value)
+            self.path.append(self.parameter.values[0])
 
     def run(self, k, batches, *, start=0.7, drift=0.0, noise=0.0, delay=0) -> list[float]:
         """ln(L/target) of each generation batch where ln L moves by k·λ + drift per optimizer step."""
@@ -150,7 +139,7 @@ class Loop:
 @pytest.mark.parametrize("side", SIDES[1:])
 @pytest.mark.parametrize(("steps", "target"), [(1, 900.0), (4, 900.0), (3, 0.6)])
 def test_target_equals_plain_loops(steps, target, side, optimizer):
-    """And so momentum is left out: the loops have none. Through JSON after every batch."""
+    """The loops have no momentum. Through JSON after every batch."""
     lengths = [1000 + 700 * math.sin(i / 3) + 40 * (i % 5) for i in range(40)]
     loop, gaps = Loop(steps, target, side, optimizer, init=0.4), []
     for length in lengths:
@@ -177,21 +166,6 @@ def test_the_length_settles_however_fast_it_reacts(k, steps, delay, drift):
     path = Loop(steps).run(k, round((3 / k + 500) / steps), drift=drift * k, noise=0.06, delay=delay)
     last = path[-40:]
     assert abs(sum(last) / len(last)) < 0.04 and max(map(abs, last)) < 0.15 and min(path) > -1.0
-
-
-def test_no_windup_at_a_bound():
-    paths = []
-    for batches in (60, 600):
-        loop = Loop()
-        for length in [1000 * math.exp(0.4)] * batches:
-            loop.generation_batch(length)
-        assert loop.path[-1] == pytest.approx(-3.0, abs=1e-4)
-        done = len(loop.path)
-        for length in (990, 950, 950, 950):
-            loop.generation_batch(length)
-        paths.append(loop.path[done:])
-    assert paths[1] == pytest.approx(paths[0], abs=1e-4)  # however long it stood there
-    assert paths[0][3] > -2.6  # and off it with the first shorter batch
 
 
 def test_nothing_sampled_changes_nothing():

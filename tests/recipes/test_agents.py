@@ -1,23 +1,27 @@
 """`recipes/agents`: the calculator, the guard around tools, the search, the rewards, and what the checks refuse."""
 
 import asyncio
+import json
+import re
 import sqlite3
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from misbehaviour import MISBEHAVIOUR, misbehave
 from stand_ins import write_agent_model, write_model
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 from trl.chat_template_utils import qwen3_chat_template
 
+from recipes import train
 from recipes.agents import search
 from recipes.agents.calculator import calculate
 from recipes.agents.checks import check_rows, check_tokenizer, load_environment, load_tools
 from recipes.agents.guard import MAX_CHARACTERS, ToolError, guard, guard_environment
-from recipes.agents.rewards import answer_match, final_accuracy, last_message
-
-# ---- The calculator ----
+from recipes.agents.rewards import answer_match, final_accuracy
+from recipes.playground.make_base_model import BASE_MODELS
 
 ARITHMETIC = {
     "48/2 + 17": "41", "1,000 * 3": "3000", "12,345,678+1": "12345679", "2**10": "1024", "2^10": "1024",
@@ -26,12 +30,10 @@ ARITHMETIC = {
     "(" * 99 + "1" + ")" * 99: "1",
 }  # fmt: skip
 NOT_ARITHMETIC = [
-    "__import__('os').system('ls')", "open('/etc/passwd').read()", "eval('1+1')", "exec('x=1')", "print(1)", "abs(-1)",
-    "a", "a+1", "None", "True", "True+1", "not 1", "~1", "1 if 1 else 2", "1 and 2", "1 or 2", "1 < 2", "1 == 1",
-    "1 | 2", "1 & 2", "1 ^^ 2", "1 << 70", "1 >> 1", "1 @ 2", "'a' * 1000000", "'1' + '2'", "b'1'", "f'{1}'",
-    "[1] * 10", "(1, 2)", "1, 2", "{1: 2}", "{1}", "[x for x in (1, 2)]", "lambda: 1", "(lambda: 1)()", "x := 1",
-    "(x := 1)", "x = 1", "import os", "().__class__.__bases__", "(1).real", "1 .__class__", "[1][0]", "...", "1j",
-    "1; 2", "1\n2", "yield 1", "await x", "*1", "", " ", "1 +", "((1)", "one plus one", "\x00", "\ud800",
+    "__import__('os').system('ls')", "eval('1+1')", "abs(-1)", "a+1", "None", "True", "True+1", "not 1", "~1",
+    "1 if 1 else 2", "1 and 2", "1 < 2", "1 | 2", "1 << 70", "1 @ 2", "'a' * 1000000", "b'1'", "f'{1}'", "[1] * 10",
+    "(1, 2)", "{1: 2}", "[x for x in (1, 2)]", "(lambda: 1)()", "(x := 1)", "x = 1", "().__class__.__bases__",
+    "(1).real", "[1][0]", "...", "1j", "1; 2", "1\n2", "", " ", "1 +", "((1)", "one plus one", "\x00", "\ud800",
 ]  # fmt: skip
 TOO_LARGE = [
     "9**9**9**9", "10**31", "10**1000000000", "2**101", "1e308*10", "1e400", "9" * 31, "-(10**30) - 1", "0.5**-1000",
@@ -50,52 +52,6 @@ def test_the_calculator_calculates(expression):
 def test_the_calculator_refuses_anything_else(expression):
     with pytest.raises(ValueError):
         calculate(expression)
-
-
-# ---- The guard ----
-
-
-class Unwritable(dict):
-    def __str__(self):
-        raise RuntimeError("no text")
-
-    __repr__ = __str__
-
-
-def endless() -> None:
-    while True:
-        pass
-
-
-def raises(error: BaseException) -> None:
-    raise error
-
-
-MISBEHAVIOUR = {
-    "raises": lambda: raises(ValueError("wrong")),
-    "raises a megabyte": lambda: raises(ValueError("x" * 10**6)),
-    "raises what has no text": lambda: raises(ValueError(Unwritable())),
-    "exits": lambda: sys.exit(1),
-    "recurses": lambda: (lambda f: f(f))(lambda f: f(f)),
-    "loops": endless,
-    "bytes": lambda: b"bytes",
-    "object": object,
-    "a megabyte": lambda: "x" * 10**6,
-    "a list of a megabyte": lambda: ["x" * 10**6],
-    "parts of a megabyte": lambda: [{"type": "text", "text": "x" * 10**6}],
-    "a number too long to write": lambda: 10**100_000,
-    "what has no text": Unwritable,
-}
-
-
-def misbehave(how: str) -> str:
-    """
-    Go wrong.
-
-    Args:
-        how: In which way.
-    """
-    return MISBEHAVIOUR[how]()
 
 
 async def misbehave_later(how: str) -> str:
@@ -138,20 +94,8 @@ class Environment:
         return b"bytes"
 
     @staticmethod
-    def count(to: int) -> str:
-        """
-        Count.
-
-        Args:
-            to: Up to here.
-        """
+    def count(to):
         return str(to)
-
-    def get_reward(self):
-        return 1.0
-
-    def _hidden(self):
-        return b"hidden"
 
 
 def test_tools_are_guarded_and_look_as_before_and_nothing_else_is():
@@ -161,12 +105,9 @@ def test_tools_are_guarded_and_look_as_before_and_nothing_else_is():
     assert guarded.__name__ == "Environment" and issubclass(guarded, Environment)
     instance = guarded()
     assert instance.count(to=3) == "3" and instance.count("a") == "a"
-    assert instance.reset() == b"observation" and instance._hidden() == b"hidden" and instance.get_reward() == 1.0
+    assert instance.reset() == b"observation"
     with pytest.raises(ToolError, match="look: the answer is of type bytes"):
         instance.look()
-
-
-# ---- Checks ----
 
 
 class NoTool:
@@ -198,43 +139,25 @@ def no_types(key):
     """Look up."""
 
 
-def no_docstring(key: str) -> str:
-    return key
-
-
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("load", "name", "message"),
     [
-        ("calculate", "tools='calculate' cannot be imported"),
-        ("recipes.agents.calculator.nothing", "tools='recipes.agents.calculator.nothing' cannot be imported"),
-        ("test_agents.NoTool", "tools has 'test_agents.NoTool', which is a type; accepted: functions."),
-        ("test_agents.no_types", "tools has 'test_agents.no_types', which cannot be described to a model: "),
-        ("test_agents.no_docstring", "tools has 'test_agents.no_docstring', which cannot be described to a model: "),
+        (load_tools, "recipes.agents.calculator.nothing", " cannot be imported"),
+        (load_tools, "test_agents.NoTool", ", which is a type; accepted: functions."),
+        (load_tools, "test_agents.no_types", ", which cannot be described to a model: "),
+        (load_environment, "misbehaviour.misbehave", ", which is a function; accepted: a class."),
+        (load_environment, "test_agents.NoReset", ", which has no method reset"),
+        (load_environment, "test_agents.NoTool", ", which has no tool"),
+        (load_environment, "test_agents.NeedsArgument", ", which cannot be made: TypeError"),
+        (load_environment, "test_agents.Undescribed", "its tool 'look', which cannot be described to a model: "),
+        (load_environment, "recipes.agents.search.Search", "there is no index at "),
     ],
 )
-def test_a_tool_that_cannot_be_used_is_refused(name, message):
-    with pytest.raises(ValueError) as error:
-        load_tools([name])
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("test_agents.misbehave", "which is a function; accepted: a class."),
-        ("test_agents.NoReset", "which has no method reset"),
-        ("test_agents.NoTool", "which has no tool"),
-        ("test_agents.NeedsArgument", "which cannot be made: TypeError"),
-        ("test_agents.Undescribed", "its tool 'look', which cannot be described to a model: "),
-        ("recipes.agents.search.Search", "there is no index at "),
-    ],
-)
-def test_an_environment_that_cannot_be_used_is_refused(name, message, monkeypatch, tmp_path):
+def test_a_tool_or_environment_that_cannot_be_used_is_refused(load, name, message, monkeypatch, tmp_path):
     monkeypatch.delenv(search.INDEX_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError) as error:
-        load_environment(name)
-    assert message in str(error.value) and f"environment is {name!r}" in str(error.value)
+    with pytest.raises(ValueError, match=f"(?:tools|environment).*{name}.*{re.escape(message)}"):
+        load([name] if load is load_tools else name)
 
 
 def test_dotted_paths_load():
@@ -273,23 +196,17 @@ def test_a_tokenizer_that_cannot_hold_a_conversation_with_tools_is_refused(tmp_p
     tokenizer.save_pretrained(tmp_path / "unknown")
     with pytest.raises(ValueError, match="calls TRL cannot read: set a response_template"):
         check_tokenizer(str(tmp_path / "unknown"), None, False)
-    lookup = AutoTokenizer.from_pretrained(
-        search.__file__.replace("agents/search.py", "playground/models/lookup_agent")
-    )
+    check_tokenizer(str(BASE_MODELS["lookup_agent"].folder), None, False)
+    lookup = AutoTokenizer.from_pretrained(BASE_MODELS["lookup_agent"].folder)
     lookup.response_template = lookup.response_template | {"start_anchor": "F"}
     lookup.save_pretrained(tmp_path / "anchor")
     with pytest.raises(ValueError, match="read an earlier turn's call again and run it twice"):
         check_tokenizer(str(tmp_path / "anchor"), None, False)
 
 
-# ---- Search ----
-
-PARAGRAPHS = [
-    ("Alien", "Alien is a film of 1979. Its director is Ridley Scott."),
-    ("Ridley Scott", "Ridley Scott is an English director."),
-    ("Moss", "Moss grows in the shade."),
-    ("Moss", "Moss grows in the shade."),
-]
+PARAGRAPHS = [("Alien", "Alien is a film of 1979. Its director is Ridley Scott.")]
+PARAGRAPHS += [("Ridley Scott", "Ridley Scott is an English director.")]
+PARAGRAPHS += [("Moss", "Moss grows in the shade.")] * 2
 
 
 @pytest.fixture
@@ -303,19 +220,17 @@ def index(tmp_path, monkeypatch):
 def test_search_finds_the_best_paragraphs_first(index):
     environment = search.Search()
     environment.reset(prompt=[], solution="Ridley Scott")
-    found = environment.search("Who is the director of the film Alien?")
-    assert found.splitlines()[0] == "Alien: " + PARAGRAPHS[0][1]
+    assert environment.search("Who is the director of the film Alien?").startswith("Alien: " + PARAGRAPHS[0][1])
     assert environment.search("zebra") == "Nothing was found."
     assert search.build_index(PARAGRAPHS[2:], index) == 1 and "shade" in search.Search().search("moss")
 
 
-@pytest.mark.parametrize("query", ['"', "alien AND NOT", "NEAR(alien)", "title:*", "a'; DROP TABLE paragraphs", "al*"])
+@pytest.mark.parametrize("query", ["alien AND NOT", "NEAR(alien)", "title:*", "a'; DROP TABLE paragraphs", "al*"])
 def test_a_query_is_words_and_no_language(index, query):
     environment = search.Search()
-    try:
-        environment.search(query)
-    except ValueError as error:
-        assert "no words" in str(error)
+    environment.search(query)
+    with pytest.raises(ValueError, match="no words"):
+        environment.search('"')
     assert "Ridley" in environment.search("alien")
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         environment._connection.execute("DELETE FROM paragraphs")
@@ -331,8 +246,6 @@ def test_paragraphs_are_read_in_both_forms_and_cut(tmp_path, monkeypatch):
     assert len(search.Search().search("word " * 10_000)) < 3 * 700
 
 
-# ---- Rewards of the last message ----
-
 CALL = {"role": "assistant", "content": "I calculate.", "tool_calls": [{"type": "function"}]}
 TOOL = {"role": "tool", "name": "calculate", "content": r"\boxed{72}"}
 
@@ -342,16 +255,10 @@ def answer(text: str) -> dict[str, str]:
 
 
 def test_rewards_read_the_policys_last_message():
-    conversations = [
-        [CALL, TOOL, answer(r"So it is \boxed{72}.")],
-        [answer(r"\boxed{72}")],
-        [answer(r"\boxed{72}"), TOOL, answer(r"\boxed{73}")],  # changed its mind
-        [CALL | {"content": r"\boxed{72}"}],  # cut off in a call
-        [CALL, TOOL],  # cut off after the tool
-        [],
-    ]
+    right, changed = answer(r"So it is \boxed{72}."), answer(r"\boxed{73}")
+    cut = [[CALL | {"content": r"\boxed{72}"}], [CALL, TOOL], []]  # in a call, after the tool, before anything
+    conversations = [[CALL, TOOL, right], [right], [right, TOOL, changed], *cut]
     assert final_accuracy(conversations, ["72"] * 6) == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
-    assert [last_message(each) != "" for each in conversations] == [True, True, True, False, False, False]
 
 
 def test_answer_match():
@@ -363,3 +270,80 @@ def test_answer_match():
     conversations = [[answer(text)] for text in rewards]
     assert answer_match(conversations, ["Ridley Scott"] * len(rewards)) == list(rewards.values())
     assert answer_match([[answer("<answer>the</answer>")]], ["a"]) == [0.0]  # nothing is left of either
+
+
+def reward(completions, **kwargs) -> list[float]:
+    return [float(index % 2) for index, _ in enumerate(completions)]
+
+
+class Counter:
+    made = 0
+
+    def reset(self, **row):
+        Counter.made += 1
+        self.seed = Counter.made
+        return f"a{row.get('start', '')}"
+
+    def get_reward(self) -> float:
+        return float(self.seed % 3)
+
+    def look(self) -> str:
+        """Look."""
+        return "e"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    ways = ("raises", "exits", "loops", "bytes", "a megabyte")
+    calls = [("misbehave", {"how": how}) for how in ways] + [("look", {})]
+    return write_agent_model(tmp_path_factory.mktemp("agent"), calls)
+
+
+def run(monkeypatch, folder: Path, **options):
+    options = {
+        "output_dir": folder / "out", "use_cpu": "true", "bf16": "false", "disable_tqdm": "true", "report_to": "none",
+        "logging_steps": 1, "save_strategy": "no", "max_completion_length": 64, "per_device_train_batch_size": 16,
+        "max_tool_calling_iterations": 2, "max_steps": 1,
+    } | options  # fmt: skip
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    return train.main()
+
+
+def test_a_run_with_tools_that_go_wrong_goes_on_and_counts_them(model, tmp_path, monkeypatch):
+    row = json.dumps({"prompt": [{"role": "user", "content": "a"}], "solution": "72"})
+    (tmp_path / "train.jsonl").write_text((row + "\n") * 16)
+    chosen = {"tools": "misbehaviour.misbehave", "tool_timeout": 0.2, "reward_funcs": "test_agents.reward"}
+    trainer = run(monkeypatch, tmp_path, model_name_or_path=model, dataset_name=tmp_path, **chosen)
+    logged = trainer.state.log_history[0]
+    assert logged["tools/call_frequency"] > 0.5 and logged["tools/failure_frequency"] > 0.5
+
+
+@pytest.mark.parametrize("rows", [None, {"start": "e"}, {"prompt": [{"role": "user", "content": "o"}]}])
+def test_an_environment_needs_no_reward_no_prompt_and_no_dataset(rows, model, tmp_path, monkeypatch):
+    dataset = {}
+    if rows is not None:
+        (tmp_path / "train.jsonl").write_text((json.dumps(rows) + "\n") * 16)
+        dataset = {"dataset_name": tmp_path}
+    trainer = run(monkeypatch, tmp_path, model_name_or_path=model, environment="test_agents.Counter", **dataset)
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/Counter/std"] > 0 and 0 < abs(trainer.lambda_value) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tools": "misbehaviour.nothing"}, "tools='misbehaviour.nothing' cannot be imported"),
+        ({"tool_timeout": 5}, "tool_timeout has no effect without tools or environment."),
+        ({"tools": "misbehaviour.misbehave"}, "no dataset: set dataset_name"),
+        ({"environment": "test_agents.Counter", "model_name_or_path": "no/where"}, "couldn't find them"),
+        ({"environment": "test_agents.Counter"}, "no model: "),
+        ({"tools": "misbehaviour.misbehave", "reward_funcs": "accuracy_reward"}, "which reads the first message"),
+        ({"tolls": "x"}, "unknown argument '--tolls'; did you mean '--tools'?"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line(options, message, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, tmp_path, **options)
+    assert str(error.value.code).startswith("error: ") and message in error.value.code
+    assert "\n" not in error.value.code

@@ -1,6 +1,5 @@
 """Every recipe: its header, its dataclasses, and two steps with local stand-ins for model and dataset."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -25,14 +24,9 @@ ROOT = Path(train.ROOT)
 FOLDER = ROOT / "recipes" / "configs"
 README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 CONFIGS = {str(path.relative_to(FOLDER).with_suffix("")): path for path in sorted(FOLDER.glob("*/*.yaml"))}
-OFFLINE = [name for name, path in CONFIGS.items() if "model_name_or_path: recipes/" in path.read_text()]
-TRAINS_ITSELF = (
-    "gsm8k",
-    "math",
-    "logic",
-    "agents",
-)  # folders whose recipes run below; the others have tests of theirs
-RECIPES = [name for name in CONFIGS if name not in OFFLINE and name.startswith(TRAINS_ITSELF)]
+# Folders whose recipes run below; the others have tests of theirs.
+TRAINS_ITSELF = ("gsm8k", "math", "logic", "agents")
+RECIPES = [name for name in CONFIGS if name.startswith(TRAINS_ITSELF) and name != "agents/lookup"]
 CPU = ["--use_cpu", "--bf16", "false", "--dtype", "float32", "--disable_tqdm", "true"]
 # Calls that tools take, and calls that they refuse. The stand-in policy makes all of them.
 CALLS = {
@@ -75,21 +69,16 @@ def read(name: str) -> dict:
     return yaml.safe_load(CONFIGS[name].read_text())
 
 
-# ---- Headers and dataclasses ----
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_recipe_opens_with_purpose_hardware_memory_and_its_command(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = header(name)
-    for heading in ("Purpose:", "Hardware:", "Memory:", "Command, from the repository root:"):
-        assert heading in text, heading
+    assert all(part in text for part in ("Purpose:", "Hardware:", "Memory:", "Command, from the repository root:"))
     words = command(name)
     assert words[-2:] == ["--config", f"recipes/configs/{name}.yaml"]
     if words[0] == "accelerate":
         args = launch_command_parser().parse_args(words[2:])
         assert Path(args.config_file).is_file() and args.training_script == "recipes/train.py"
-    assert all(len(line) <= 119 for line in CONFIGS[name].read_text().splitlines())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -98,56 +87,45 @@ def test_a_recipe_parses_into_its_dataclasses(name):
     assert isinstance(args, LambdaGRPOConfig) and model_args.model_name_or_path
     assert script_args.dataset_name or dataset_args.datasets or script_args.environment or script_args.reasoning_gym
     assert args.output_dir in (f"runs/{name.replace('/', '_')}", "runs/playground")
-    assert args.learning_rate == read(name)["learning_rate"] and isinstance(args.learning_rate, float)
-    assert args.loss_type == "dapo" and args.report_to == []
+    assert args.learning_rate == read(name)["learning_rate"] and args.loss_type == "dapo" and args.report_to == []
     assert (get_peft_config(model_args) is not None) == ("lora" in name or name.startswith("smollm2"))
     if name.startswith(TRAINS_ITSELF) and args.length_weight == "lambda_grpo":
-        for member in ("grpo", "dapo", "dr_grpo", "power"):  # other arms are one override of the same file
-            assert parse(name, "--length_weight", member)[1].length_weight == member
+        assert parse(name, "--length_weight", "dapo")[1].length_weight == "dapo"  # other arms are one override
 
 
 def test_recipes_that_are_to_be_compared_differ_only_where_they_say():
     lora, target = read("gsm8k/qwen2.5-1.5b_lora"), read("gsm8k/qwen2.5-1.5b_lora_length_target")
-    changed = {key: target[key] for key in target if target[key] != lora.get(key)}
-    assert changed == {
-        "length_weight": "power", "length_target": 0.6, "output_dir": "runs/gsm8k_qwen2.5-1.5b_lora_length_target",
-    }  # fmt: skip
-    demo, features = read("playground/demo"), read("playground/features")
-    changed = {key for key in demo | features if features.get(key) != demo.get(key)}
-    assert changed == {"length_weight", "lambda_side", "lambda_features", "token_weight", "output_dir"}
+    changed = {key: target[key] for key in target if target[key] != lora.get(key) and key != "output_dir"}
+    assert changed == {"length_weight": "power", "length_target": 0.6}
     for name in (name for name in RECIPES if name.startswith("math")):
         args, words = parse(name)[1], command(name)
         gpus = int(words[words.index("--num_processes") + 1]) if "--num_processes" in words else 1
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps * gpus == 256
-        assert args.max_steps == 160 and args.learning_rate == 1e-6 and args.beta == 0.0
+        assert (args.max_steps, args.learning_rate, args.beta) == (160, 1e-6, 0.0)
 
 
 def test_what_single_recipes_promise():
     quantization = get_quantization_config(parse("gsm8k/qwen2.5-1.5b_qlora", "--dtype", "bfloat16")[2])
     assert quantization.load_in_4bit and quantization.bnb_4bit_quant_type == "nf4"
-    assert quantization.bnb_4bit_use_double_quant
     served = re.search(r"vllm-serve --model (\S+) .*--max_model_len (\d+)", header("math/qwen2.5-7b_vllm_server"))
     _, server, model_args, _ = parse("math/qwen2.5-7b_vllm_server")
     assert server.vllm_mode == "server" and parse("math/qwen2.5-3b_vllm_colocate")[1].vllm_mode == "colocate"
     assert served[1] == model_args.model_name_or_path and int(served[2]) > server.max_completion_length
     logic = parse("logic/knights_and_knaves_qwen2.5-3b")[1]
     assert logic.length_weight is None and logic.token_weight == "tr_grpo" and logic.token_weight_kwargs is None
-    assert logic.steps_per_generation * logic.per_device_train_batch_size * 4 == 512
-    assert logic.gradient_accumulation_steps * logic.per_device_train_batch_size * 4 == 256
-    for options in (["--token_weight", "ar"], ["--length_weight", "lambda_grpo"], ["--token_weight", "none"]):
-        assert parse("logic/knights_and_knaves_qwen2.5-3b", *options)
+    rows = logic.per_device_train_batch_size * 4
+    assert (logic.steps_per_generation * rows, logic.gradient_accumulation_steps * rows) == (512, 256)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_accelerate_config_loads(path: Path):
     config = load_config_from_file(str(path))  # refuses unknown keys
     engines = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-    assert config.distributed_type == engines[path.stem] and config.mixed_precision == "bf16" and not config.use_cpu
+    assert config.distributed_type == engines[path.stem] and config.mixed_precision == "bf16"
     known = {action.dest for action in launch_command_parser()._actions}
     engine = (config.fsdp_config or {}) | (config.deepspeed_config or {})
     assert set(engine) <= known, set(engine) - known  # accelerate itself would ignore a misspelt one
-    assert engine.get("zero_stage") == {"zero2": 2, "zero3": 3}.get(path.stem)
-    assert engine.get("fsdp_version") == {"fsdp2": 2}.get(path.stem)
+    assert engine.get("zero_stage", engine.get("fsdp_version")) == {"fsdp2": 2, "zero2": 2, "zero3": 3}.get(path.stem)
 
 
 def test_the_readme_lists_every_recipe_with_the_engine_and_the_memory_of_its_file():
@@ -161,12 +139,8 @@ def test_the_readme_lists_every_recipe_with_the_engine_and_the_memory_of_its_fil
     assert shlex.split(words) == command("gsm8k/qwen2.5-1.5b_lora")
 
 
-# ---- Two steps ----
-
-
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> dict:
-    """Models by recipe, and datasets by their hub names."""
     answers = [*BOXED, "<answer>Ridley Scott</answer>", "<answer>moss</answer>"]
     plain = write_model(tmp_path_factory.mktemp("model"))
     models = {name: write_agent_model(tmp_path_factory.mktemp("agent"), CALLS[name], answers) for name in CALLS}
@@ -221,37 +195,27 @@ def test_an_offline_recipe_runs_as_it_stands(name, tmp_path, monkeypatch):
     words = command(name)
     assert words[:2] == ["trl-lambda", "train"]
     trainer = grpo.main(*grpo.parse([*words[2:], *small, "--disable_tqdm", "true"])[:4])
-    values = [value for key, value in trainer.state.log_history[1].items() if key in
-              ("lambda/value", "lambda/mean_logp", "lambda/min_logp")]  # fmt: skip
-    assert len(values) == (3 if "features" in name else 1) and all(0 < abs(value) < 1 for value in values)
-    assert (tmp_path / "run.png").is_file()
+    keys = {"lambda/value", "lambda/mean_logp", "lambda/min_logp"} & trainer.state.log_history[1].keys()
+    assert len(keys) == (3 if "features" in name else 1) and (tmp_path / "run.png").is_file()
+    assert all(0 < abs(trainer.state.log_history[1][key]) < 1 for key in keys)
 
 
 def test_a_recipes_own_command_runs_in_processes_of_its_own(stand_ins, tmp_path):
-    """accelerate, its YAML and the script together, as the header has them, on this machine's CPU."""
     engine = ["--cpu", "--mixed_precision", "no", "--num_cpu_threads_per_process", "1", "--dynamo_backend", "no"]
-    changes = [
-        *overrides("gsm8k/qwen2.5-1.5b_lora", stand_ins, tmp_path),
-        "--short_progress",
-        "--disable_tqdm",
-        "false",
-    ]
-    words = [sys.executable, "-m", "accelerate.commands.launch", *engine, *command("gsm8k/qwen2.5-1.5b_lora")[2:]]
-    process = subprocess.run([*words, *changes], cwd=ROOT, capture_output=True, text=True)
+    name = "gsm8k/qwen2.5-1.5b_lora"
+    words = [sys.executable, "-m", "accelerate.commands.launch", *engine, *command(name)[2:]]
+    words += [*overrides(name, stand_ins, tmp_path), "--short_progress", "--disable_tqdm", "false"]
+    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-4000:]
     assert "Summary of 2 optimizer steps" in process.stdout
     assert re.search(r"2/2 .*reward=\d\.\d+", process.stderr)  # the short progress bar
 
 
-@pytest.mark.parametrize(
-    ("name", "package"), [("gsm8k/qwen2.5-1.5b_qlora", "bitsandbytes"), ("math/qwen2.5-3b_vllm_colocate", "vllm")]
-)
-def test_a_missing_package_ends_in_one_line_that_names_it(name, package, stand_ins, tmp_path, monkeypatch):
-    if importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed here")
+def test_a_missing_package_ends_in_one_line_that_names_it(stand_ins, tmp_path, monkeypatch):
+    name = "gsm8k/qwen2.5-1.5b_qlora"
     monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     options = overrides(name, stand_ins, tmp_path)[: -len(WITHOUT[name])]
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(CONFIGS[name]), *options])
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match=r"(?i)^error: .*bitsandbytes.*$"):
         train.main()
-    assert re.match(rf"error: .*{package}", str(error.value.code), re.IGNORECASE) and "\n" not in error.value.code

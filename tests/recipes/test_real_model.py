@@ -1,11 +1,8 @@
-"""The whole path on a pretrained model (`make llm`): its tokenizer, template, bf16 autocast, LoRA, resume, card."""
-
-import re
+"""The whole path on a pretrained model (`make llm`): its tokenizer, template, bf16 autocast, LoRA, resume."""
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from recipes.playground.smollm2 import FOLDER
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
@@ -19,14 +16,7 @@ SETUPS = {
 }
 
 
-def product(completions, answer, **kwargs):
-    """1 where the last number of the reply is the answer."""
-    numbers = [re.findall(r"\d+", completion[-1]["content"])[-1:] for completion in completions]
-    return [float(found == [right]) for found, right in zip(numbers, answer, strict=True)]
-
-
 def length(completions, **kwargs):
-    """Something to learn from in every group."""
     return [-len(completion[-1]["content"]) / 100 for completion in completions]
 
 
@@ -34,9 +24,7 @@ def build(folder, *, lora, **options):
     from peft import LoraConfig
 
     rows = [(a, b) for a in range(2, 6) for b in range(3, 7)]
-    dataset = Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": f"What is {a} * {b}?"}], "answer": str(a * b)} for a, b in rows]
-    )
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": f"What is {a} * {b}?"}]} for a, b in rows])
     defaults = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 2,
         "max_completion_length": 12, "use_cpu": True, "bf16": True, "logging_steps": 1, "report_to": "none",
@@ -44,13 +32,8 @@ def build(folder, *, lora, **options):
         "model_init_kwargs": {"dtype": "float32"}, "disable_tqdm": True,
     }  # fmt: skip
     peft = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]) if lora else None
-    return LambdaGRPOTrainer(
-        str(FOLDER),
-        [product, length],
-        LambdaGRPOConfig(str(folder), **(defaults | options)),
-        dataset,
-        peft_config=peft,
-    )
+    args = LambdaGRPOConfig(str(folder), **(defaults | options))
+    return LambdaGRPOTrainer(str(FOLDER), length, args, dataset, peft_config=peft)
 
 
 def trained(trainer) -> dict[str, torch.Tensor]:
@@ -72,33 +55,3 @@ def test_it_trains_and_resumes_to_the_bit(tmp_path, setup):
     assert again.lambda_value == whole.lambda_value
     for name, value in trained(whole).items():
         assert torch.equal(value, trained(again)[name]), name
-
-
-def test_the_cards_own_code_loads_the_adapter(tmp_path):
-    from peft import get_peft_model_state_dict
-
-    trainer = build(tmp_path / "run", lora=True, max_steps=1, save_strategy="no")
-    trainer.train()
-    trainer.save_model(str(tmp_path / "run"))
-    trainer.create_model_card()
-    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    namespace = {}
-    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
-        if "from_pretrained" in code or "lambda.json" in code:
-            exec(code, namespace)
-    loaded, mine = get_peft_model_state_dict(namespace["model"]), get_peft_model_state_dict(trainer.model)
-    assert loaded.keys() == mine.keys()
-    for name, value in mine.items():
-        assert torch.equal(loaded[name].float(), value.float()), name
-    ids = namespace["tokenizer"]("What is 2 * 3?", return_tensors="pt")
-    merged = namespace["model"].merge_and_unload()
-    assert namespace["tokenizer"].decode(merged.generate(**ids, max_new_tokens=4)[0]).startswith("What is 2 * 3?")
-    assert namespace["lam"] == trainer.lambda_value
-
-
-def test_tools_are_refused_with_its_template():
-    from recipes.agents.checks import check_tokenizer
-
-    AutoTokenizer.from_pretrained(FOLDER)
-    with pytest.raises(ValueError, match="chat template"):
-        check_tokenizer(str(FOLDER), None, False)

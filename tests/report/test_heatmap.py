@@ -9,7 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from trl_lambda.report import heatmap
+from trl_lambda.report import ReportCallback, heatmap, plot_run
 from trl_lambda.report.token_heatmap import shade
 
 TOKENS = ["Add", " 47", " and", " $8", "6$:", "\n", "47", "+86", "=", "<b>133", ".\n\n", "wörd", " ", "\t"]
@@ -42,18 +42,13 @@ def test_the_page_shows_each_token_on_its_ground(tmp_path):
 
 
 def test_the_text_reads_on_every_ground(tmp_path):
-    """The ramp grows darker all the way, and the contrast of its text is at least WCAG's 4.5 : 1."""
-
-    def luminance(color) -> float:
-        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(color) / 255]
-        return float(np.dot((0.2126, 0.7152, 0.0722), linear))
-
+    """The ramp grows darker all the way, and its text has at least 4.5 : 1 of contrast (WCAG)."""
     page = page_of(tmp_path, ["a"] * 200, torch.linspace(0, 1, 200))
-    lightness = [grey(ground) for ground in grounds(page)]
-    assert (np.diff(lightness) < 0).all()
+    assert (np.diff([grey(ground) for ground in grounds(page)]) < 0).all()
     for ground, (_, ink, *_) in zip(grounds(page), SPAN.findall(page), strict=True):
-        light, dark = sorted((luminance(ground), 1.0 if ink == "#ffffff" else 0.0), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) > 4.5
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(ground) / 255]
+        luminance = np.dot((0.2126, 0.7152, 0.0722), linear)
+        assert (1.05 / (luminance + 0.05) if ink == "#ffffff" else (luminance + 0.05) / 0.05) > 4.5
 
 
 def test_equal_weights_have_one_shade_and_limits_make_pages_compare(tmp_path):
@@ -62,62 +57,36 @@ def test_equal_weights_have_one_shade_and_limits_make_pages_compare(tmp_path):
     assert grounds(page) == [shade(0.25), shade(0.5), shade(1.0)]
 
 
-# ---- Tokens that the policy did not write ----
-
-OWN = [1, 1, 0, 0, 0, 1]
-CONVERSATION = ["[a]", "<eos>", "(", "</span><script>alert(1)</script>", ")=", "7"]
-
-
 def test_the_page_hatches_what_the_policy_did_not_write(tmp_path):
     """Their weights, whatever they are, take no part in the shades either."""
-    weights = [1.0, 1.2, float("nan"), 99.0, -99.0, 1.4]
-    page = page_of(tmp_path, CONVERSATION, weights, mask=torch.tensor(OWN))
+    tokens, weights = ["[a]", "<eos>", "(", "</span><b>", ")=", "7"], [1.0, 1.2, float("nan"), 99.0, -99.0, 1.4]
+    page = page_of(tmp_path, tokens, weights, mask=torch.tensor([1, 1, 0, 0, 0, 1]))
     unmasked = page_of(tmp_path, ["[a]", "<eos>", "7"], [1.0, 1.2, 1.4])
     assert SPAN.findall(page) == SPAN.findall(unmasked) and "not written by the policy" not in unmasked
     others = re.findall(r'<span class="other">(.*?)</span>', page)
-    assert others == ["(", "&lt;/span&gt;&lt;script&gt;alert(1)&lt;/script&gt;", ")=", others[-1]]
-    assert others[-1] == "hatched: not written by the policy"
+    assert others == ["(", "&lt;/span&gt;&lt;b&gt;", ")=", "hatched: not written by the policy"]
 
 
-class Tags(HTMLParser):
-    def __init__(self, page: str):
-        super().__init__()
-        self.seen, self.text = [], ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.seen.append((tag, [name for name, _ in attributes]))
-
-    def handle_data(self, data):
-        self.text += data
+def tags_and_text(page: str) -> tuple[list, str]:
+    seen, texts, parser = [], [], HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: seen.append((tag, [name for name, _ in attributes]))
+    parser.handle_data = texts.append
+    parser.feed(page)
+    return seen, "".join(texts)
 
 
 @pytest.mark.parametrize("mask", [0, 1])
 @pytest.mark.parametrize(
-    "attack",
-    [
-        "<script>alert(1)</script>",
-        '" onmouseover="alert(1)',
-        "</style></p></body></html><svg/onload=alert(1)>",
-        "&lt;script&gt;alert(1)",
-        "\x00<b>\x1b[31malert(1)",
-        "<!-- alert(1) {title}",
-    ],
+    "attack", ['" onmouseover="alert(1)', "</style></p></html><svg/onload=alert(1)>", "\x00<!-- &lt;alert(1) {title}"]
 )
 def test_what_a_tool_answers_stays_text(tmp_path, attack, mask):
-    """As a token of a tool or of the policy, as title and as label."""
-    page = Tags(page_of(tmp_path, ["a", attack], [1.0, 1.2], mask=[1, mask], title=attack, label=attack))
-    harmless = Tags(page_of(tmp_path, ["a", "b"], [1.0, 1.2], mask=[1, mask], title="b", label="b"))
-    assert page.seen == harmless.seen
-    assert page.text.count("alert(1)") == 4  # title twice, token, label
-
-
-# ---- The picture ----
+    tags, text = tags_and_text(page_of(tmp_path, ["a", attack], [1, 1.2], mask=[1, mask], title=attack, label=attack))
+    assert tags == tags_and_text(page_of(tmp_path, "ab", [1, 1.2], mask=[1, mask], title="b", label="b"))[0]
+    assert text.count("alert(1)") == 4  # title twice, token, label
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that were saved."""
     seen, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k)))
     return seen
@@ -128,38 +97,21 @@ def test_the_picture_shows_each_token_on_its_ground(tmp_path, figures):
     assert path.read_bytes().startswith(b"\x89PNG")
     axes, bar = figures[0].axes
     assert axes.get_title("left") == "a $tidy title$" and bar.get_xlabel() == "v (no unit)"
-    assert [tick.get_text() for tick in bar.get_xticklabels()] == ["1", "1.4"]
     texts = [text.get_text() for text in axes.texts]
     assert texts == ["Add", " 47", " and", " $8", "6$:", "↵", "47", "+86", "=", "<b>133", ".↵", "↵", "wörd", " ", "→"]
     boxes = [(patch.get_x(), int(patch.get_y()), patch.get_width()) for patch in axes.patches]
     assert [line for _, line, _ in boxes] == [0] * 6 + [1] * 5 + [2] + [3] * 3
     for before, box in zip(boxes, boxes[1:], strict=False):  # side by side, no gap and no overlap
         assert box[0] == (before[0] + before[2] if box[1] == before[1] else 0)
-    darkness = [sum(patch.get_facecolor()[:3]) for patch in axes.patches]
-    assert darkness == sorted(darkness, reverse=True)
+    lightness = [sum(patch.get_facecolor()[:3]) for patch in axes.patches]
+    assert lightness == sorted(lightness, reverse=True)
     assert not any(text.get_parse_math() for text in axes.texts)  # a $ is a $
-    for text, patch in zip(axes.texts, axes.patches, strict=True):
-        inside, box = text.get_window_extent(), patch.get_window_extent()
-        assert box.x0 - 1 <= inside.x0 and inside.x1 <= box.x1 + 1, text.get_text()
-
-
-def test_long_tokens_are_broken_and_lines_do_not_overflow(tmp_path, figures):
-    heatmap(["x" * 40, "y" * 40, "z" * 100], [1.0, 2.0, 3.0], tmp_path / "a.png")
-    axes = figures[0].axes[0]
-    assert "".join(text.get_text() for text in axes.texts) == "x" * 40 + "y" * 40 + "z" * 100
+    heatmap(["x" * 100, "y", "z"], [1.0, 2.0, 3.0], tmp_path / "b.png", mask=[1, 1, 0])
+    axes = figures[1].axes[0]  # long tokens are broken, lines do not overflow, what others wrote is hatched
+    texts = [text.get_text() for text in axes.texts]
+    assert "".join(texts[:-1]) == "x" * 100 + "yz" and texts[-1] == "hatched: not written by the policy"
     assert max(patch.get_x() + patch.get_width() for patch in axes.patches) <= 88
-
-
-def test_the_picture_hatches_what_the_policy_did_not_write(tmp_path, figures):
-    heatmap(CONVERSATION, [1.0, 1.2, 5.0, 5.0, 5.0, 1.4], tmp_path / "a.png", mask=OWN)
-    axes, bar = figures[0].axes
-    assert [patch.get_hatch() is not None for patch in axes.patches] == [not own for own in OWN]
-    key = axes.texts[-1]
-    assert key.get_text() == "hatched: not written by the policy"
-    assert key.get_window_extent().x0 > bar.get_window_extent().x1  # beside the bar, not on it
-
-
-# ---- Refusals ----
+    assert [patch.get_hatch() is not None for patch in axes.patches] == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize(
@@ -167,9 +119,7 @@ def test_the_picture_hatches_what_the_policy_did_not_write(tmp_path, figures):
     [
         (["a"], [1.0, 2.0], {}),
         ([], [], {}),
-        (["a"], [float("nan")], {}),
         (["a", "b"], [1.0, float("inf")], {"mask": [1, 1]}),
-        (["a"], torch.ones(1, 1), {}),
         (["a"], [1.0], {"mask": [1, 0]}),
         (["a"], [1.0], {"mask": [0]}),
     ],
@@ -181,13 +131,17 @@ def test_one_finite_weight_per_token_is_needed(tmp_path, tokens, weights, option
 
 
 def test_other_endings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"a.pdf'; accepted: a name that ends in .html or .png"):
-        heatmap(["a"], [1.0], tmp_path / "a.pdf")
+    history = [{"step": 1, "reward": 0.5}]
+    for write in (lambda path: heatmap(["a"], [1.0], path), lambda path: plot_run(history, path)):
+        with pytest.raises(ValueError, match=r"a.pdf'; accepted: a name that ends in .html or .png"):
+            write(tmp_path / "a.pdf")
 
 
 def test_a_page_needs_no_matplotlib_and_a_picture_names_the_extra(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     assert heatmap(["\ud800"], [1.0], tmp_path / "a.html").is_file()
-    with pytest.raises(ImportError, match=r'pip install "trl-lambda\[plots\]"'):
-        heatmap(["a"], [1.0], tmp_path / "a.png")
+    history, path = [{"step": 1, "reward": 0.5}], tmp_path / "a.png"
+    for use in (ReportCallback, lambda: plot_run(history, path), lambda: heatmap(["a"], [1.0], path)):
+        with pytest.raises(ImportError, match=r'pip install "trl-lambda\[plots\]"'):
+            use()

@@ -1,13 +1,20 @@
-"""`trl-lambda`: the version, and two commands that take over what follows them."""
+"""`trl-lambda`, and every command that a page or a workflow gives: its options, files and targets exist."""
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from stand_ins import write_model
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from documents import PAGES, ROOT, commands, name, prose
 
 import trl_lambda
+from recipes.train import RecipeArguments
 from trl_lambda import cli
+from trl_lambda.scripts import grpo
 
 
 def test_the_version_takes_no_import_of_trl(tmp_path):
@@ -17,17 +24,16 @@ def test_the_version_takes_no_import_of_trl(tmp_path):
 
 
 def test_public_names_are_imported_when_asked_for():
-    for name in trl_lambda.__all__:
-        assert getattr(trl_lambda, name).__name__ == name
+    for public in trl_lambda.__all__:
+        assert getattr(trl_lambda, public).__name__ == public
     with pytest.raises(AttributeError, match="no attribute 'LambdaGRPOTrainers'"):
         _ = trl_lambda.LambdaGRPOTrainers
 
 
 @pytest.mark.parametrize("arguments", [[], ["tain"], ["--config", "x.yaml"]])
 def test_what_is_no_command_ends_in_one_line_that_names_them(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit, match="2"):
         cli.main(arguments)
-    assert error.value.code == 2
     assert "trl-lambda: error: " in (text := capsys.readouterr().err) and "train" in text and "report" in text
 
 
@@ -41,22 +47,47 @@ def test_each_command_is_handed_what_follows_it(tmp_path, capsys):
     assert done.value.code == 0 and "\ntrl-lambda:\n" in capsys.readouterr().out
 
 
-def test_train_and_report_from_an_empty_folder_with_files_alone(tmp_path, monkeypatch, capsys):
-    """Model, dataset, reward and configuration are the user's: nothing of the repository is in reach."""
-    monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "model")
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "train.jsonl").write_text('{"prompt": "aeo"}\n{"prompt": "oa"}\n')
-    (tmp_path / "own_reward.py").write_text(
-        "def length(completions, **kwargs):\n    return [float(len(text)) for text in completions]\n"
-    )
-    (tmp_path / "run.yaml").write_text(
-        "model_name_or_path: model\ndataset_name: rows\nreward_funcs: own_reward.length\noutput_dir: out\n"
-        "max_steps: 2\nper_device_train_batch_size: 4\nnum_generations: 4\nmax_completion_length: 8\n"
-        "use_cpu: true\nbf16: false\nlogging_steps: 1\nreport_to: none\ndisable_tqdm: true\nsave_strategy: 'no'\n"
-    )
-    cli.main(["train", "--config", "run.yaml"])
-    assert "Summary of 2 optimizer steps" in capsys.readouterr().out
-    assert (tmp_path / "out" / "lambda.json").is_file()
-    cli.main(["report", "out"])
-    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+FOUND = [(name(path), command) for path in PAGES for command in commands(path)]
+
+
+def targets() -> set[str]:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+
+
+@pytest.mark.parametrize(("page", "command"), FOUND)
+def test_a_command_is_one_that_its_program_takes(page: str, command: str, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert set(words[1:]) <= targets()
+    elif words[:2] == ["trl-lambda", "train"] and Path(words[-1]).is_relative_to("recipes"):
+        assert grpo.parse([*words[2:], "--use_cpu", "--bf16", "false"])
+    elif words[:2] == ["accelerate", "launch"] or words[:2] == ["python", "recipes/train.py"]:
+        args = launch_command_parser().parse_args(words[1:] if words[0] == "python" else words[2:])
+        assert args.training_script == "recipes/train.py" or args.module
+        assert args.config_file is None or Path(args.config_file).is_file()
+        assert grpo.parse([*args.training_script_args, "--use_cpu", "--bf16", "false"], RecipeArguments)
+    else:
+        assert words[0] in ("git", "pip", "trl-lambda", "python", "cd"), f"{page} has a command of a new kind"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_every_make_target_that_is_named_exists(path: Path):
+    named = set(re.findall(r"`make ([a-z-]+)", prose(path)))
+    assert named <= targets(), named - targets()
+
+
+@pytest.mark.parametrize("target", sorted(targets()))
+def test_a_target_can_be_planned(target: str):
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_workflows_run_what_the_repository_has():
+    workflows = {path.stem: path.read_text() for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert workflows.keys() == {"ci", "newest-trl", "release"} and "run: .ci/run\n" in workflows["ci"]
+    for text in [*workflows.values(), (ROOT / ".ci" / "run").read_text()]:
+        assert set(re.findall(r"\bmake ([a-z-]+)", text)) <= targets()
+        assert all((ROOT / file).exists() for file in re.findall(r"\btests/[\w/]+(?:\.py)?", text)), text
+    assert yaml.safe_load(workflows["release"])["jobs"]["publish"]["needs"] == "build"

@@ -23,19 +23,11 @@ CPU = ["--use_cpu", "--bf16", "false"]
 
 
 def reward(completions, **kwargs):
-    """Named on command lines as `test_grpo_script.reward`."""
     return [float(len(completion)) for completion in completions]
-
-
-def length_weight(lengths, lam):
-    """A length weight of the user's own, with a λ."""
-    weights = lengths**lam
-    return weights / weights.mean()
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with a model, a dataset and a reward of the user's own."""
     folder = tmp_path_factory.mktemp("files")
     write_model(folder / "model")
     (folder / "data").mkdir()
@@ -48,12 +40,11 @@ def files(tmp_path_factory) -> Path:
 
 
 def options(files: Path, output_dir: Path, **changes) -> dict:
-    """A run of two short steps."""
     return {
-        "model_name_or_path": str(files / "model"), "dataset_name": str(files / "data"),
-        "reward_funcs": ["test_grpo_script.reward"], "output_dir": str(output_dir), "use_cpu": True, "bf16": False,
-        "max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
-        "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "save_steps": 1,
+        "model_name_or_path": str(files / "model"), "dataset_name": str(files / "data"), "use_cpu": True,
+        "reward_funcs": ["test_grpo_script.reward"], "output_dir": str(output_dir), "max_steps": 2, "save_steps": 1,
+        "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8, "report_to": "none",
+        "bf16": False, "logging_steps": 1,
     } | changes  # fmt: skip
 
 
@@ -63,7 +54,6 @@ def write_yaml(path: Path, content: dict) -> list[str]:
 
 
 def error_of(*arguments: str) -> str:
-    """The line that a command ends with."""
     with pytest.raises(SystemExit) as caught:
         grpo.train(list(arguments))
     line = caught.value.code  # a string: printed to stderr, exit status 1
@@ -73,7 +63,6 @@ def error_of(*arguments: str) -> str:
 
 @pytest.fixture
 def built(monkeypatch) -> dict:
-    """The arguments that the trainer was made with. Nothing is trained."""
     seen: dict = {}
 
     def make_trainer(**kwargs):
@@ -82,9 +71,6 @@ def built(monkeypatch) -> dict:
 
     monkeypatch.setattr(grpo, "LambdaGRPOTrainer", make_trainer)
     return seen
-
-
-# ---- Whatever TRL's script takes ----
 
 
 def test_every_option_of_trl_is_one_here_and_ours_come_first_in_the_help():
@@ -97,16 +83,12 @@ def test_every_option_of_trl_is_one_here_and_ours_come_first_in_the_help():
     added = {field.name for field in fields(LambdaGRPOConfig)} - {field.name for field in fields(GRPOConfig)}
     listed = set(re.findall(r"^  --(\w+)", first, re.MULTILINE)) - {"no_lambda_learnable", "no_token_metrics"}
     assert listed == added | {"dataset_preparation", "plot"}
-    assert len(first.splitlines()) < 150 and "\noptions:" in ours.format_help()
 
 
 VALUES = {
     "scale_rewards": False, "resume_from_checkpoint": True, "reward_funcs": ["accuracy_reward", "a.b"],
-    "reward_model_name_or_path": "some/model", "reward_weights": [1, 0.5], "learning_rate": "1e-6",
-    "model_init_kwargs": {"dtype": "float32"}, "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "datasets": [{"path": "a", "split": "b+c"}], "test_split_size": 0.1, "load_in_4bit": True, "use_peft": True,
-    "lora_target_modules": "all-linear", "eval_strategy": "no", "save_steps": 0.5, "lr_scheduler_kwargs": {},
-    "chat_template_kwargs": {"enable_thinking": False}, "dataset_config": None, "report_to": "none",
+    "learning_rate": "1e-6", "model_init_kwargs": {"dtype": "float32"}, "datasets": [{"path": "a", "split": "b+c"}],
+    "load_in_4bit": True, "eval_strategy": "no", "lr_scheduler_kwargs": {}, "dataset_config": None,
 }  # fmt: skip
 
 
@@ -137,8 +119,7 @@ def test_model_rewards_quantization_and_lora_reach_the_trainer(files, tmp_path, 
     assert len(built["train_dataset"]) == len(built["eval_dataset"]) == 2
     chosen["reward_funcs"] = "get_soft_overlong_punishment"  # one name, not a list
     assert error_of(*write_yaml(tmp_path / "run.yaml", chosen)) == "error: made"
-    (punishment,) = built["reward_funcs"][1:]
-    assert punishment([[0] * 1152, [0] * 10]) == [-0.5, 0.0]
+    assert built["reward_funcs"][1]([[0] * 1152, [0] * 10]) == [-0.5, 0.0]
 
 
 def test_a_mixture_of_datasets_is_split_and_prepared(files, tmp_path, built):
@@ -149,20 +130,12 @@ def test_a_mixture_of_datasets_is_split_and_prepared(files, tmp_path, built):
         error_of(*write_yaml(tmp_path / "run.yaml", chosen))
     assert (len(built["train_dataset"]), len(built["eval_dataset"])) == (2, 1)
     assert built["train_dataset"].column_names == ["prompt", "solution"]
-
-
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_a_preparation_replaces_all_columns(streaming, files, built):
-    error_of(
-        *CPU, "--model_name_or_path", "m", "--dataset_name", str(files / "sums"), "--dataset_streaming", streaming,
-        "--dataset_preparation", "recipes.preparations.gsm8k", "--dataset_config", "main", "--output_dir", "out",
-    )  # fmt: skip
+    del chosen["datasets"], chosen["test_split_size"], chosen["eval_strategy"]  # a stream has no column names
+    chosen |= {"dataset_name": str(files / "sums"), "dataset_config": "main", "dataset_streaming": True}
+    error_of(*write_yaml(tmp_path / "run.yaml", chosen))
     rows = list(built["train_dataset"])
     assert [row["solution"] for row in rows] == ["72", "1000"] and rows[0].keys() == {"prompt", "solution"}
     assert built["eval_dataset"] is None
-
-
-# ---- Processes ----
 
 
 def test_launch_options_go_to_accelerate_and_the_rest_to_the_script(files, tmp_path, monkeypatch):
@@ -181,8 +154,7 @@ def test_launch_options_go_to_accelerate_and_the_rest_to_the_script(files, tmp_p
 
 
 def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, monkeypatch, capsys):
-    launch = {"num_processes": 1, "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
-    launch["accelerate_config"] = "single_gpu"
+    launch = {"num_processes": 1, "mixed_precision": "no", "dynamo_backend": "no", "accelerate_config": "single_gpu"}
     config = options(files, tmp_path / "out", scale_rewards=False, **launch) | {"reward_funcs": "my_reward.length"}
     arguments = write_yaml(tmp_path / "run.yaml", config)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -192,21 +164,16 @@ def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, mon
     assert "Summary of 2 optimizer steps" in done.stdout
     lam = json.loads((tmp_path / "out" / "lambda.json").read_text())["lambda"]
     assert re.search(rf"^  lambda .* -> {lam:.3f} \(step 1 -> 2\)$", done.stdout, re.MULTILINE)
-    for name in ("", "/lambda.json", "/README.md"):
-        assert f" {tmp_path / 'out'}{name}\n" in done.stdout
+    assert f" {tmp_path / 'out'}/lambda.json\n" in done.stdout
     # The same file resumes, here in this process.
     monkeypatch.chdir(files)
     config = {name: value for name, value in config.items() if name not in launch} | {"max_steps": 3}
     grpo.train([*write_yaml(tmp_path / "run.yaml", config), "--resume_from_checkpoint", "true", "--plot"])
     assert "(step 1 -> 3)" in capsys.readouterr().out
     assert (tmp_path / "out" / "run.png").read_bytes().startswith(b"\x89PNG")
-    # Another f, the finished run's own folder, and a folder that is none.
     config["resume_from_checkpoint"] = str(tmp_path / "out" / "checkpoint-2")
     arguments = write_yaml(tmp_path / "run.yaml", config)
     assert "checkpoint-2 was trained with 'lambda_grpo'" in error_of(*arguments, "--length_weight", "power")
-    assert "output folder rather than a checkpoint" in error_of(
-        *arguments, "--resume_from_checkpoint", str(tmp_path / "out")
-    )
     assert "nowhere has no trainer_state.json" in error_of(*arguments, "--resume_from_checkpoint", "nowhere")
     (tmp_path / "empty").mkdir()
     empty = ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "empty")]
@@ -214,15 +181,12 @@ def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, mon
 
 
 def test_lora_with_a_weight_of_ones_own(files, tmp_path):
-    config = options(files, tmp_path / "out", use_peft=True, length_weight="test_grpo_script.length_weight")
+    config = options(files, tmp_path / "out", use_peft=True, length_weight="user_weights.power")
     config |= {"length_weight_kwargs": None, "token_weight": "tr_grpo", "token_weight_kwargs": {"max": 1.2}}
     trainer = grpo.main(*grpo.parse(write_yaml(tmp_path / "run.yaml", config))[:4])
     assert trainer.state.global_step == 2 and trainer.lambda_value != 0
-    assert trainer.length_weight.name == "test_grpo_script.length_weight"
+    assert trainer.length_weight.name == "user_weights.power"
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-
-
-# ---- One line ----
 
 
 @pytest.mark.parametrize(
@@ -230,14 +194,9 @@ def test_lora_with_a_weight_of_ones_own(files, tmp_path):
     [
         ([], "no options: name model, dataset and reward"),
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
-        (["run.yaml"], "unknown argument 'run.yaml'"),
         (["--lamda_init", "1"], "unknown argument '--lamda_init'; did you mean '--lambda_init'?"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
-        (["--accelerate_config", "zero9"], "zero9"),
-        (["--length_weight", "mean"], "length_weight='mean' is unknown; accepted: "),
         (["--length_weight", "no.such"], "length_weight='no.such' cannot be imported (ModuleNotFoundError"),
-        (["--length_weight", "dapo", "--lambda_init", "1"], "lambda_init=1.0 has no effect with length_weight='dapo'"),
-        (["--token_weight", "test_grpo_script.length_weight"], "requires lengths, lam."),
         (["--output_dir", "x"], "no model: set model_name_or_path"),
         (["--model_name_or_path", "m"], "no dataset: set dataset_name"),
         (["--model_name_or_path", "m", "--reward_funcs", "exact"], "reward_funcs has 'exact'; accepted: accuracy_rew"),

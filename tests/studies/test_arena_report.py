@@ -1,22 +1,27 @@
 """The arena's statistics against hand-worked and simulated truth, and its report on runs with a planted effect."""
 
 import csv
-import io
 import itertools
+import json
 import math
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from study_rows import study_row, write_rows
 
+from recipes.studies.arena import planned, preference_tuning
+from recipes.studies.arena.analysis import planned as page_of
 from recipes.studies.arena.analysis import report
 from recipes.studies.arena.analysis.comparisons import Arena, Comparison, compare_all
-from recipes.studies.arena.analysis.curves import draw_curves, draw_lambda_paths
-from recipes.studies.arena.analysis.forest import draw_forest, draw_lengths
-from recipes.studies.arena.analysis.runs import paired_differences, read_runs
+from recipes.studies.arena.analysis.curves import draw_curves
+from recipes.studies.arena.analysis.questions import CLAIMS, FAMILY, IDLE, MATTERS, answer, budget, verdict
+from recipes.studies.arena.analysis.runs import METRICS, Run, paired_differences, read_runs
 from recipes.studies.arena.analysis.tables import difference_cell, make_tables
-from recipes.studies.shared.arms import BASELINES
+from recipes.studies.arena.held_power import held_positive3
+from recipes.studies.shared.arms import find_arm
+from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.markdown import mean_and_error, replace_tables
 from recipes.studies.shared.paired_statistics import (
     bootstrap_interval,
@@ -26,71 +31,41 @@ from recipes.studies.shared.paired_statistics import (
     sign_flip_p,
     student_quantile,
 )
+from recipes.studies.shared.workers import KEY
+from trl_lambda.weights import ResponseRows, weigh_responses
+from trl_lambda.weights.members import Power
 
 TASKS = ("running_sum", "slippery_chain")
 STUDIED = ("grpo", "dapo", "bnpo", "softmax", "power_adamw", "tr", "ar")
 PLANTED = {"running_sum": 0.03, "slippery_chain": 0.035}  # of `tr`, in every accuracy
-NUMBERS = (
-    "accuracy_greedy", "accuracy_sampled", "auc", "mean_length", "mean_length_right", "mean_length_wrong",
-    "accuracy_per_token", "entropy", "grad_norm_mean", "grad_norm_cv", "token_weight_mean", "lambda_20", "lambda_100",
-)  # fmt: skip
-PAGE = "# Arena\n\n" + "\n".join(
-    f"{name}:\n\n<!-- table: {name} -->\nold\n<!-- end -->\n"
-    for name in ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
-)
 
 
-def make_row(task, arm, seed, rng, *, study="main", shared=0.0):
-    """One run: what its seed shares over arms, the planted effect, and noise."""
-    better = shared + PLANTED[task] * (arm == "tr")
-    learned = arm in ("softmax", "power_adamw")
-    path = np.linspace(0, -0.3 if task == "slippery_chain" else 0.3, 21) + rng.normal(0, 0.02, 21)
-    rewards = 0.4 + better + rng.normal(0, 0.01, 25)
-    values = {name: better + 0.5 + rng.normal(0, 0.01) for name in ("accuracy_greedy", "accuracy_sampled")}
-    values |= {"auc": rewards.mean(), "mean_length_right": 21 + rng.normal(), "mean_length_wrong": 19 + rng.normal()}
-    values |= {name: 1 + 0.1 * rng.normal() for name in NUMBERS if name not in values}
-    values |= {"token_weight_mean": 1.37 if arm == "tr" else ""}
-    values |= {name: path[int(name[7:]) // 5] if learned else "" for name in ("lambda_20", "lambda_100")}
-    return {
-        "study": study, "task": task, "arm": arm, "seed": seed, "learning_rate": "0.0003", "max_steps": 100,
-        "steps_per_generation": 4, "options": "{}", **values,
-        "reward_curve": " ".join(f"{value:.4f}" for value in rewards), "length_curve": "20.0 21.0",
-        "lambda_curve": " ".join(f"{value:.5f}" for value in path) if learned else "", "seconds": 20.5,
-        "commit": "0" * 7, "torch": "2", "trl": "1", "transformers": "5", "hardware": "none",
-    }  # fmt: skip
-
-
-def make_rows(tasks=TASKS, arms=STUDIED, seeds=range(12), **options):
-    rng = np.random.default_rng(7)
-    rows = []
+def make_rows(tasks=TASKS, arms=STUDIED, seeds=range(12), study="main"):
+    rng, rows = np.random.default_rng(7), []
     for task, seed in itertools.product(tasks, seeds):
         shared = rng.normal(0, 0.05)
-        rows += [make_row(task, arm, seed, rng, shared=shared, **options) for arm in arms]
+        for arm in arms:
+            better = shared + PLANTED[task] * (arm == "tr")
+            values = {name: 1 + 0.1 * rng.normal() for name in METRICS}
+            values |= {name: better + 0.5 + rng.normal(0, 0.01) for name in ("accuracy_greedy", "accuracy_sampled")}
+            rewards, learned = 0.4 + better + rng.normal(0, 0.01, 25), arm in ("softmax", "power_adamw")
+            path = np.linspace(0, -0.3 if task == "slippery_chain" else 0.3, 21) + rng.normal(0, 0.02, 21)
+            values |= {"auc": rewards.mean(), "token_weight_mean": 1.37 if arm == "tr" else ""}
+            values |= {"lambda_20": path[4] if learned else "", "lambda_100": path[20] if learned else ""}
+            values["lambda_curve"] = " ".join(f"{value:.5f}" for value in path) if learned else ""
+            rows.append(study_row(task, arm, seed, rewards, study, **values))
     return rows
 
 
-def write_rows(rows, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "runs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder / "runs.csv"
-
-
-def read_rows(path):
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
-
-
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """The report of runs in any order, beside a page with markers."""
-    folder = tmp_path_factory.mktemp("arena")
-    rows = make_rows()
+def results(tmp_path_factory):
+    folder, rows = tmp_path_factory.mktemp("arena"), make_rows()
     np.random.default_rng(0).shuffle(rows)
-    write_rows(rows, folder / "results")
-    (folder / "results" / "README.md").write_text(PAGE, encoding="utf-8")
-    assert report.main(["--results", str(folder / "results")]) == 0
+    write_rows(rows, folder / "runs.csv")
+    tables = ("accuracy", "lengths", "paired", "sign", "resolution", "of others")
+    page = "".join(f"<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables)
+    (folder / "README.md").write_text(page, encoding="utf-8")
+    assert report.main(["--results", str(folder)]) == 0
     return folder
 
 
@@ -98,10 +73,9 @@ def written(tmp_path_factory):
     ("draw", "mean", "low", "high"),
     [
         (lambda rng, size: rng.normal(size=size), 0.0, 0.937, 0.965),
-        (lambda rng, size: rng.exponential(size=size), 1.0, 0.93, 0.965),  # Student's interval: 0.91
+        (lambda rng, size: rng.exponential(size=size), 1.0, 0.93, 0.965),  # Student's: 0.91
         (lambda rng, size: rng.lognormal(0, 0.7, size=size), math.exp(0.245), 0.91, 0.965),  # Student's: 0.89
     ],
-    ids=["normal", "exponential", "lognormal"],
 )
 def test_the_interval_of_twelve_covers_the_mean(draw, mean, low, high):
     """2000 samples, so that the share has a standard error of 0.005."""
@@ -127,30 +101,27 @@ def test_intervals_fall_back_to_students_by_hand():
 def test_p_values_by_hand():
     # Of the sums ±1 ± 2 ± 3 two are at least 6 from zero, six at least 2, all eight at least 0.
     assert [sign_flip_p(x) for x in ([1, 2, 3], [1, -2, 3], [-1, -2, 3], [0, 0, 0])] == [2 / 8, 6 / 8, 1, 1]
-    for unit in (0.1, 1 / 7, 1e-9):  # 3 + 6 - 2 - 1 is as far from zero as -3 + 6 + 2 + 1, whatever they round to
-        assert sign_flip_p(unit * np.array([3, 6, -2, -1])) == 10 / 16
+    # 3 + 6 - 2 - 1 is as far from zero as -3 + 6 + 2 + 1, whatever they round to.
+    assert sign_flip_p(np.array([3, 6, -2, -1]) / 7) == 10 / 16
     assert sign_flip_p(np.ones(40)) == 2 / 20001  # random flips, of which one pattern is at either end
     # t = 2√3 with two degrees of freedom, where P(|T| ≥ t) = 1 - t/√(2 + t²).
     assert paired_t_p([1, 2, 3]) == paired_t_p([-1, -2, -3]) == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-12)
     assert paired_t_p([0.0] * 12) == 1 and paired_t_p([0.5] * 4) == 2 / 16  # no spread: what four signs can say
     # Sorted 0.005·4, 0.01·3, 0.03·2, 0.04·1 = 0.02, 0.03, 0.06, 0.04: the last is raised to the one before.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]) and holm([0.6, 0.9]) == [1, 1]
-    # Why Holm is given Student's p: sign flips of twelve seeds cannot pass it.
-    assert holm([sign_flip_p(np.arange(1.0, 13.0))] * 133)[0] > 0.05
     for effect, needed in ((0.5, 34), (0.8, 15)):  # Cohen's tables: power 0.8, two-sided 0.05
         assert resolvable_difference(1, needed) <= effect < resolvable_difference(1, needed - 1)
 
 
 def test_pairs_are_of_one_seed(tmp_path):
     """Rows in any order; a seed that one arm lacks, or a metric that one run lacks, is left out."""
-    rng = np.random.default_rng(0)
-    rows = [make_row("running_sum", arm, seed, rng) for arm in ("dapo", "tr") for seed in (2, 0, 1, 3)]
-    rows = [row for row in rows if (row["arm"], row["seed"]) != ("tr", 1)]
-    for row in rows:
-        row["auc"] = 10.0**-1 * row["seed"] + (0.01 * row["seed"] ** 2 if row["arm"] == "tr" else 0)
-        row["mean_length_wrong"] = math.nan if row["seed"] == 3 and row["arm"] == "tr" else row["seed"]
-    rng.shuffle(rows)
-    group = read_runs(write_rows(rows, tmp_path))["main", "running_sum"]
+    rows = []
+    for arm, seeds in (("tr", (2, 0, 3)), ("dapo", (3, 1, 2, 0))):
+        for seed in seeds:
+            auc = 0.1 * seed + (0.01 * seed**2 if arm == "tr" else 0)
+            wrong = math.nan if seed == 3 and arm == "tr" else seed
+            rows.append(study_row("running_sum", arm, seed, [0.5], auc=auc, mean_length_wrong=wrong))
+    group = read_runs(write_rows(rows, tmp_path / "runs.csv"))["main", "running_sum"]
     assert list(group) == ["dapo", "tr"]
     assert paired_differences(group["tr"], group["dapo"], "auc") == pytest.approx([0.0, 0.04, 0.09])
     assert len(paired_differences(group["tr"], group["dapo"], "mean_length_wrong")) == 2
@@ -159,53 +130,29 @@ def test_pairs_are_of_one_seed(tmp_path):
     assert comparison.p == pytest.approx(paired_t_p([0.0, 0.04, 0.09])) and comparison.p_sign_flip == 0.5
 
 
-def test_the_planted_effect_is_found_and_no_other_arm(written):
+def test_the_planted_effect_is_found_and_no_other_arm(results):
     """In all families that it is in; of the 18 families about one may hold a find that is none."""
-    rows = read_rows(written / "results" / "paired.csv")
-    pairs = len(BASELINES[:3]) + 4 * 3
-    assert len(rows) == len(TASKS) * 9 * pairs and {row["n"] for row in rows} == {"12"}
+    rows = list(csv.DictReader((results / "paired.csv").read_text(encoding="utf-8").splitlines()))
+    assert len(rows) == len(TASKS) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
     accuracies = {"accuracy_greedy", "accuracy_sampled", "auc"}
     found = {(row["task"], row["metric"], row["arm"], row["baseline"]) for row in rows if float(row["p_holm"]) < 0.05}
     planted = set(itertools.product(TASKS, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
     assert found >= planted and len({(task, metric) for task, metric, *_ in found - planted}) <= 1
-    exact = [float(row["p_sign_flip"]) for row in rows if tuple(row.values())[1:5] in planted]
-    assert len(exact) == len(planted) and max(exact) < 0.005 and min(exact) == pytest.approx(2 / 2**12, rel=1e-5)
     for row in (row for row in rows if row["arm"] == "tr" and row["metric"] == "auc"):
         low, difference, high, sd = (float(row[name]) for name in ("low", "difference", "high", "sd"))
         assert sd < 0.01 and abs(difference - PLANTED[row["task"]]) < 0.005  # what the seed shares, 0.05, is gone
         assert difference - 2 * sd < low < difference < high < difference + 2 * sd
 
 
-def test_the_page_gets_its_tables(written):
-    page = (written / "results" / "README.md").read_text(encoding="utf-8")
+def test_page_and_figures_show_the_numbers(results):
+    page, arena = (results / "README.md").read_text(encoding="utf-8"), Arena.read(results / "runs.csv")
     assert page.count("\nold\n") == 1  # under the marker that is not this report's
-    assert page == replace_tables(page, make_tables(Arena.read(written / "results" / "runs.csv")))
-    accuracy = page.partition("<!-- table: accuracy -->")[2].partition("<!-- end -->")[0]
-    first, *_, last = [line for line in accuracy.splitlines() if line.startswith("| `")]
-    assert first.startswith("| `tr` | 12 |") and first.count("] * |") == 3 and "] *" not in last
-    assert len(re.findall(r"\| greedy accuracy \| 15 \| \d+ \| 3 \| `tr`: `grpo`, `dapo`, `bnpo` \|  \|", page)) == 2
-
-
-def test_figures_show_the_numbers_and_their_legends_cover_no_panel(written):
-    arena = Arena.read(written / "results" / "runs.csv")
-    rewards, differences = draw_curves(arena, "main").axes[:2]
+    assert page == replace_tables(page, make_tables(arena))
+    first, *_ = [line for line in make_tables(arena)["accuracy"].splitlines() if line.startswith("| `")]
+    assert first.startswith("| `tr` | 12 |") and first.count("] * |") == 3
+    differences = draw_curves(arena, "main").axes[1]
     drawn = {line.get_label(): np.mean(line.get_ydata()) for line in differences.lines}
     assert drawn["tr"] == pytest.approx(100 * PLANTED["running_sum"], abs=1) and abs(drawn["softmax"]) < 1
-    assert {line.get_label() for line in rewards.lines} == {"dapo", "grpo", "softmax", "tr", "other arms"}
-    ends = {line.get_label(): line.get_ydata()[-1] for line in draw_lambda_paths(arena, "main").axes[0].lines}
-    assert ends["running_sum"] > 0.2 and ends["slippery_chain"] < -0.2
-    panel = draw_forest(arena, "main").axes[0]
-    order = [label.get_text() for label in panel.get_yticklabels()]
-    assert order == ["grpo", "bnpo", "softmax", "power_adamw", "tr", "ar"]
-    markers = [line for line in panel.lines if line.get_marker() in ("o", "s") and len(line.get_xdata())]
-    filled = {round(float(m.get_ydata()[0])) for m in markers if m.get_markerfacecolor() != "white"}
-    assert len(markers) == 2 * len(order) and filled == {order.index("tr")}
-    for draw in (draw_curves, draw_lambda_paths, draw_forest, draw_lengths):
-        figure = draw(arena, "main")
-        figure.draw_without_rendering()
-        box = figure.legends[0].get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert all(box.y0 >= axes.title.get_window_extent().y1 for axes in figure.axes)
 
 
 def test_cells_and_markers():
@@ -215,31 +162,136 @@ def test_cells_and_markers():
     assert difference_cell(Comparison("tr", "dapo", 1, -0.0123), 1, 100, 1) == "-1.2 (1 seed)"
     assert mean_and_error(np.array([0.01, 0.02, 0.03]), 100, 3) == "2.000 ± 0.577"
     page = "a\n<!-- table: one -->\nold\n<!-- end -->\nb\n<!-- table: x -->\nkept\n"
-    once = replace_tables(page, {"one": "| \\1 |", "two": "2"})
-    assert once == page.replace("old", "| \\1 |") == replace_tables(once, {"one": "| \\1 |"})
+    assert replace_tables(page, {"one": "| \\1 |", "two": "2"}) == page.replace("old", "| \\1 |")
     with pytest.raises(ValueError, match="table: one --> is not closed"):
         replace_tables("<!-- table: one -->\n<!-- table: two -->\n<!-- end -->\n", {"one": "1"})
 
 
 def test_a_part_of_the_runs_will_do(tmp_path, capsys):
-    """One seed of one task, a task without the reference, another study, no page."""
-    rows = make_rows(tasks=TASKS[:1], seeds=[3])
-    rows += make_rows(tasks=TASKS[1:], arms=("grpo", "tr"), seeds=range(2))
+    rows = make_rows(tasks=TASKS[:1], seeds=[3]) + make_rows(tasks=TASKS[1:], arms=("grpo", "tr"), seeds=range(2))
     rows += make_rows(tasks=TASKS[:1], arms=("dapo", "tr"), seeds=range(3), study="one_step")
-    results = tmp_path / "results"
-    write_rows(rows, results)
-    assert report.main(["--results", str(results)]) == 0
-    files = {path.name for path in results.iterdir()}
-    assert files >= {"accuracy_curves_one_step.png", "forest_one_step.png", "lambda_paths.png", "forest.png"}
-    assert "lambda_paths_one_step.png" not in files and not list(tmp_path.rglob("README.md"))
-    accuracy = make_tables(Arena.read(results / "runs.csv"))["accuracy"].split("**")
+    write_rows(rows, tmp_path / "results" / "runs.csv")
+    assert report.main(["--results", str(tmp_path / "results")]) == 0
+    figures = {path.stem for path in (tmp_path / "results").glob("*.png")}
+    names = {"accuracy_curves", "forest", "lengths"}
+    assert figures == {*names, "lambda_paths", *(f"{name}_one_step" for name in names)}
+    accuracy = make_tables(Arena.read(tmp_path / "results" / "runs.csv"))["accuracy"].split("**")
     assert "(1 seed)" in accuracy[2] and "±" not in accuracy[2] and accuracy[5] == "running_sum (study one_step)"
-    assert capsys.readouterr().out.count(".png") == 7
-    assert report.main(["--results", str(tmp_path)]) == 1
-    assert "runs.csv" in capsys.readouterr().err
+    assert report.main(["--results", str(tmp_path)]) == 1 and "runs.csv" in capsys.readouterr().err
 
 
 def test_the_committed_page_shows_the_committed_runs():
-    """No table by hand: the arena's page is what the report makes of its `runs.csv`."""
     page = report.PAGE.read_text(encoding="utf-8")
     assert page == replace_tables(page, make_tables(Arena.read(report.RESULTS / "runs.csv")))
+
+
+def test_no_run_is_planned_twice_and_every_claim_has_its_runs_on_new_seeds():
+    specs, tuning = [spec for part in planned.PARTS.values() for spec in part.specs()], planned.rate_specs()
+    assert min(spec.seed for spec in specs) >= 400 > max(spec.seed for spec in tuning)
+    assert {spec.split for spec in specs} == {"test"} and {spec.split for spec in tuning} == {"validation"}
+    assert len(specs) == len({tuple(vars(spec).values()) for spec in specs})
+    cells = {(spec.study, spec.task, spec.arm) for spec in specs}
+    for claim in CLAIMS:
+        assert {(claim.study, claim.task, arm) for arm in (claim.arm, claim.baseline)} <= cells
+    # The plain balance is a control of every study and task.
+    assert {(study, task, "positive_weight_3") for study, task, _ in cells} <= cells
+
+
+def test_the_held_control_keeps_the_balance_and_the_order():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 40, (6, 8), generator=generator).double()
+    lengths[0, 0] = 0
+    advantages = torch.randn(6, 8, generator=generator)
+    advantages[5] = 0
+    statistics = {name: -torch.rand(6, 8, generator=generator).double() for name in ("mean_logp", "min_logp")}
+    rows = ResponseRows(lengths, lengths.sum(), advantages=advantages.double(), statistics=statistics)
+    members = (held_positive3, Power("positive", held_positive3.features))
+    held, power = (weigh_responses(member, rows, torch.tensor([0.7, -0.5, 1.1])) for member in members)
+    right = (advantages > 0) & (lengths > 0)
+    for group in range(5):
+        assert held[group][right[group]].mean().item() == pytest.approx(1, abs=1e-6)
+        ratio = held[group][right[group]] / power[group][right[group]]
+        assert (ratio / ratio[0] - 1).abs().max() < 1e-5 and held[group][right[group]].std() > 0.01
+    assert (held[~right & (lengths > 0)] == 1).all()
+
+
+def rows_of(gains):
+    """gains: (task, arm) -> points above a baseline that every arm of the seed shares, plus noise of its own."""
+    rng, rows = np.random.default_rng(3), []
+    for ((task, arm), gain), seed in itertools.product(gains.items(), range(400, 412)):
+        shared = np.random.default_rng(seed).normal(0, 0.05)
+        level = np.linspace(0.3, 0.5, 25) + shared + gain + rng.normal(0, 0.004)
+        rows.append(study_row(task, arm, seed, level, "planned"))
+    return rows
+
+
+def test_questions_are_decided_as_planned(tmp_path):
+    gains = {(task, arm): 0.0 for task in MATTERS for arm in ("dapo", "positive_weight_3")}
+    gains |= {(task, "positive3"): 0.04 for task in MATTERS}
+    gains |= {(task, arm): gain for task in IDLE for arm, gain in (("dapo", 0.0), ("positive3", -0.001))}
+    gains["checked_sum", "positive3"] = -0.05
+    gains["slippery_chain", "positive_weight_3"] = 0.04
+    answers = answer(read_runs(write_rows(rows_of(gains), tmp_path / "planned.csv")))
+    by = {(a.claim.question, a.claim.task): a for a in answers if a.claim.question in ("H1a", "H1b", "H2")}
+    assert verdict(answers, "H1a") is True and verdict(answers, "H1b") is False
+    assert by["H1b", "running_sum"].holds is True and by["H1b", "slippery_chain"].holds is False
+    assert by["H2", "idle_filler"].holds is True and by["H2", "checked_sum"].holds is False
+    assert verdict(answers, "H2") is False and verdict(answers, "H3") is None and verdict(answers, "H4") is None
+    family = [a.comparison for a in answers if FAMILY.get(a.claim.question) == "H1"]
+    assert len(family) == 4
+    assert min(c.p_holm for c in family) == pytest.approx(min(1, 4 * min(c.p for c in family)))
+
+
+def runs(curves, lengths=10.0):
+    steps = {seed: {"reward_curve": c, "length_curve": np.full(len(c), lengths)} for seed, c in curves.items()}
+    return {seed: Run("planned", "t", "a", seed, (), {}, curve) for seed, curve in steps.items()}
+
+
+def test_the_budget_of_a_line_that_rises_twice_as_fast_is_half():
+    batches = np.arange(40.0)
+    slow = runs({seed: 0.01 * batches for seed in range(4)})
+    fast = runs({seed: 0.02 * batches for seed in range(4)}, lengths=20.0)
+    found = budget(fast, slow)
+    # The trailing mean over 5 batches ends at 0.37: reached after 40 batches by one, at 18.5 + 2 + 1 by the other.
+    assert found.steps == pytest.approx((21.5 / 40,) * 3) and found.reached and found.seeds == 4
+    assert found.tokens[0] == pytest.approx(2 * 21.5 / 40)
+    never = budget(runs({seed: 0.001 * batches for seed in range(4)}), slow)
+    assert never.steps[0] == 1 and not never.reached
+    assert budget(slow, slow).steps[0] == 1 and budget(fast, {}) is None
+
+
+def test_the_committed_pages_show_the_committed_rows():
+    tables = page_of.tables_of(page_of.RESULTS)
+    tuning = "\n".join(preference_tuning.show(preference_tuning.RESULTS))
+    page_and_tables = [(path, tables, tables["answers"]) for path in page_of.PAGES]
+    of_tuning = preference_tuning.RESULTS.parent.parent / "preference_tuning.md"
+    for path, shown, one in [*page_and_tables, (of_tuning, {"tuning": tuning}, tuning)]:
+        page = path.read_text(encoding="utf-8")
+        assert page == replace_tables(page, shown) and one in page
+
+
+def test_a_row_is_reproduced_on_its_processor_or_within_the_spread_of_another(tmp_path, monkeypatch):
+    ledger, real = Ledger(tmp_path / "planned.csv", KEY), {}
+    specs, machines = planned.PARTS["start"].specs()[:4], ("this", "this", "other", "other")
+    for spec, auc, hardware in zip(specs, ("0.5", "0.6", "0.5", "0.5"), machines, strict=True):
+        options = json.dumps(find_arm(spec.arm).key)
+        row = {**vars(spec), "options": options, **dict.fromkeys(planned.COMPUTED, "0.5"), "hardware": hardware}
+        real[spec.task, spec.arm] = row
+        ledger.append(row | {"auc": auc})
+
+    def execute(todo, into, workers):
+        for spec in todo:
+            into.append(real[spec.task, spec.arm] | {"hardware": "this"})
+
+    monkeypatch.setattr(planned, "execute", execute)
+    lines = planned.reproduce(4, tmp_path, 1)
+    assert sum(line.endswith(": the same, bit for bit") for line in lines) == 3
+    (other,) = (line for line in lines if "bit" not in line)
+    assert "differs in auc, mean reward by -0.1000" in other
+    row = real[spec.task, spec.arm]
+    for gap, word in ((0.03, "within"), (0.05, "BEYOND")):
+        new = row | {"auc": str(0.5 + gap), "hardware": "this"}
+        assert planned.compare_rows(row, new, 0.01).startswith(f"{word} the spread of another processor")
+    ledger.path.write_text(ledger.path.read_text(encoding="utf-8").replace("3.0}", "4.0}"), encoding="utf-8")
+    with pytest.raises(ValueError, match="other options now"):
+        planned.reproduce(4, tmp_path, 1)

@@ -1,21 +1,28 @@
 """What the weights cost: each bench in its smallest form, and bounds on what is counted rather than timed."""
 
-import csv
+import math
+import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from accelerate.commands.launch import launch_command_parser
 
-from recipes.studies.cost import head_memory, import_time, overhead, table, two_processes, weights_alone
+from recipes.studies.cost import gpu, head_memory, import_time, overhead, table, two_processes, weights_alone
+from recipes.studies.cost.gpu_parts import probe, smollm2
+from recipes.studies.cost.gpu_parts.correctness import Deviation, OutOfBounds, check
+from recipes.studies.cost.gpu_parts.schedule import Context, Part, run_part
 from recipes.studies.cost.measure.counters import counting
 from recipes.studies.cost.measure.memory import buffered_bytes, loss_bytes, peak_during, run_child, storage_bytes
 from recipes.studies.cost.measure.rows import CIRCUMSTANCES, COLUMNS, append, quartiles, read, row
 from recipes.studies.cost.measure.stepping import PHASES, REST, WHOLE, Stepper, time_pairs
 from recipes.studies.cost.measure.traffic import count_parts
-from recipes.studies.cost.measure.trainers import BASELINE, build_trainer
-from recipes.studies.cost.measure.workload import MODELS, Workload
+from recipes.studies.cost.measure.trainers import BASELINE, build_trainer, measured_arms
+from recipes.studies.cost.measure.workload import Workload
+from recipes.studies.shared.machine import ROOT
 from trl_lambda.generation_batch import GenerationBatch
 from trl_lambda.lambda_parameter import Descent, LambdaParameter
 from trl_lambda.metrics.loss_metrics import LossMetrics
@@ -27,7 +34,6 @@ WEIGHTED = ("lambda_grpo", "tr_grpo", "unified")
 
 @pytest.fixture(scope="module")
 def trainers(tmp_path_factory):
-    """One trainer of each kind on the same completions."""
     return {arm: build_trainer(arm, SMALL, str(tmp_path_factory.mktemp("out"))) for arm in (BASELINE, *WEIGHTED)}
 
 
@@ -36,29 +42,27 @@ def counts(trainers):
     return {arm: count_parts(trainer) for arm, trainer in trainers.items()}
 
 
-def run_main(module, monkeypatch, path, *arguments) -> list[dict]:
-    """Run a bench's command line in this process and return the rows that it appended."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, "--smoke", "--out", str(path), *arguments])
-    module.main()
-    return well_formed(path)
-
-
 def well_formed(path) -> list[dict]:
-    with open(path, newline="") as file:
-        assert tuple(next(csv.reader(file))) == COLUMNS
     rows = read(path)
-    assert rows
+    assert rows and tuple(rows[0]) == COLUMNS
     for measured in rows:
         assert None not in measured and None not in measured.values()
         assert all(measured[name] for name in ("bench", "arm", "setting", "metric", "value", *CIRCUMSTANCES[:-1]))
-        if measured["unit"]:
-            float(measured["value"])
         if measured["low"]:
             assert float(measured["low"]) <= float(measured["value"]) <= float(measured["high"])
     return rows
 
 
-# ---- What is counted ----
+@pytest.fixture
+def run_bench(monkeypatch, tmp_path):
+    """Runs a bench's command line in this process and returns value by (arm, metric) of the rows that it appended."""
+
+    def run(module, *arguments) -> dict[tuple[str, str], float]:
+        monkeypatch.setattr(sys, "argv", [module.__name__, "--smoke", "--out", str(tmp_path / "x.csv"), *arguments])
+        module.main()
+        return {(row["arm"], row["metric"]): float(row["value"]) for row in well_formed(tmp_path / "x.csv")}
+
+    return run
 
 
 def test_the_counter_sees_each_kind_of_transfer():
@@ -86,18 +90,15 @@ def test_loss_step_log_and_generation_cost_what_the_page_says(counts, arm):
     assert mine["step"].collectives == [*base["step"].collectives, *reduction]
     methods = [[method for method, _ in mine[part].collectives] for part in ("step", "step with log")]
     assert methods[1] == [*methods[0], "gather"]
-    more = Counter(m for m, _ in mine["generation"].collectives) - Counter(
-        m for m, _ in base["generation"].collectives
-    )
-    assert more == {"gather": 1}
-    assert mine["generation"].reads.total() == base["generation"].reads.total()
-    assert mine["generation"].writes.total() == base["generation"].writes.total()
+    ours, theirs = (Counter(method for method, _ in part["generation"].collectives) for part in (mine, base))
+    assert ours - theirs == {"gather": 1}
+    for kind in ("reads", "writes"):
+        assert getattr(mine["generation"], kind).total() == getattr(base["generation"], kind).total()
 
 
-@pytest.mark.parametrize("arm", WEIGHTED)
-def test_off_the_cpu_the_weights_read_nothing(trainers, arm, monkeypatch):
+def test_off_the_cpu_the_weights_read_nothing(trainers, monkeypatch):
     """On tensors without memory a read raises: the hooks in the loss get by without any, metrics among them."""
-    trainer, device = trainers[arm], torch.device("meta")
+    trainer, device = trainers["unified"], torch.device("meta")
     inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in trainer._buffered_inputs[0].items()}
     known = trainer._scoring.batches["train"]
     tensors = (known.numbers, known.lengths, known.token_count, known.advantages)
@@ -106,9 +107,8 @@ def test_off_the_cpu_the_weights_read_nothing(trainers, arm, monkeypatch):
     monkeypatch.setattr(trainer._scoring, "places_of", lambda inputs, mode: (batch, places))
     monkeypatch.setattr(trainer, "_observe", lambda *a: None)  # λ's learning looks at a batch on the host
     monkeypatch.setattr(trainer, "_loss_metrics", {"train": LossMetrics()})
-    if trainer._lambda is not None:
-        parameter = LambdaParameter(0.5, Descent("dapo"), bounds=None, device=device, features=("length",))
-        monkeypatch.setattr(trainer, "_lambda", parameter)
+    parameter = LambdaParameter(0.5, Descent("dapo"), bounds=None, device=device, features=("length",))
+    monkeypatch.setattr(trainer, "_lambda", parameter)
     weighted = WeightedInputs(inputs)
     logps = torch.empty(inputs["completion_ids"].shape, device=device, requires_grad=True)
     trainer._weigh(weighted, logps, None)
@@ -119,13 +119,9 @@ def test_off_the_cpu_the_weights_read_nothing(trainers, arm, monkeypatch):
         weighted["advantages"].sum().item()
 
 
-# ---- What is held ----
-
-
 def test_a_view_counts_for_its_storage_and_a_peak_for_what_lives_at_the_same_time():
     x, mib = torch.zeros(4, 8), 2**20
     assert sum(storage_bytes([x, x[:1], x.view(-1), None, "text"]).values()) == 4 * 8 * 4
-    assert sum(storage_bytes([torch.zeros(1).expand(100)]).values()) == 4
 
     def run():
         one = torch.empty(4 * mib, dtype=torch.uint8)
@@ -140,11 +136,7 @@ def test_the_buffer_holds_row_numbers_more_and_a_weighed_loss_leaves_no_gradient
     assert more == SMALL.rows * 8  # lengths and advantages are held once, beside the buffer
     trainer = trainers["unified"]
     assert loss_bytes(trainer) > 0
-    leaves = [*trainer.model.parameters(), *trainer.optimizer.param_groups[-1]["params"]]
-    assert all(leaf.grad is None or not leaf.grad.any() for leaf in leaves)
-
-
-# ---- Pairs and rows ----
+    assert all(leaf.grad is None or not leaf.grad.any() for leaf in trainer.model.parameters())
 
 
 def test_pairs_alternate_and_every_phase_is_timed(trainers):
@@ -155,26 +147,18 @@ def test_pairs_alternate_and_every_phase_is_timed(trainers):
     taken = time_pairs(base, {"lambda_grpo": ours}, pairs=3, steps=2)["lambda_grpo"]
     assert order[2:] == ["ours", "base"] * 2 + ["base", "ours"] * 2 + ["ours", "base"] * 2
     for seconds in (side for pair in taken for side in pair):
-        assert all(seconds[phase] > 0 for phase in (*PHASES, WHOLE))
         assert sum(seconds[phase] for phase in (*PHASES, REST)) == pytest.approx(seconds[WHOLE])
 
 
-# ---- Each bench in its smallest form ----
-
-
-def test_overhead(monkeypatch, tmp_path):
-    rows = run_main(overhead, monkeypatch, tmp_path / "results.csv", "--arms", "lambda_grpo", "--device", "cpu")
-    metrics = {measured["metric"] for measured in rows if measured["arm"] == "lambda_grpo"}
+def test_overhead(run_bench, tmp_path):
+    metrics = {metric for arm, metric in run_bench(overhead, "--arms", "lambda_grpo", "--device", "cpu")}
     assert {"loss forward", "backward", "loss and backward", "optimizer", "whole step", "peak memory"} <= metrics
-    text = table.markdown(tmp_path / "results.csv")
+    text = table.markdown(tmp_path / "x.csv")
     assert "| lambda_grpo |" in text and "GRPOTrainer" in text and "| nan" not in text
 
 
-def test_head_memory(monkeypatch, tmp_path):
-    rows = run_main(head_memory, monkeypatch, tmp_path / "results.csv", "--dtype", "float32", "--device", "cpu")
-    assert float(rows[0]["value"]) > 0 and rows[0]["unit"] == "MiB"
-    with torch.device("meta"):
-        assert Qwen2ForCausalLM(Qwen2Config(**MODELS["qwen2.5-1.5b"])).num_parameters() == 1_543_714_304
+def test_head_memory(run_bench, monkeypatch):
+    assert min(run_bench(head_memory, "--dtype", "float32", "--device", "cpu").values()) > 0
     # What cannot fit is said and not tried.
     monkeypatch.setattr(head_memory, "available_bytes", lambda device: 10**9)
     monkeypatch.setattr(head_memory, "run_child", lambda *a: pytest.fail("was tried"))
@@ -184,27 +168,22 @@ def test_head_memory(monkeypatch, tmp_path):
         run_child("recipes.studies.cost.no_such_bench", [])
 
 
-def test_weights_alone(monkeypatch, tmp_path):
-    rows = run_main(weights_alone, monkeypatch, tmp_path / "results.csv", "--no-compile", "--device", "cpu")
-    beside = [float(r["value"]) for r in rows if r["metric"].startswith("bytes beside the floor")]
-    assert beside and min(beside) >= 1
+def test_weights_alone(run_bench):
+    value = run_bench(weights_alone, "--no-compile", "--device", "cpu")
+    assert min(value[key] for key in value if key[1].startswith("bytes beside the floor")) >= 1
     x = torch.zeros(1000)
-    assert weights_alone.eager_bytes(lambda x: x.exp(), x) == 8000
     assert weights_alone.eager_bytes(lambda x: (x.view(10, 100).exp() + x.view(10, 100)).view(-1), x) == 8000 + 12000
 
 
-def test_gather_at_two_processes(monkeypatch, tmp_path):
-    rows = run_main(two_processes, monkeypatch, tmp_path / "results.csv")
-    value = {(r["arm"], r["metric"]): float(r["value"]) for r in rows}
+def test_gather_at_two_processes(run_bench):
+    value = run_bench(two_processes)
     for part, more in (("loss", 0), ("step", 1), ("step with log", 2), ("generation", 1)):
         metric = f"{part}: calls of torch.distributed"
         assert value["lambda_grpo", metric] == value[BASELINE, metric] + more, part
 
 
-def test_import_time(monkeypatch, tmp_path):
-    rows = run_main(import_time, monkeypatch, tmp_path / "results.csv")
-    value = {(r["arm"], r["metric"]): float(r["value"]) for r in rows}
-    assert all(seconds > 0 for (_, metric), seconds in value.items() if metric != "modules")
+def test_import_time(run_bench):
+    value = run_bench(import_time)
     assert value["trl_lambda", "modules"] < 40  # its own, and nothing heavy that TRL has not imported already
 
 
@@ -218,4 +197,82 @@ def test_rows_keep_median_and_quartiles_and_tables_the_last_of_equal_rows(tmp_pa
     text = table.markdown(path)
     assert "1.010 (1.010 – 1.010)" in text and "1.500" not in text and "| full logits | does not fit |" in text
     page = table.RESULTS.with_name("README.md").read_text(encoding="utf-8")
-    assert page.partition("<!-- bench: begin -->\n")[2].partition("<!-- bench: end -->")[0] == table.markdown()
+    assert f"<!-- bench: begin -->\n{table.markdown()}<!-- bench: end -->" in page
+
+
+def test_every_line_runs_on_a_cpu_with_the_device_set_aside(tmp_path):
+    out = tmp_path / "gpu.csv"
+    command = [sys.executable, "-m", "recipes.studies.cost.gpu", "--tiny", "--out", str(out), "--minutes", "600"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = read(out)
+    assert tuple(seen[0]) == COLUMNS and not [bad for bad in seen if bad["metric"] in ("failed", "stopped")]
+    assert all(measured["hardware"] and measured["torch"] and measured["trl"] for measured in seen)
+    parts = [measured["bench"] for measured in seen if measured["metric"] == "time of the part"]
+    assert parts == [part.name for part in gpu.PARTS.values()]
+    steps = [measured["arm"] for measured in seen if measured["metric"] == "time of the step"]
+    assert steps == [name for part in gpu.PARTS.values() for name, _ in part.steps]
+    cost = [m for m in seen if m["bench"] == "gpu b: cost" and (m["metric"], m["unit"]) == ("whole step", "ratio")]
+    assert {measured["arm"] for measured in cost} == set(measured_arms()) - {BASELINE}
+    assert {m["arm"] for m in seen if m["metric"] == "optimizer steps" and m["value"] == "2"} == set(smollm2.MAIN)
+    text = table.gpu_markdown(out)
+    assert "| lambda_grpo |" in text and "LoRA" in text and "nan" not in text
+
+
+def test_the_command_says_that_there_is_no_gpu_and_fails_with_a_step(monkeypatch, tmp_path, capsys):
+    def broken(given):
+        raise RuntimeError("on purpose")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no GPU is visible" in capsys.readouterr().err
+    monkeypatch.setitem(gpu.PARTS, "cost", Part("part", 1, (("step", broken),)))
+    assert gpu.main(["--tiny", "--parts", "cost", "--out", str(tmp_path / "gpu.csv")]) == 1
+    assert "cost: step" in capsys.readouterr().err
+
+
+def test_a_step_that_fails_and_a_part_out_of_time_leave_a_row_each(tmp_path):
+    here, out = Context("cpu", True, tmp_path, tmp_path), tmp_path / "gpu.csv"
+
+    def fine(given):
+        yield [row("part", "arm", "", "first", 1.0, "s")]
+
+    def broken(given):
+        yield [row("part", "arm", "", "before", 1.0, "s")]
+        raise RuntimeError("on\npurpose")
+
+    def long(given):
+        given.ends = time.monotonic()
+        yield [row("part", "arm", "", "last", 1.0, "s")]
+
+    steps = (("fine", fine), ("broken", broken), ("long", long), ("never", lambda given: pytest.fail("was begun")))
+    assert run_part(Part("part", 1, steps), here, out) == ["broken"]
+    seen = read(out)
+    assert [measured["metric"] for measured in seen] == [
+        *("first", "time of the step", "before", "failed", "time of the step", "last", "time of the step"),
+        *("stopped", "time of the part"),
+    ]
+    value = {measured["metric"]: measured["value"] for measured in seen}
+    assert value["failed"] == "RuntimeError: on purpose"
+    assert value["stopped"] == "after 1 minutes, without the rest of long, never"
+
+
+def test_a_deviation_beyond_its_bound_raises_and_a_launched_process_says_why_it_failed(tmp_path):
+    for value in (2.0, math.nan):
+        with pytest.raises(OutOfBounds, match="lambda_grpo, fp32, loss"):
+            check([Deviation("lambda_grpo", "fp32", "loss", x, 1.0) for x in (0.5, value)])
+    for engine in ("fsdp2", "zero3"):
+        command = probe.launcher(engine, "cuda")
+        assert command[1:3] == ["-m", "accelerate.commands.launch"]
+        args = launch_command_parser().parse_args([*command[3:], "-m", "recipes.studies.cost.gpu_parts.probe"])
+        assert Path(args.config_file).is_file() and args.num_processes == 1 and args.mixed_precision == "no"
+    with pytest.raises(RuntimeError, match="KeyError"):
+        probe.launch([{"arm": "no such arm", "workload": {}}], tmp_path, "cpu")
+
+
+def test_the_tables_say_that_there_is_no_gpu_row_or_show_them(tmp_path):
+    assert table.gpu_markdown(tmp_path / "gpu.csv") == "No GPU row yet: `make gpu` writes them.\n"
+    readme = table.RESULTS.with_name("README.md").read_text(encoding="utf-8")
+    assert f"<!-- gpu: begin -->\n{table.gpu_markdown(table.GPU_RESULTS)}<!-- gpu: end -->" in readme

@@ -7,7 +7,7 @@ from trl import GRPOConfig
 
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.length_rewards import distance, laconic
-from recipes.studies.smollm2 import report, run, study
+from recipes.studies.smollm2 import alignment, report, run, study
 from recipes.studies.smollm2.arms import find_arm
 from trl_lambda import LambdaGRPOConfig
 
@@ -82,7 +82,7 @@ def test_the_tables_pair_by_seed_and_count_what_has_not_run():
     assert report.differences(cells, "products", "softmax") == pytest.approx([0.101, 0.099] * 4)
     table = report.answers_table(cells, report.PUBLISHED, ("products", "chain_sum"))
     assert "| softmax | products | 8 | +10.0 [" in table and "| higher |" in table
-    assert table.count("not run") == 5  # one pair answers nothing
+    assert table.count("not run") == 4 and table.count("too few pairs") == 1
     assert "| products | 8 | 2.4 | +0.0 [" in report.yardstick_table(cells) and "| 2.1 |" in report.yardstick_table(
         cells
     )
@@ -94,9 +94,8 @@ def test_the_tables_pair_by_seed_and_count_what_has_not_run():
 
 
 def test_the_report_replaces_its_tables_and_draws(tmp_path):
-    page = tmp_path / "README.md"
+    page, ledger = tmp_path / "README.md", Ledger(tmp_path / "runs.csv", study.KEY)
     page.write_text(report.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    ledger = Ledger(tmp_path / "runs.csv", study.KEY)
     for seed in range(3):
         for arm, lam in (("dapo", ""), ("softmax_tr", "0 -0.01")):
             ledger.append(made_row(arm, seed, 0.4 + 0.1 * seed, lam))
@@ -115,3 +114,14 @@ def test_the_length_rewards_follow_their_formulas():
     hard([""], completion_ids=[[0] * 9])
     assert hard([""], completion_ids=[[0] * 9]) == [-1.0]  # λ and the penalty stop at 1
     assert distance(10)(["", ""], completion_ids=[[0] * 15, [0] * 5]) == [-0.5, -0.5]
+
+
+def test_alignment_measures_every_weight_by_the_adapters(tmp_path, monkeypatch):
+    model = write_model(tmp_path / "model")
+    some_right = lambda completions, metadata: [float(i % 3 == 0) for i in range(len(completions))]  # noqa: E731
+    monkeypatch.setattr(alignment, "reasoning_gym_score", some_right)
+    alignment.align("products", tmp_path, count=4, model_name=model)
+    rows = Ledger(tmp_path / "alignment.csv", alignment.KEY).rows()
+    assert [row["weight"] for row in rows][0] == "dapo" and float(rows[0]["ratio_adam"]) == 1.0
+    assert {"softmax", "tr", "softmax_tr", "positive3_settled"} <= {row["weight"] for row in rows}
+    alignment.align("products", tmp_path, count=4, model_name="nowhere")  # its rows are there

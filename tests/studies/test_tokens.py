@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from trl import GRPOConfig
 
 from recipes.playground.rewards import exact_answer, short_right_answers
 from recipes.studies.shared.paired_statistics import student_quantile
@@ -16,50 +15,18 @@ from recipes.studies.tokens import study as budget
 from recipes.studies.tokens.frontier import frontier_table
 from recipes.studies.tokens.rows import split_name
 from recipes.studies.tokens.tuning import kept_settings
-from trl_lambda import LambdaGRPOConfig
-
-PLAN = budget.Plan()
-METHODS = sorted({spec.arm for spec in PLAN.ladder()})
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_is_a_configuration_of_its_own(name, tmp_path):
-    arm = budget.method(name)
-    config_class = GRPOConfig if arm.trl else LambdaGRPOConfig
-    config_class(str(tmp_path), use_cpu=True, bf16=False, report_to="none", **arm.options)
-    assert [other for other in METHODS if budget.method(other).key == arm.key] == [name]
 
 
 def test_a_name_is_its_way_and_its_setting():
-    plain = budget.method("target 22").options
-    assert budget.method("target 22 signed").options == plain | {"lambda_side": "signed"}
-    assert budget.method("target 22 wide").options == plain | {"lambda_bounds": (-6.0, 6.0)}
     assert split_name("overlong 48 24") == ("overlong", "48 24") and split_name("fixed -0.5") == ("fixed", "-0.5")
     assert split_name("target 22 signed") == ("target signed", "22") and split_name("dapo") == ("dapo", "")
     with pytest.raises(ValueError, match="'hope 3' is no method; accepted: dapo, target"):
         budget.method("hope 3")
     rows = budget.Ledger(budget.RESULTS / "budget.csv", ("seed",)).rows()
+    for (way, task), settings in kept_settings(rows).items():  # the rivals' are those that the rule keeps
+        assert [f"{way} {setting}" for setting in settings] == budget.names_of(way, task)
     shown = {row["arm"]: json.loads(row["options"]) for row in rows}
     assert all(json.loads(json.dumps(budget.method(arm).key)) == options for arm, options in shown.items())
-
-
-def test_the_plan_has_every_way_on_every_task_and_keeps_tuning_seeds_apart():
-    ladder, settle = PLAN.ladder(), PLAN.settle()
-    cells = {(spec.task, spec.arm) for spec in ladder}
-    assert len(ladder) == len(set(ladder)) == 12 * len(cells) and len(settle) == 48 and set(settle) <= set(ladder)
-    for task in budget.TASKS:
-        assert {split_name(name)[0] for of, name in cells if of == task} >= set(budget.WAYS) - {"target signed"}
-    assert {spec.seed for spec in ladder} == set(range(500, 512)) and all(s.split == "test" for s in ladder)
-    for part in (PLAN.step(), PLAN.tune(), PLAN.remedy(), budget.SMOKE.settle(), budget.SMOKE.ladder()):
-        assert {spec.seed for spec in part} <= set(range(200, 208))
-
-
-def test_the_rivals_settings_are_those_that_the_rule_keeps():
-    rows = budget.Ledger(budget.RESULTS / "budget.csv", ("seed",)).rows()
-    kept = kept_settings(rows)
-    assert {way for way, _ in kept} == set(budget.TRIED)
-    for (way, task), settings in kept.items():
-        assert [f"{way} {setting}" for setting in settings] == budget.names_of(way, task)
 
 
 def test_the_rule_drops_what_is_beaten_and_keeps_the_best_and_the_shortest():
@@ -111,31 +78,25 @@ def test_the_tables_say_what_the_rows_hold():
     rows += [row("t", "target 20", s, 0.5 + gap, 20.0, [9.0] * 30 + [20.0 + 2 * s] * 20) for s, gap in enumerate(gaps)]
     promise = report.promise_table(rows, {"t": 20}).splitlines()[-1]
     lower = 1.0 - student_quantile(0.95, 2) * 2.0 / math.sqrt(3)
-    assert promise.startswith(
-        f"| t | 20 | 3 | 20.0, 22.0, 24.0 | 2 of 3 | +1.0 ({lower:+.1f}) | -45 %; -50 % | +0.5 ["
-    )
-    assert promise.endswith("] | -1.5 to -1.5 |")
-    ladder = report.ladder_table(rows, budget.WAYS).splitlines()[2:]
-    assert ladder[0] == "| t | TRL's dapo | – | 3 | 40.0 | 50.0 |  |  |"
-    assert ladder[1].startswith("| t | length_target | 20 | 3 | 20.0 | 51.0 | +1.0 [") and ladder[1].endswith(
-        "-20.0 |"
-    )
+    shown = f"| t | 20 | 3 | 20.0, 22.0, 24.0 | 2 of 3 | +1.0 ({lower:+.1f}) | -45 %; -50 % | +0.5 ["
+    assert promise.startswith(shown)
+    baseline, target = report.ladder_table(rows, budget.WAYS).splitlines()[2:]
+    assert baseline == "| t | TRL's dapo | – | 3 | 40.0 | 50.0 |  |  |"
+    assert target.startswith("| t | length_target | 20 | 3 | 20.0 | 51.0 | +1.0 [") and target.endswith("-20.0 |")
     curve = np.concatenate([np.linspace(40, 21, 20), np.full(30, 20.0)])
     steps = [row("t", "target 20", s, 0.5, 20.0, curve, study="step") for s in range(2)]
     assert report.step_table(steps).splitlines()[-1] == "| t | 64 | 4 | 2 | 68, 68 | 68, 68 | 1.00, 1.00 |"
     assert report.settled_length(steps[0]) == 20.0
-    figure = report.draw_frontier(rows, budget.WAYS)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["t"]
     assert len(report.draw_steps(steps).axes[0].lines) == 1
 
 
 def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():
-    rows = [row("t", "dapo", s, 0.6 + 0.01 * s, 40.0, []) for s in range(3)]
-    rows += [row("t", "target 20", s, 0.5 + 0.02 * s, 20.0, []) for s in range(3)]
-    rows += [row("t", "target 30 signed", s, 0.1, 30.0, []) for s in range(3)]  # on another curve
-    rows += [row("t", "lead 0.1", s, 0.5, 25.0 + s, []) for s in range(3)]  # mean tokens 26: 0.7 target, 0.3 dapo
-    rows += [row("t", "cut 10", s, 0.3, 10.0, []) for s in range(3)]  # beyond the curve: its end counts
-    rows += [row("t", "overlong 48 24", s, 0.9, 30.0, []) for s in range(3)]
+    rows = []
+    for s in range(3):
+        rows += [row("t", "dapo", s, 0.6 + 0.01 * s, 40.0, []), row("t", "target 20", s, 0.5 + 0.02 * s, 20.0, [])]
+        rows += [row("t", "target 30 signed", s, 0.1, 30.0, [])]  # on another curve
+        rows += [row("t", "lead 0.1", s, 0.5, 25.0 + s, [])]  # mean tokens 26: 0.7 target, 0.3 dapo
+        rows += [row("t", "cut 10", s, 0.3, 10.0, []), row("t", "overlong 48 24", s, 0.9, 30.0, [])]
     lead, overlong, cut = frontier_table(rows, budget.WAYS).splitlines()[2:]
     # On the curve 0.7·0.52 + 0.3·0.61 of 26 tokens.
     assert lead.startswith("| t | length reward for right answers | 0.1 | 3 | 26.0 | +4.7 [")
@@ -147,10 +108,8 @@ def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():
     half = student_quantile(0.975, 2) * math.sqrt(2 / 3 * sum((g - sum(gaps) / 3) ** 2 for g in gaps))
     assert f"[{4.7 - half:+.1f}, {4.7 + half:+.1f}] | level |" in lead and half > 4.7
     assert overlong.endswith("| below |")
-    assert cut.startswith("| t | max_completion_length cut | 10 | 3 | 10.0 | +22.0 [")
-    assert cut.endswith("above, with 20.0 tokens |")
-    signed = frontier_table(rows, budget.WAYS, "target signed").splitlines()[2]
-    assert "| 26.0 | -40.0 " in signed  # its end with 30 tokens
+    assert "| 10.0 | +22.0 [" in cut and cut.endswith("above, with 20.0 tokens |")  # beyond the curve its end counts
+    assert "| 26.0 | -40.0 " in frontier_table(rows, budget.WAYS, "target signed")  # its end with 30 tokens
 
 
 def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch, capsys):
@@ -160,11 +119,8 @@ def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch,
     budget.main()
     first = (tmp_path / "budget.csv").read_text()
     assert len(first.splitlines()) == 3 and "length_target" in first
-    options = [json.loads(r["options"]) for r in budget.Ledger(tmp_path / "budget.csv", ("seed",)).rows()]
-    assert options == [{"loss_type": "dapo"}, {"length_weight": "power", "length_target": 8.0}]
     assert "| idle_filler | TRL's dapo | – | 1 |" in capsys.readouterr().out
-    page = (tmp_path / "README.md").read_text()
-    assert "| idle_filler | length_target | 8 | 1 |" in page
+    assert "| idle_filler | length_target | 8 | 1 |" in (tmp_path / "README.md").read_text()
     assert {"budget_frontier.png", "budget_steps.png"} <= {path.name for path in tmp_path.iterdir()}
     budget.main()
     assert (tmp_path / "budget.csv").read_text() == first
@@ -172,3 +128,15 @@ def test_the_command_goes_on_where_it_stopped_and_reports(tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         budget.main()
     assert "no part is called all" in capsys.readouterr().err
+
+
+def test_the_rivals_with_a_set_point_are_counted_beside_the_target():
+    def run(arm, study, accuracy, tail):
+        lengths = [30.0] * 20 + tail
+        return [row("t", arm, s, accuracy, 20.0, lengths, study=study) for s in range(3)]
+
+    rows = run("dapo", "budget", 0.5, [40.0] * 30) + run("target 20", "budget", 0.5, [20.0] * 30)
+    rows += run("laconic 20 0.002", "set_points", 0.6, [10.0] * 5 + [30.0] * 5 + [24.0] * 20)
+    held, swung = report.set_points_table(rows, "t", 20).splitlines()[2:]
+    assert held.startswith("| target 20 | 3 | 20.0, 20.0, 20.0 | 3 of 3 | +0.0 |") and held.endswith("| 1.00 | 1.0 |")
+    assert "| 0 of 3 | +10.0 |" in swung and swung.endswith("| 0.50 | 2.0 |")

@@ -25,7 +25,6 @@ OF_ALL = {"positive_weight": 3.0, "token_weight": "tr_grpo"}
 
 
 def is_legal(**options: object) -> bool:
-    """Whether the configuration accepts these options."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             LambdaGRPOConfig(folder, use_cpu=True, bf16=False, **options)

@@ -16,45 +16,33 @@ MORE_PAGES = [*sorted((ROOT / "recipes").glob("**/README.md")), ROOT / "CHANGELO
 
 
 def name(path: Path) -> str:
-    """A path as a reader names it."""
     return str(path.relative_to(ROOT))
 
 
 def fences(path: Path, language: str) -> list[str]:
-    """The code fences of a language, at the beginning of a line."""
     text = path.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def commands(path: Path) -> list[tuple[str, str]]:
-    """The commands of a page's bash fences, lines joined and blanks evened: command, comment."""
-    found = []
-    for fence in fences(path, "bash"):
-        for line in fence.replace("\\\n", " ").splitlines():
-            command, _, comment = line.partition("  #")
-            if command.strip() and not command.startswith("#"):
-                found.append((" ".join(command.split()), comment.strip()))
-    return found
+def commands(path: Path) -> list[str]:
+    """The commands of a page's bash fences, lines joined and blanks evened."""
+    lines = "\n".join(fences(path, "bash")).replace("\\\n", " ").splitlines()
+    found = (" ".join(line.partition("  #")[0].split()) for line in lines)
+    return [command for command in found if command and not command.startswith("#")]
 
 
 def prose(path: Path) -> str:
-    """A page without its fences."""
     return re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def links(path: Path) -> list[str]:
-    """The targets of a page's links and images."""
     return re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(path)))
 
 
 def anchors(path: Path) -> set[str]:
     """The targets of links into a page: its headings, as GitHub and the site spell them."""
     headings = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
-    spelt = [re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings]
-    return set(spelt)
-
-
-# ---- Prose ----
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 def visible(text: str) -> str:
@@ -81,7 +69,6 @@ def sentences(text: str, *, tables: bool = False) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text. Signs are none."""
     return re.findall(r"[A-Za-zλμπ][\w'’.-]*|\d[\d,.]*", text)
 
 

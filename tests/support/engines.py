@@ -24,24 +24,11 @@ from launch import launch
 # fp32 on other kernels, sums over two ranks, and ZeRO's own flattened Adam: λ and losses agree to rounding.
 TOLERANCE = 2e-5
 
-JOB = {
-    "trainer": "lambda",
-    "noise": 0.2,
-    "options": {
-        "length_weight": "lambda_grpo",
-        "lambda_init": 0.7,
-        "lambda_learning_rate": 0.5,
-        "token_weight": "tr_grpo",
-        "optim": "adamw_torch",
-        "learning_rate": 1e-3,
-        "adam_epsilon": 1e-3,  # at 1e-8 Adam turns the rounding of a gradient near 0 into a whole step
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 0.5,
-        "max_steps": 3,
-        "steps_per_generation": 2,
-        "gradient_accumulation_steps": 2,
-    },
-}
+OPTIONS = {"lambda_init": 0.7, "lambda_learning_rate": 0.5, "token_weight": "tr_grpo", "lr_scheduler_type": "linear"}
+OPTIONS |= {"max_grad_norm": 0.5, "max_steps": 3, "steps_per_generation": 2, "gradient_accumulation_steps": 2}
+# At 1e-8 Adam turns the rounding of a gradient near 0 into a whole step.
+OPTIONS |= {"optim": "adamw_torch", "learning_rate": 1e-3, "adam_epsilon": 1e-3}
+JOB = {"trainer": "lambda", "noise": 0.2, "options": OPTIONS}
 
 
 @dataclass
@@ -54,7 +41,6 @@ class Engine:
     command: tuple[str, ...] | None = None
     job: dict = field(default_factory=dict)
     env: dict = field(default_factory=dict)
-    rtol: float = TOLERANCE
 
 
 def zero(stage: int, processes: int) -> Engine:
@@ -63,21 +49,14 @@ def zero(stage: int, processes: int) -> Engine:
         "--num_machines 1 --mixed_precision no --dynamo_backend no --gradient_accumulation_steps 2 "
         "--zero3_save_16bit_model true --main_process_port 0"
     ).split()
-    return Engine(
-        "DeepSpeedEngine", processes, True, (sys.executable, *command), {"deepspeed": True}, {"DS_ACCELERATOR": "cpu"}
-    )
+    job, env = {"deepspeed": True}, {"DS_ACCELERATOR": "cpu"}
+    return Engine("DeepSpeedEngine", processes, True, (sys.executable, *command), job, env)
 
 
-ENGINES = {
-    "ddp ×2": Engine("DistributedDataParallel", 2, False),
-    "fsdp2 ×1": Engine("FSDPQwen2ForCausalLM", 1, True, job={"engine": "fsdp2"}),
-    "fsdp2 ×2": Engine("FSDPQwen2ForCausalLM", 2, True, job={"engine": "fsdp2"}),
-    "zero2 ×1": zero(2, 1),
-    "zero2 ×2": zero(2, 2),
-    "zero3 ×1": zero(3, 1),
-    "zero3 ×2": zero(3, 2),
-}
-REDUCED = ("ddp ×2", "fsdp2 ×2")
+ENGINES = {"ddp ×2": Engine("DistributedDataParallel", 2, False)}
+for n in (1, 2):
+    ENGINES[f"fsdp2 ×{n}"] = Engine("FSDPQwen2ForCausalLM", n, True, job={"engine": "fsdp2"})
+    ENGINES |= {f"zero2 ×{n}": zero(2, n), f"zero3 ×{n}": zero(3, n)}
 
 
 def make_job(processes: int, changes: dict, **options) -> dict:
@@ -86,33 +65,33 @@ def make_job(processes: int, changes: dict, **options) -> dict:
     return JOB | {"options": own} | changes
 
 
-def run_engine(name: str, folder: Path, single: dict, **options) -> dict[str, float]:
-    """
-    Train under one engine and compare with the single-process run.
-
-    Returns:
-        `dict[str, float]`: largest relative deviation of losses, λ and model.
-    """
+def launch_engine(name: str, folder: Path, options: dict, env: dict | None = None, **changes) -> list[dict]:
     engine = ENGINES[name]
-    job = make_job(engine.processes, engine.job, **options)
-    (ranks,) = launch(
-        [job], folder, engine.processes, command=list(engine.command) if engine.command else None, env=engine.env
-    )
+    job = make_job(engine.processes, engine.job, **options) | changes
+    command = list(engine.command) if engine.command else None
+    (ranks,) = launch([job], folder, engine.processes, command=command, env=engine.env | (env or {}))
     for rank in ranks:
-        assert rank["wrapper"] == engine.wrapper, f"{name} ran under {rank['wrapper']}"
-        assert rank["own_optimizer"] == engine.own_optimizer
+        assert "error" in rank or rank["wrapper"] == engine.wrapper, f"{name} ran under {rank['wrapper']}"
+    return ranks
+
+
+def run_engine(name: str, folder: Path, single: dict) -> dict[str, float]:
+    """Largest relative deviation of losses, λ and model from the single-process run."""
+    ranks = launch_engine(name, folder, {})
+    for rank in ranks:
+        assert rank["own_optimizer"] == ENGINES[name].own_optimizer
         assert rank["lambdas"] == ranks[0]["lambdas"], f"{name}: λ differs between ranks"
     losses, expected = step_losses(ranks), step_losses([single])
     lambdas, true = torch.tensor(ranks[0]["lambdas"]), torch.tensor(single["lambdas"])
     model = {key.removeprefix("module."): value for key, value in ranks[0]["model"].items()}
     assert model.keys() == single["model"].keys()
-    return {
-        "losses": ((losses - expected).abs().max() / expected.abs().max()).item(),
-        "λ": ((lambdas - true).abs() / true.abs()).max().item(),
-        "model": max(
-            ((model[key] - value).abs().max() / value.abs().max()).item() for key, value in single["model"].items()
-        ),
-    }
+    relative = lambda a, b: ((a - b).abs().max() / b.abs().max()).item()  # noqa: E731
+    of_model = max(relative(model[key], value) for key, value in single["model"].items())
+    return {"losses": relative(losses, expected), "λ": worst_of(lambdas, true), "model": of_model}
+
+
+def worst_of(lambdas: torch.Tensor, true: torch.Tensor) -> float:
+    return ((lambdas - true).abs() / true.abs()).max().item()
 
 
 RESUMED = {
@@ -124,32 +103,16 @@ RESUMED = {
 
 
 def run_resume(name: str, folder: Path) -> int:
-    """
-    Stop after two of four steps, resume from the checkpoint, and compare with going through, bit for bit.
-
-    Returns:
-        `int`: how many tensors were compared: λ after each step, its optimizer's state and the model at the end.
-    """
-    engine = ENGINES[name.split(",")[0]]
-    output = folder / "output"
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": str(output)}
-    results = []
-    for part in ("through", "resumed"):
-        job = make_job(engine.processes, engine.job, **options)
-        if part == "resumed":
-            job["resume"] = str(output / "checkpoint-2")
-        command = list(engine.command) if engine.command else None
-        results.append(
-            launch([job], folder / part, engine.processes, command=command, env=engine.env | RESUMED[name])[0]
-        )
-    through, resumed = results
+    """How many tensors of two runs, one resumed after two of four steps, were equal bit for bit."""
+    engine, output = name.split(",")[0], str(folder / "output")
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "output_dir": output}
+    through = launch_engine(engine, folder / "through", options, RESUMED[name])
+    resumed = launch_engine(engine, folder / "resumed", options, RESUMED[name], resume=f"{output}/checkpoint-2")
     for mine, theirs in zip(resumed, through, strict=True):
-        assert mine["wrapper"] == engine.wrapper
         assert mine["lambdas"] == theirs["lambdas"][2:], f"{name}: λ differs after resuming"
         for kind in ("lambda_state", "model"):
             assert mine[kind].keys() == theirs[kind].keys()
-            for key, value in theirs[kind].items():
-                assert torch.equal(mine[kind][key], value), f"{name}: {kind}, {key} differs after resuming"
+            assert all(torch.equal(mine[kind][key], value) for key, value in theirs[kind].items()), f"{name}: {kind}"
     return len(resumed[0]["lambdas"]) + len(resumed[0]["lambda_state"]) + len(resumed[0]["model"])
 
 
@@ -164,37 +127,26 @@ REFUSED = (
 
 def run_refusal(saved: str, other: str, remedy: str, folder: Path) -> None:
     """A checkpoint of one engine is refused in another, on every rank, and the error says what to do instead."""
-    output = folder / "output"
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": str(output)}
-    for name in (saved, other):
-        engine = ENGINES[name]
-        job = make_job(engine.processes, engine.job, **options)
-        if name == other:
-            job |= {"resume": str(output / "checkpoint-1"), "is_refused": True}
-        command = list(engine.command) if engine.command else None
-        (ranks,) = launch([job], folder / name, engine.processes, command=command, env=engine.env)
-    for rank in ranks:
+    output = str(folder / "output")
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "output_dir": output}
+    launch_engine(saved, folder / saved, options)
+    for rank in launch_engine(other, folder / other, options, resume=f"{output}/checkpoint-1", is_refused=True):
         assert remedy in rank["error"], f"{saved} in {other}: {rank['error']}"
 
 
-OPTIMIZERS = {
-    # name -> (options, whether λ gets an optimizer of its own)
-    "adamw_8bit": ({}, False),
-    "paged_adamw_8bit": ({}, False),
-    "galore_adamw": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
-    "galore_adamw_layerwise": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
-    "apollo_adamw": ({"optim_target_modules": ["mlp", "self_attn"]}, True),
-    "lomo": ({"max_grad_norm": 0.0}, True),
-    "schedule_free_adamw": ({}, True),
-}
+# name -> (options, whether λ gets an optimizer of its own)
+OPTIMIZERS = {"adamw_8bit": ({}, False), "paged_adamw_8bit": ({}, False), "schedule_free_adamw": ({}, True)}
+OPTIMIZERS["lomo"] = ({"max_grad_norm": 0.0}, True)
+for name in ("galore_adamw", "galore_adamw_layerwise", "apollo_adamw"):
+    OPTIMIZERS[name] = ({"optim_target_modules": ["mlp", "self_attn"]}, True)
 
 
 def run_optimizers(folder: Path) -> dict[str, float]:
     """
     λ beside optimizers of other kinds takes the steps that it takes beside AdamW.
 
-    The model's learning rate is 0, so that all see the same losses; its tensors are large enough (4096 elements) for
-    8-bit Adam to have 8-bit state at all, while λ's stays fp32. One micro-batch: layer-wise GaLore cannot accumulate.
+    The model's tensors are large enough (4096 elements) for 8-bit Adam to have 8-bit state, while λ's stays fp32. One
+    micro-batch: layer-wise GaLore cannot accumulate.
     """
     model = {"build": {"hidden": 72, "std": 0.2}}
     one = {"gradient_accumulation_steps": 1, "steps_per_generation": 1, "per_device_train_batch_size": 12}
@@ -209,7 +161,7 @@ def run_optimizers(folder: Path) -> dict[str, float]:
         assert all(value.dtype == torch.float32 for value in result["lambda_state"].values() if torch.is_tensor(value))
         if "8bit" in optim:
             assert "torch.uint8" in result["state_dtypes"], f"{optim} has no 8-bit state"
-        deviations[optim] = ((torch.tensor(result["lambdas"]) - true).abs() / true.abs()).max().item()
+        deviations[optim] = worst_of(torch.tensor(result["lambdas"]), true)
     return deviations
 
 
@@ -220,7 +172,6 @@ def step_losses(ranks: list[dict]) -> torch.Tensor:
 
 
 def run_engines(names, folder: Path) -> dict[str, dict[str, float]]:
-    """Deviations by engine; the single-process run is in a process of its own too."""
     ((single,),) = launch([make_job(1, {})], folder / "single", 1, command=[sys.executable])
     assert not single["own_optimizer"] and len(set(single["lambdas"])) == 3
     results = {}

@@ -38,7 +38,7 @@ class Products:
 
 
 class Shapes(Products):
-    """Its scorer compares tuples, which JSON makes lists, and it raises on a reply that it cannot parse."""
+    """Its scorer compares tuples, which JSON makes lists."""
 
     def __getitem__(self, index):
         return {"question": f"Shape {index}", "answer": "1", "metadata": {"shape": (1, 2)}}
@@ -48,19 +48,18 @@ class Shapes(Products):
 
 
 class Fragile(Products):
+    """Its scorer raises on a reply that it cannot parse."""
+
     def score_answer(self, answer, entry):
         return float(int(answer) == int(entry["answer"]))
 
 
 class LastDigits(Products):
-    """Its scorer depends on a parameter."""
-
     def score_answer(self, answer, entry):
         return float(answer[-self.config.max_digits :] == entry["answer"][-self.config.max_digits :])
 
 
 def install_gym(monkeypatch) -> ModuleType:
-    """Put the stand-in where `import reasoning_gym` finds it."""
     library, factory = ModuleType("reasoning_gym"), ModuleType("reasoning_gym.factory")
     kinds = {"products": Products, "shapes": Shapes, "fragile": Fragile, "last_digits": LastDigits}
     factory.DATASETS = {name: (kind, ProductsConfig) for name, kind in kinds.items()}

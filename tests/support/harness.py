@@ -7,17 +7,21 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
 
 VOCABULARY = 32
 EOS = 1
 LENGTHS = [[3, 1, 12, 6], [2, 2, 9, 5], [7, 4, 1, 11]]  # (P, G) = (3, 4), very unequal
+LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -30,15 +34,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class DoubleNorm(Qwen2RMSNorm):
-    """The same norm without its cast to float32."""
-
     def forward(self, hidden_states):
         variance = hidden_states.square().mean(-1, keepdim=True)
         return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 
 
 class DoubleRotary(Qwen2RotaryEmbedding):
-    """The same angles without their cast to float32, whose cosine depends on the width of a vector register."""
+    """A cosine in float32 depends on the width of a vector register."""
 
     def forward(self, x, position_ids):
         half = position_ids[..., None].double() * self.inv_freq.double()
@@ -47,7 +49,7 @@ class DoubleRotary(Qwen2RotaryEmbedding):
 
 
 class DoubleAttention(Qwen2Attention):
-    """The same attention by plain matrix products: the fused one keeps a float32 sum for its backward pass."""
+    """The fused attention keeps a float32 sum for its backward pass."""
 
     def forward(self, *args, **kwargs):
         with sdpa_kernel(SDPBackend.MATH):
@@ -59,27 +61,12 @@ IN_DOUBLE = {Qwen2RMSNorm: DoubleNorm, Qwen2RotaryEmbedding: DoubleRotary, Qwen2
 
 
 def build_model(seed: int = 0, std: float = 0.6, hidden: int = 16, double: bool = False) -> Qwen2ForCausalLM:
-    """
-    Random weights large enough that token probabilities spread over (0, 1).
-
-    `double` computes the same weights in float64 throughout; a trainer that `build` puts around it does so too.
-    """
+    """Random weights, so large that token probabilities spread over (0, 1); `double`: in float64 throughout."""
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=std,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
-    model = Qwen2ForCausalLM(config)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    tokens = {"pad_token_id": 0, "eos_token_id": EOS, "bos_token_id": None}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **tokens, initializer_range=std, tie_word_embeddings=False))
     if double:
         model.double()
         for module in model.modules():
@@ -89,6 +76,18 @@ def build_model(seed: int = 0, std: float = 0.6, hidden: int = 16, double: bool 
 
 def prompt(p: int) -> str:
     return f"w{3 + p} w{7 + p}"
+
+
+def prompt_ids(batch: Batch) -> list[list[int]]:
+    """The prompt of each row."""
+    tokenizer, size = build_tokenizer(), batch.num_generations
+    return [tokenizer(prompt(row // size))["input_ids"] for row in range(len(batch.completions))]
+
+
+def tool_mask(lengths: list[list[int]]) -> list[list[int]]:
+    """Own tokens of each row: every third token came from a tool, and row 8 has none of its own."""
+    rows = enumerate(n for group in lengths for n in group)
+    return [[0] * n if row == 8 else [int(t % 3 != 1) for t in range(n)] for row, n in rows]
 
 
 @functools.cache
@@ -122,14 +121,11 @@ class Batch:
 
     def __post_init__(self):
         lengths = [n for group in self.lengths for n in group]
-        drawn = sample_completions(tuple(lengths), self.num_generations, self.seed)
-        self.completions = [
-            list(tokens) if row in self.truncated else [*tokens[:-1], EOS] for row, tokens in enumerate(drawn)
-        ]
+        drawn = enumerate(sample_completions(tuple(lengths), self.num_generations, self.seed))
+        self.completions = [list(ids) if row in self.truncated else [*ids[:-1], EOS] for row, ids in drawn]
         self.rewards = torch.rand(len(lengths), generator=torch.Generator().manual_seed(self.seed)).tolist()
         for p in self.tied:
-            size = self.num_generations
-            self.rewards[p * size : (p + 1) * size] = [0.7] * size
+            self.rewards[p * self.num_generations : (p + 1) * self.num_generations] = [0.7] * self.num_generations
 
     @property
     def num_generations(self) -> int:
@@ -140,11 +136,10 @@ class Batch:
 
     def rollout(self, prompts, trainer):
         start = trainer.accelerator.process_index * len(prompts)
-        rows = range(start, start + len(prompts))
+        rows = list(range(start, start + len(prompts)))
         ids = [trainer.processing_class(prompt)["input_ids"] for prompt in prompts]
         completions = [self.completions[row % len(self.completions)] for row in rows]
-        output = {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
-        output["row"] = list(rows)
+        output = {"prompt_ids": ids, "completion_ids": completions, "logprobs": None, "row": rows}
         if callable(self.env_mask):
             output["env_mask"] = [self.env_mask(row, len(c)) for row, c in zip(rows, completions, strict=True)]
         elif self.env_mask is not None:
@@ -170,10 +165,8 @@ class Run:
         return [entry for entry in self.trainer.state.log_history if "loss" in entry]
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        return {
-            n: p.detach().clone()
-            for n, p in self.trainer.accelerator.unwrap_model(self.trainer.model).named_parameters()
-        }
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
 class _Watch(TrainerCallback):
@@ -182,12 +175,9 @@ class _Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         unwrapped = self.run.trainer.accelerator.unwrap_model(model)
-        named = {
-            n: p.grad.detach().clone()
-            for n, p in unwrapped.named_parameters()
-            if p.grad is not None and type(p.grad) is torch.Tensor  # engines keep shards of their own kinds
-        }
-        self.run.grads.append(named)
+        # Engines keep shards of their own kinds.
+        grads = {n: p.grad for n, p in unwrapped.named_parameters() if type(p.grad) is torch.Tensor}
+        self.run.grads.append({n: grad.detach().clone() for n, grad in grads.items()})
 
     def on_step_end(self, args, state, control, **kwargs):
         self.run.lambdas.append(getattr(self.run.trainer, "lambda_value", None))
@@ -195,28 +185,12 @@ class _Watch(TrainerCallback):
 
 def config(config_class: type[GRPOConfig], batch: Batch, **options) -> GRPOConfig:
     """One process, CPU, fp32, SGD without clipping or warm-up: what is compared is the gradient itself."""
-    rows = len(batch.completions)
-    defaults = {
-        "output_dir": tempfile.mkdtemp(prefix="trl_lambda_test_"),
-        "num_generations": batch.num_generations,
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": 1,
-        "max_completion_length": 16,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 0.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "shuffle_dataset": False,
-        "seed": 3,
-    }
+    defaults = {"output_dir": tempfile.mkdtemp(prefix="trl_lambda_test_"), "seed": 3, "shuffle_dataset": False}
+    defaults |= {"num_generations": batch.num_generations, "per_device_train_batch_size": len(batch.completions)}
+    defaults |= {"gradient_accumulation_steps": 1, "max_completion_length": 16, "max_steps": 1, "max_grad_norm": 1e9}
+    defaults |= {"optim": "sgd", "learning_rate": 0.0, "lr_scheduler_type": "constant"}
+    defaults |= {"bf16": False, "use_cpu": True, "gradient_checkpointing": False}
+    defaults |= {"report_to": "none", "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
     return config_class(**(defaults | options))
 
 
@@ -245,19 +219,13 @@ def build(trainer_class, args, batch: Batch, model=None, noise: float = 0.0, **o
 
     Recording.__name__ = trainer_class.__name__
     Recording.seen_losses = []
-    trainer = Recording(
-        model=model,
-        reward_funcs=options.pop("reward_funcs", batch.reward),
-        args=args,
-        train_dataset=options.pop("train_dataset", batch.dataset(repeats=8)),
-        processing_class=options.pop("processing_class", build_tokenizer()),
-        rollout_func=batch.rollout,
-        **options,
-    )
+    given = {"reward_funcs": batch.reward, "train_dataset": batch.dataset(repeats=8)} | options
+    given = {"processing_class": build_tokenizer(), "rollout_func": batch.rollout} | given
+    trainer = Recording(model=model, args=args, **given)
     if is_double:
         score_in_double(trainer.model)
-    if is_double and getattr(trainer, "_lambda", None) is not None:
-        trainer._lambda.tensor.data = trainer._lambda.tensor.data.double()
+        if getattr(trainer, "_lambda", None) is not None:
+            trainer._lambda.tensor.data = trainer._lambda.tensor.data.double()
     return trainer
 
 
@@ -280,13 +248,40 @@ def score_in_double(model) -> None:
     model.forward = double_forward
 
 
+def make(
+    batch=None,
+    model=None,
+    *,
+    trainer_class=LambdaGRPOTrainer,
+    config_class=LambdaGRPOConfig,
+    arguments=None,
+    **options,
+):
+    """A trainer on prepared completions; `arguments` are its own, `options` the configuration's."""
+    batch = Batch() if batch is None else batch
+    return build(trainer_class, config(config_class, batch, **options), batch, model, **(arguments or {}))
+
+
 def train(trainer_class, config_class, batch: Batch | None = None, *, model=None, trainer_options=None, **options):
     """Train on prepared completions and return the `Run`."""
-    batch = Batch() if batch is None else batch
-    trainer = build(trainer_class, config(config_class, batch, **options), batch, model, **(trainer_options or {}))
-    run = watch(trainer)
-    trainer.train()
+    classes = {"trainer_class": trainer_class, "config_class": config_class}
+    run = watch(make(batch, model, arguments=trainer_options, **classes, **options))
+    run.trainer.train()
     return run
+
+
+def train_ours(batch: Batch | None = None, **options) -> Run:
+    return train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, **options)
+
+
+def train_trl(batch: Batch | None = None, **options) -> Run:
+    return train(GRPOTrainer, GRPOConfig, batch, **options)
+
+
+def by_length(sign: int = 1, **fields) -> Batch:
+    batch = Batch(**fields)
+    batch.rewards = [sign * len(c) / 12 for c in batch.completions]
+    return batch
 
 
 def watch(trainer) -> Run:
@@ -307,13 +302,10 @@ def watch(trainer) -> Run:
 
 def off_policy_logps(trainer, inputs: dict, noise: float) -> torch.Tensor:
     """Current log-probabilities plus noise that depends on the row of the whole batch and the token alone."""
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
     with torch.no_grad():
-        logps = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-            inputs["completion_ids"].size(1),
-        )[0]
+        size = inputs["completion_ids"].size(1)
+        logps = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, size)[0]
     first = trainer.accelerator.process_index * logps.size(0)
     for row in range(logps.size(0)):
         generator = torch.Generator().manual_seed(first + row)
@@ -321,17 +313,31 @@ def off_policy_logps(trainer, inputs: dict, noise: float) -> torch.Tensor:
     return logps
 
 
+def assert_equal_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
 def assert_same_bits(a: Run, b: Run) -> None:
     """Losses and every gradient of every step agree to the last bit."""
-    assert a.losses == b.losses
-    assert len(a.grads) == len(b.grads) > 0
+    assert a.losses == b.losses and len(a.grads) == len(b.grads) > 0
     for mine, theirs in zip(a.grads, b.grads, strict=True):
-        assert mine.keys() == theirs.keys()
-        for name in mine:
-            assert torch.equal(mine[name], theirs[name]), name
+        assert_equal_tensors(mine, theirs)
+
+
+def assert_same_parameters(a: Run, b: Run) -> None:
+    assert_equal_tensors(a.parameters(), b.parameters())
 
 
 def largest_deviation(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """max |a - b| over all gradients, relative to the largest entry of b."""
     scale = max(g.abs().max().item() for g in b.values())
     return max((a[name] - b[name]).abs().max().item() for name in b) / scale
+
+
+def assert_equal_in_double(a: Run, b: Run) -> None:
+    """Losses and gradients of every step, of two runs in float64."""
+    assert a.losses == pytest.approx(b.losses, rel=1e-9, abs=1e-12)
+    assert len(a.grads) == len(b.grads) > 0
+    for step, (mine, theirs) in enumerate(zip(a.grads, b.grads, strict=True)):
+        assert largest_deviation(mine, theirs) < 1e-9, step

@@ -1,8 +1,4 @@
-"""
-Named events at which a training process kills itself, with SIGKILL, as a machine that goes away would.
-
-An event is certain to come, whatever the speed of the machine. A marker file, written just before, tells that it came.
-"""
+"""Named events at which a training process kills itself with SIGKILL; a marker file tells that one came."""
 
 import os
 import signal

@@ -13,15 +13,7 @@ HERE = Path(__file__).parent
 HANG = 3600
 
 
-def launch(
-    jobs: list[dict],
-    folder: Path,
-    processes: int,
-    *,
-    command: list[str] | None = None,
-    env=None,
-    worker="worker.py",
-):
+def launch(jobs: list[dict], folder: Path, processes: int, *, command=None, env=None, worker="worker.py"):
     """
     Run `jobs` in `worker` under torchrun (or `command`) and return, per job, the results of all ranks.
 
@@ -32,20 +24,10 @@ def launch(
     if command is None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [
-            *filter(None, [(env or {}).get("PYTHONPATH"), os.environ.get("PYTHONPATH")]),
-            str(HERE),
-            str(HERE.parent.parent),
-        ]
-    )
-    done = subprocess.run(
-        [*command, str(HERE / worker), str(folder / "jobs.json"), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-    )
+    given = filter(None, [(env or {}).get("PYTHONPATH"), os.environ.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join([*given, str(HERE), str(HERE.parent.parent)])
+    words = [*command, str(HERE / worker), str(folder / "jobs.json"), str(folder)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANG)
     results = read_results(folder, len(jobs), processes)
     missing = [name for name, result in results.items() if result is None]
     if missing:

@@ -4,10 +4,9 @@ The equivalence matrix: the same rows, cut differently, give the same loss, grad
     python tests/support/matrix.py                 # everything; prints the table
     python tests/support/matrix.py --write docs/verification.md
 
-Twelve rows in three groups of four, lengths 1 to 12, old log-probabilities off the current ones so that clips act. One
-cut is the whole batch in one micro-batch; every other must agree with it. Where a generation batch feeds two optimizer
-steps, or a step takes two generation batches, what is compared is the mean over them. λ after the step is compared
-where a cut makes one optimizer step of the whole batch.
+Three groups of four, old log-probabilities off the current ones so that clips act. Every cut must agree with the whole
+batch in one micro-batch. Where a generation batch feeds two optimizer steps, or a step takes two generation batches,
+the mean over them is compared. λ is compared where a cut makes one optimizer step of the whole batch.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from launch import launch
 from worker import run_job
 
 TOLERANCE = 1e-9
-ROWS = 12
 
 # name -> (processes, micro-batch rows, gradient accumulation, steps_per_generation, num_iterations, optimizer steps)
 CUTS = {
@@ -41,28 +39,26 @@ CUTS = {
 }
 WHOLE = "12 × 1"
 
-_THREE = {"lambda_features": ["length", "mean_logp", "min_logp"]}
+THREE, PROMPT = {"lambda_features": ["length", "mean_logp", "min_logp"]}, {"length_weight_scope": "prompt"}
+TIED = {"drop_tied_groups": True}
 F = {
-    "lambda_grpo": {"length_weight": "lambda_grpo", "lambda_init": 1.3},
-    "lambda_grpo, prompt": {"length_weight": "lambda_grpo", "lambda_init": 1.3, "length_weight_scope": "prompt"},
-    "power": {"length_weight": "power", "lambda_init": -0.6},
-    "power, prompt": {"length_weight": "power", "lambda_init": -0.6, "length_weight_scope": "prompt"},
-    "grpo": {"length_weight": "grpo"},
-    "dapo": {"length_weight": "dapo"},
-    "dapo, prompt": {"length_weight": "dapo", "length_weight_scope": "prompt"},
-    "dr_grpo": {"length_weight": "dr_grpo"},
-    "lambda_grpo, signed": {"length_weight": "lambda_grpo", "lambda_side": "signed", "lambda_init": 1.3},
-    "power, positive": {"length_weight": "power", "lambda_side": "positive", "lambda_init": 0.8, **_THREE},
-    "power, negative, prompt": {
-        "length_weight": "power", "lambda_side": "negative", "lambda_init": -0.6, "length_weight_scope": "prompt",
-    },
-    "power, target": {"length_weight": "power", "length_target": 4.0, "lambda_init": 0.5},
-    "balanced, positive weight": {"length_weight": "balanced", "positive_weight": 3.0},
-    "dapo, tied groups dropped": {"length_weight": "dapo", "drop_tied_groups": True},
-    "dapo, prompt, tied groups dropped": {
-        "length_weight": "dapo", "length_weight_scope": "prompt", "drop_tied_groups": True,
-    },
-}  # fmt: skip
+    "lambda_grpo": {"lambda_init": 1.3},
+    "lambda_grpo, prompt": {"lambda_init": 1.3} | PROMPT,
+    "power": {"lambda_init": -0.6},
+    "power, prompt": {"lambda_init": -0.6} | PROMPT,
+    "grpo": {},
+    "dapo": {},
+    "dapo, prompt": PROMPT,
+    "dr_grpo": {},
+    "lambda_grpo, signed": {"lambda_side": "signed", "lambda_init": 1.3},
+    "power, positive": {"lambda_side": "positive", "lambda_init": 0.8} | THREE,
+    "power, negative, prompt": {"lambda_side": "negative", "lambda_init": -0.6} | PROMPT,
+    "power, target": {"length_target": 4.0, "lambda_init": 0.5},
+    "balanced, positive weight": {"positive_weight": 3.0},
+    "dapo, tied groups dropped": TIED,
+    "dapo, prompt, tied groups dropped": PROMPT | TIED,
+}
+F = {name: {"length_weight": name.split(",")[0]} | options for name, options in F.items()}
 V = {
     "none": {},
     "tr_grpo": {"token_weight": "tr_grpo"},
@@ -77,14 +73,9 @@ def arms(reduced: bool = False) -> dict[str, dict]:
     """name -> job without its cut: every f with every v and surrogate, and TRL's own losses."""
     result = {}
     for f, v, surrogate in itertools.product(F, V, SURROGATES):
-        if v == "tr_grpo inside" and surrogate != "dapo":
-            continue
-        if reduced and (f, v, surrogate) not in REDUCED:
-            continue
-        result[f"{f} | {v} | {surrogate}"] = {
-            "trainer": "lambda",
-            "options": F[f] | V[v] | {"loss_type": surrogate},
-        }
+        if (v != "tr_grpo inside" or surrogate == "dapo") and (not reduced or (f, v, surrogate) in REDUCED):
+            options = F[f] | V[v] | {"loss_type": surrogate}
+            result[f"{f} | {v} | {surrogate}"] = {"trainer": "lambda", "options": options}
     for loss_type in ("dapo", "bnpo") if reduced else TRL_LOSSES:
         result[f"TRL {loss_type} | – | –"] = {"trainer": "grpo", "options": {"loss_type": loss_type}}
     return result
@@ -106,13 +97,8 @@ REDUCED = {
 def job(arm: dict, cut: str) -> dict:
     """`arm` under `cut`: SGD at learning rate 0 for the model, so that steps can be averaged; 0.1 for λ."""
     processes, rows, accumulation, per_generation, iterations, steps = CUTS[cut]
-    options = {
-        "per_device_train_batch_size": rows,
-        "gradient_accumulation_steps": accumulation,
-        "steps_per_generation": per_generation,
-        "num_iterations": iterations,
-        "max_steps": steps,
-    }
+    options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "max_steps": steps}
+    options |= {"steps_per_generation": per_generation, "num_iterations": iterations}
     own = dict(arm["options"])
     if steps > 1 and own.get("length_weight") in ("lambda_grpo", "power"):
         own["lambda_learning_rate"] = 1e-30  # λ stays, so that the steps are of one loss
@@ -126,13 +112,9 @@ def summary(ranks: list[dict], steps: int) -> dict:
     grads = {name: sum(step[name] for step in ranks[0]["grads"]) / steps for name in ranks[0]["grads"][0]}
     learned = [g for g in ranks[0]["lambda_grads"] if g is not None]
     values = {tuple(rank["lambdas"]) for rank in ranks}
-    return {
-        "loss": losses,
-        "grads": grads,
-        "lambda_grad": sum(learned) / steps if learned else None,
-        "lambda": ranks[0]["lambdas"][-1] if steps == 1 else None,
-        "ranks_agree": len(values) == 1,
-    }
+    lambda_grad, lam = sum(learned) / steps if learned else None, ranks[0]["lambdas"][-1] if steps == 1 else None
+    assert len(values) == 1, "λ differs between ranks"
+    return {"loss": losses, "grads": grads, "lambda_grad": lambda_grad, "lambda": lam}
 
 
 def deviation(a: dict, b: dict) -> dict[str, float]:
@@ -150,12 +132,7 @@ def deviation(a: dict, b: dict) -> dict[str, float]:
 
 
 def run_matrix(reduced: bool = False, progress: bool = False) -> tuple[dict[tuple[str, str], dict[str, float]], int]:
-    """
-    Run every arm under every cut.
-
-    Returns:
-        `tuple`: (arm, cut) -> deviations from the whole batch, and the number of trainings run.
-    """
+    """(arm, cut) -> deviations from the whole batch, and the number of trainings run."""
     chosen = arms(reduced)
     cuts = [cut for cut in CUTS if not reduced or cut in (WHOLE, "3 × 4", "2 processes, 3 × 2")]
     results: dict[tuple[str, str], dict] = {}
@@ -177,9 +154,6 @@ def run_matrix(reduced: bool = False, progress: bool = False) -> tuple[dict[tupl
             for name, ranks in zip(chosen, outputs, strict=True):
                 assert all(rank["wrapper"] == "DistributedDataParallel" for rank in ranks)
                 results[name, cut] = summary(ranks, CUTS[cut][5])
-                assert results[name, cut]["ranks_agree"], f"λ differs between ranks: {name}, {cut}"
-    if progress:
-        print(file=sys.stderr)
     deviations = {key: deviation(value, results[key[0], WHOLE]) for key, value in results.items() if key[1] != WHOLE}
     return deviations, len(results)
 
@@ -187,10 +161,7 @@ def run_matrix(reduced: bool = False, progress: bool = False) -> tuple[dict[tupl
 def table(deviations: dict[tuple[str, str], dict[str, float]], trainings: int) -> str:
     """Markdown: one row per f, the largest deviation over v, surrogates and cuts; TRL's own losses below."""
     quantities = ("loss", "gradient", "dL/dλ", "λ")
-    lines = [
-        f"| f | v × surrogate × cut | {' | '.join(quantities)} |",
-        "|---|---|" + "---|" * len(quantities),
-    ]
+    lines = [f"| f | v × surrogate × cut | {' | '.join(quantities)} |", "|---|---|" + "---|" * len(quantities)]
     for f in dict.fromkeys(name.split(" | ")[0] for name, _ in deviations):
         rows = [d for (name, _), d in deviations.items() if name.split(" | ")[0] == f]
         cells = []
@@ -209,12 +180,12 @@ def table(deviations: dict[tuple[str, str], dict[str, float]], trainings: int) -
     return "\n".join(lines)
 
 
-def worst(deviations: dict, ours_and_invariant: bool = True) -> tuple[float, str]:
+def worst(deviations: dict) -> tuple[float, str]:
     """Largest deviation and where, over everything that is meant to be invariant."""
     return max(
         (value, f"{name}, {cut}, {quantity}")
         for (name, cut), quantities in deviations.items()
-        if not (ours_and_invariant and name.startswith("TRL bnpo"))
+        if not name.startswith("TRL bnpo")
         for quantity, value in quantities.items()
     )
 
@@ -225,12 +196,10 @@ def run_seeds(seeds: int) -> tuple[float, str]:
     largest = (0.0, "")
     for seed in range(seeds):
         name, member = several[seed % len(several)], ("grpo", "dr_grpo", "dapo")[seed % 3]
-        arm, own = arms()[name], {"length_weight": member, "token_metrics": False}
+        arm, own = arms()[name], {"trainer": "lambda", "options": {"length_weight": member, "token_metrics": False}}
+        trls = {"trainer": "grpo", "options": {"loss_type": member}}
         pairs = {name: (job(arm, "3 × 4"), job(arm, WHOLE))}
-        pairs[f"TRL {member}"] = (
-            job({"trainer": "lambda", "options": own}, "3 × 4"),
-            job({"trainer": "grpo", "options": {"loss_type": member}}, "3 × 4"),
-        )
+        pairs[f"TRL {member}"] = job(own, "3 × 4"), job(trls, "3 × 4")
         for label, (mine, theirs) in pairs.items():
             runs = [each | {"batch": each.get("batch", {}) | {"seed": seed}} for each in (mine, theirs)]
             found = deviation(*(summary([run_job(each)], CUTS["3 × 4"][-1]) for each in runs))

@@ -7,42 +7,26 @@ def length_weights(lengths, lam, length_weight, scope="batch", r=1 / 9, max_comp
     """f for a list of groups of lengths; the same nesting back."""
     if length_weight == "balanced":
         return balanced_weights(lengths, advantages, scope)
-    batch = sum(sum(group) for group in lengths)
-    rows = sum(len(group) for group in lengths)
-    everyone = [n for group in lengths for n in group if n > 0]
-    weights = []
-    for group in lengths:
-        present = [n for n in group if n > 0]
-        out = []
-        for n in group:
-            if n == 0:
-                out.append(0.0)
-                continue
-            if length_weight == "dapo":
-                f = 1.0
-            elif length_weight == "grpo":
-                f = (batch / rows) / n
-            elif length_weight == "dr_grpo":
-                f = (batch / rows) / max_completion_length
-            elif length_weight == "lambda_grpo":
-                f = softmax_weight(n, present, lam, r)
-            elif length_weight == "power":
-                f = power_weight(n, everyone if scope == "batch" else present, lam)
-            if scope == "prompt" and length_weight not in ("grpo", "dr_grpo"):
-                f *= (batch / len(lengths)) / sum(group)
-            out.append(f)
-        weights.append(out)
-    return weights
+    everyone = [n for group in lengths for n in group]
+    mean = sum(everyone) / len(everyone)
+
+    def f(n, present):
+        if n == 0:
+            return 0.0
+        if length_weight == "lambda_grpo":
+            return softmax_weight(n, present, lam, r)
+        if length_weight == "power":
+            return power_weight(n, [m for m in everyone if m] if scope == "batch" else present, lam)
+        return {"dapo": 1.0, "grpo": mean / n, "dr_grpo": mean / (max_completion_length or 1)}[length_weight]
+
+    weights = [[f(n, [m for m in group if m]) for n in group] for group in lengths]
+    return weights if scope == "batch" or length_weight in ("grpo", "dr_grpo") else per_prompt(weights, lengths)
 
 
 def sides(advantages, side):
     """s_i of every response, from the sign of its advantage."""
-    table = {
-        "both": lambda a: 1,
-        "signed": lambda a: (a > 0) - (a < 0),
-        "positive": lambda a: int(a > 0),
-        "negative": lambda a: int(a < 0),
-    }
+    table = {"both": lambda a: 1, "signed": lambda a: (a > 0) - (a < 0), "positive": lambda a: int(a > 0)}
+    table["negative"] = lambda a: int(a < 0)
     return [[table[side](a) for a in group] for group in advantages]
 
 
@@ -111,10 +95,7 @@ def per_prompt(weights, lengths):
 
 
 def without_tied(weights, lengths, live):
-    """
-    0 for groups that are not `live`. The others have the `weights` of the batch without those, restated for the loss's
-    division by all tokens: S/S_live.
-    """
+    """0 for groups that are not `live`, S/S_live times `weights`, those of a batch without them, for the others."""
     of_live = sum(sum(group) for group, is_live in zip(lengths, live, strict=True) if is_live)
     factor, rest = sum(map(sum, lengths)) / of_live if of_live else 0.0, iter(weights)
     return [
@@ -132,20 +113,12 @@ def has_signal(rewards):
 def response_statistics(logps, entropies, own):
     """mean_logp, min_logp and mean_entropy of one response over its own tokens; 0 without any."""
     mine = [t for t, is_own in enumerate(own) if is_own]
-    if not mine:
-        return {"mean_logp": 0.0, "min_logp": 0.0, "mean_entropy": 0.0}
-    return {
-        "mean_logp": math.fsum(logps[t] for t in mine) / len(mine),
-        "min_logp": min(logps[t] for t in mine),
-        "mean_entropy": math.fsum(entropies[t] for t in mine) / len(mine),
-    }
+    means = [math.fsum(values[t] for t in mine) / (len(mine) or 1) for values in (logps, entropies)]
+    return {"mean_logp": means[0], "min_logp": min((logps[t] for t in mine), default=0.0), "mean_entropy": means[1]}
 
 
 def regression(batches, features, gain, decay=0.9, ridge=0.1):
-    """
-    After each of `batches`, lists of (lengths, advantages, [mean_logp, min_logp]): κ·w of `features` by the normal
-    equations, the part of Σa² that w explains, and the plain slope of the first feature.
-    """
+    """κ·w by the normal equations, the part of Σa² that w explains, the first slope, after each (n, A, logps)."""
     import numpy
 
     names, size, out = ("length", "mean_logp", "min_logp"), len(features), []
@@ -163,11 +136,7 @@ def regression(batches, features, gain, decay=0.9, ridge=0.1):
             count += len(present) - 1
             for row, i in zip(rows, present, strict=True):
                 x, a = [v - mean for v, mean in zip(row, means, strict=True)], advantages[p][i] - mean_a
-                total += a * a
-                for j in range(size):
-                    b[j] += x[j] * a
-                    for k in range(size):
-                        m[j, k] += x[j] * x[k]
+                total, b, m = total + a * a, b + numpy.array(x) * a, m + numpy.outer(x, x)
         w = numpy.linalg.inv(m + (ridge if size > 1 else 0.0) * numpy.diag(numpy.diag(m))) @ b
         noise = (total - b @ w) / count
         w = w * max(0.0, 1 - size * noise / (b @ w))
@@ -209,7 +178,7 @@ def target_path(lengths, target, steps, side, bounds, init, eps, rate=0.1):
 
 
 def growth(present, lam, r):
-    """h and g = h^λ of the rows with tokens of one group."""
+    """h and h^λ of a group's rows with tokens."""
     mean = math.fsum(present) / len(present)
     std = math.sqrt(math.fsum((n - mean) ** 2 for n in present) / len(present))
     h = [1 + r * (n - mean) / (std + 1e-8) for n in present]  # the package's ε
@@ -226,23 +195,6 @@ def softmax_weight(n, present, lam, r):
 def power_weight(n, present, lam):
     mean = math.fsum(present) / len(present)
     return (n / mean) ** lam * math.fsum(present) / math.fsum(m * (m / mean) ** lam for m in present)
-
-
-def softmax_objective_gradient(lengths, surrogates, lam, r=1 / 9):
-    """
-    dJ/dλ of J = 1/Σ|o| Σ_i f_i L_i over the groups, by the closed form of the method notes:
-    G/Σ|o| · Σ_i L_i p_i (u_i - Σ_j p_j u_j) with u_i = g_i ln h_i, p = softmax(g).
-    """
-    total = 0.0
-    for group, values in zip(lengths, surrogates, strict=True):
-        h, g = growth(group, lam, r)
-        top = max(g)
-        exp = [math.exp(x - top) for x in g]
-        p = [e / math.fsum(exp) for e in exp]
-        u = [x * math.log(y) for x, y in zip(g, h, strict=True)]
-        mean_u = math.fsum(a * b for a, b in zip(p, u, strict=True))
-        total += len(group) * math.fsum(v * a * (b - mean_u) for v, a, b in zip(values, p, u, strict=True))
-    return total / sum(sum(group) for group in lengths)
 
 
 def probability_weight(logp, token_weight, alpha=None, k=9.0, p0=0.25, low=1.0, high=1.4):
@@ -294,11 +246,7 @@ def sampler_correction(old_logps, sampled_logps, mode, low, high):
 
 
 def policy_loss(model, prompts, completions, old_logps, advantages, length_weight, **options):
-    """
-    -1/Σ|o| Σ_i f_i Σ_t v_it s_it, row by row and token by token, without padding; differentiable in the model.
-
-    `length_weight`: f per row; the rest as for `policy_terms`.
-    """
+    """-1/Σ|o| Σ_i f_i Σ_t v_it s_it, differentiable in the model; the arguments but f are those of `policy_terms`."""
     terms = policy_terms(model, prompts, completions, old_logps, advantages, **options)
     return sum(f * term for f, term in zip(length_weight, terms, strict=True))
 
@@ -309,11 +257,10 @@ def policy_terms(
     vespo=((2.0, 3.0), (3.0, 2.0)), **regulation_options,
 ):  # fmt: skip
     """
-    -1/Σ|o| Σ_t v_it s_it of each row: what f multiplies; differentiable in the model.
+    -1/Σ|o| Σ_t v_it s_it of each row, differentiable in the model. TRL makes τ of SAPO float32.
 
-    τ of SAPO are float32, as TRL makes a tensor of them. `old_logps`: per row and token; `own`: per row, mask of the
-    policy's own tokens; `correction`: per row and token, the ratio of model to sampler, which multiplies the token's
-    term, or for VESPO enters the sequence's w; `v`: per row and token, or by the name `regulation`.
+    By row and token: `old_logps`; `own`, the mask of the policy's own; `correction`, the ratio of model to sampler,
+    which multiplies the token's term, or for VESPO enters the sequence's w; `v`, or by the name `regulation`.
     """
     import torch
 
@@ -351,7 +298,6 @@ def policy_terms(
                 of_sampler = math.fsum(math.log(max(ratios[s], 1e-8)) for s in mine)
                 w = torch.exp((sum(logps[s] - old[s] for s in mine) + of_sampler).clamp(min=math.log(1e-8))).detach()
                 surrogate = math.exp(decay) * w**k * torch.exp(-decay * w) * advantage * logps[t]
-            c = 1.0 if loss_type == "vespo" else ratios[t]
-            term = term - v * c * surrogate / tokens
+            term = term - v * (1.0 if loss_type == "vespo" else ratios[t]) * surrogate / tokens
         terms.append(term)
     return terms

@@ -8,6 +8,7 @@ The environment is clean of this package, not of its dependencies: torch and the
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -26,45 +27,27 @@ from stand_ins import write_model
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-CONFIG = """\
-model_name_or_path: model
-dataset_name: data
-reward_funcs: my_reward.brevity
-output_dir: out
-max_steps: 2
-per_device_train_batch_size: 4
-num_generations: 4
-max_completion_length: 8
-use_cpu: true
-bf16: false
-logging_steps: 1
-report_to: none
-disable_tqdm: true
-save_strategy: "no"
-"""
+# JSON is YAML.
+CONFIG = {
+    "model_name_or_path": "model", "dataset_name": "data", "reward_funcs": "my_reward.brevity", "output_dir": "out",
+    "max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8,
+    "use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
+}  # fmt: skip
 REWARD = "def brevity(completions, **kwargs):\n    return [-float(len(text)) for text in completions]\n"
 
 
 def run(*command: object, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Run a command and return what it printed; a failure raises with it."""
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    words, pipes = [str(part) for part in command], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(words, cwd=cwd, env=env, text=True, **pipes)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}: exit status {done.returncode}\n{done.stdout[-4000:]}")
+        raise RuntimeError(f"{' '.join(words)}: exit status {done.returncode}\n{done.stdout[-4000:]}")
     return done.stdout
 
 
 def build(outdir: Path) -> tuple[Path, Path]:
     """
-    Build from a copy of the files that git tracks, so that nothing else gets in, and nothing is left in the checkout.
-    The copy's README, which a package index shows, has absolute links.
-
-    Args:
-        outdir (`Path`): Where the two files go.
-
-    Returns:
-        `tuple[Path, Path]`: wheel and sdist, both through `twine check --strict`.
+    Wheel and sdist, both through `twine check --strict`, from a copy of what git tracks, so that nothing else
+    gets in. The copy's README, which a package index shows, has absolute links.
     """
     outdir.mkdir(parents=True, exist_ok=True)
     tracked = run("git", "ls-files", "-z", "trl_lambda", "pyproject.toml", "README.md", "LICENSE", cwd=ROOT)
@@ -83,7 +66,6 @@ def build(outdir: Path) -> tuple[Path, Path]:
 
 
 def names(archive: Path) -> set[str]:
-    """The files in a wheel, or in an sdist below its one folder."""
     if archive.suffix == ".whl":
         return set(zipfile.ZipFile(archive).namelist())
     with tarfile.open(archive) as tar:
@@ -92,10 +74,8 @@ def names(archive: Path) -> set[str]:
 
 def clean_environment(folder: Path, wheel: Path) -> Path:
     """
-    An environment with the wheel and, by a path of this Python's, with its dependencies.
-
-    This Python may hold the package itself, as an editable install. That is a `.pth` file, which Python reads in its
-    own folders only and not in those that another `.pth` names.
+    An environment with the wheel and, by a path of this Python's, with its dependencies. An editable install of the
+    package in this Python is a `.pth` file, which is not read in folders that another `.pth` names.
     """
     venv.create(folder, with_pip=False)
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
@@ -106,45 +86,28 @@ def clean_environment(folder: Path, wheel: Path) -> Path:
     return folder / "bin"
 
 
-def environment() -> dict[str, str]:
-    """The variables for a command of that environment: without a path to the checkout, offline, on one thread."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
 def use(bin_folder: Path, folder: Path) -> dict[str, str]:
-    """
-    Use the package as a user does who has a folder of his own and no checkout.
-
-    Args:
-        bin_folder (`Path`): Of the environment.
-        folder (`Path`): Empty.
-
-    Returns:
-        `dict[str, str]`: what each command printed.
-    """
+    """Use the package from an empty folder, as a user does who has no checkout: what each command printed."""
     write_model(folder / "model")
     (folder / "data").mkdir()
     (folder / "data" / "rows.jsonl").write_text('{"prompt": "aeo"}\n{"prompt": "oa"}\n')
     (folder / "my_reward.py").write_text(REWARD)
-    (folder / "run.yaml").write_text(CONFIG)
+    (folder / "run.yaml").write_text(json.dumps(CONFIG))
     command, python = bin_folder / "trl-lambda", bin_folder / "python"
     launch = (python, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1")
-    place = {"cwd": folder, "env": environment()}
+    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m")
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # no path to the checkout
+    place = {"cwd": folder, "env": kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}}
     return {
         "where": run(python, "-c", "import trl_lambda; print(trl_lambda.__file__)", **place),
         "version": run(command, "--version", **place),
         "train": run(command, "train", "--config", "run.yaml", **place),
         "report": run(command, "report", "out", "--html", **place),
-        "launch": run(
-            *launch, "-m", "trl_lambda.scripts.grpo", "--config", "run.yaml", "--output_dir", "two", **place
-        ),
+        "launch": run(*launch, "trl_lambda.scripts.grpo", "--config", "run.yaml", "--output_dir", "two", **place),
     }
 
 
 def main() -> None:
-    """Build, check, install, use; print what was done."""
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--outdir", type=Path, default=Path("dist"))
     args = parser.parse_args()

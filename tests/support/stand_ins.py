@@ -27,59 +27,22 @@ MATH = [
     {
         "problem": r"What is $\frac{3}{6}$ in lowest terms?",
         "solution": r"First $\boxed{3}$ cancels, so it is $\boxed{\frac{1}{2}}$.",
-        "answer": r"\frac{1}{2}",
-        "subject": "Prealgebra",
         "level": 1,
-        "unique_id": "train/prealgebra/1.json",
     },
-    {
-        "problem": "What is $8 \\cdot 9$?",
-        "solution": r"It is $\boxed 72$.",
-        "answer": "72",
-        "subject": "Prealgebra",
-        "level": 2,
-        "unique_id": "train/prealgebra/2.json",
-    },
+    {"problem": "What is $8 \\cdot 9$?", "solution": r"It is $\boxed 72$.", "level": 2},
 ]
 
 
 def puzzle(names: list[str], solution: list[bool]) -> dict:
     """A row with the columns of `K-and-K/knights-and-knaves`."""
-    roles = ["knight" if knight else "knave" for knight in solution]
-    text = [f"{name} is a {role}" for name, role in zip(names, roles, strict=True)]
-    return {
-        "quiz": f"You meet {len(names)} inhabitants: {', '.join(names)}. So who is a knight and who is a knave?",
-        "names": names,
-        "knight_knave": {"knight": "a knight", "knave": "a knave"},
-        "solution": solution,
-        "solution_text": ", and ".join(text) + ".",
-        "solution_text_format": "\n".join(f"({i + 1}) {line}" for i, line in enumerate(text)),
-        "cot_head": "Let's think step by step.",
-        "cot_repeat_steps": ["Assume that this is so."],
-        "cot_foot": "This leads to a feasible solution.",
-        "statements": "(('telling-truth', 1),)",
-        "index": 0,
-    }
+    quiz = f"You meet {len(names)} inhabitants: {', '.join(names)}. So who is a knight and who is a knave?"
+    return {"quiz": quiz, "names": names, "solution": solution, "cot_repeat_steps": ["Assume that this is so."]}
 
 
-KNIGHTS_AND_KNAVES = [
-    puzzle(["Zoey", "Oliver"], [True, False]),
-    puzzle(["Ava", "Noah", "Mia"], [True, False, True]),
-]
-HOTPOTQA = [
-    {
-        "id": "5a7a",
-        "question": "Who directed Alien?",
-        "answer": "Ridley Scott",
-        "type": "bridge",
-        "level": "easy",
-        "supporting_facts": {"title": ["Alien"], "sent_id": [0]},
-        "context": {
-            "title": ["Alien", "Moss"],
-            "sentences": [["Alien is a film.", " Its director is Ridley Scott."], ["Moss grows in the shade."]],
-        },
-    },
-]
+KNIGHTS_AND_KNAVES = [puzzle(["Zoey", "Oliver"], [True, False]), puzzle(["Ava", "Noah", "Mia"], [True, False, True])]
+SENTENCES = [["Alien is a film.", " Its director is Ridley Scott."], ["Moss grows in the shade."]]
+PARAGRAPHS = {"title": ["Alien", "Moss"], "sentences": SENTENCES}
+HOTPOTQA = [{"question": "Who directed Alien?", "answer": "Ridley Scott", "context": PARAGRAPHS, "level": "easy"}]
 
 
 def write_dataset(folder: Path, configs: dict[str, dict[str, list[dict]]]) -> str:
@@ -117,9 +80,7 @@ def write_model(folder: Path) -> str:
 
 
 def write_agent_model(folder: Path, calls: list[tuple[str, dict]], answers: list[str] = BOXED) -> str:
-    """
-    The same with Qwen3's chat template, whose vocabulary has some calls of tools, (name, arguments), one token each.
-    """
+    """The same with Qwen3's template, and with calls of tools, (name, arguments), one token each."""
     written = [json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls]
     calls = [f"<tool_call>\n{call}\n</tool_call>" for call in written]
     frame = ["<|im_start|>", "assistant", "user", "system", "\n", "<think>", "</think>", "<tool_response>"]
@@ -127,32 +88,17 @@ def write_agent_model(folder: Path, calls: list[tuple[str, dict]], answers: list
 
 
 def write_any_model(folder: Path, added: list[str], eos: str, template: str) -> str:
-    """A tiny Qwen2 that knows a few letters and what is added."""
     # AutoTokenizer of transformers 5 reads byte-level BPE for Qwen2, which leaves out the letters it does not know.
     words = ["<pad>", eos, "a", "e", "o"]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in added])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token=eos,
-        padding_side="left",
-        chat_template=template,
-    ).save_pretrained(folder)
+    names = {"pad_token": "<pad>", "eos_token": eos, "padding_side": "left", "chat_template": template}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(words) + len(added),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        initializer_range=0.02,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 8192}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.02}
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    config = Qwen2Config(vocab_size=len(words) + len(added), **sizes, **heads, **ends)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     return str(folder)

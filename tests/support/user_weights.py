@@ -8,28 +8,15 @@ from trl_lambda import LengthWeight, TokenWeight
 
 
 def power(lengths, lam):
-    """The package's own `power`, in three lines."""
     ratio = (lengths / lengths.mean()) ** lam
     return ratio * lengths.sum() / (lengths * ratio).sum()
 
 
-def same_power(lengths, lam):
-    """The same weights under another name."""
-    return power(lengths, lam)
-
-
 def linear(probs, alpha=0.6):
-    """The package's own `ar`."""
     return alpha * probs + (1 - alpha)
 
 
-def same_linear(probs):
-    """The same weights under another name."""
-    return linear(probs)
-
-
 def half(lengths):
-    """A length weight without λ."""
     return torch.full_like(lengths, 0.5)
 
 
@@ -65,8 +52,6 @@ class Square(LengthWeight):
 
 
 class Confident(LengthWeight):
-    """An object that asks for statistics and has a λ."""
-
     name = "confident"
     has_lambda = True
     needs = ("mean_logp", "mean_entropy")
@@ -77,8 +62,6 @@ class Confident(LengthWeight):
 
 @dataclass(frozen=True)
 class Linear(TokenWeight):
-    """The package's `ar`, as an object of the user's."""
-
     alpha: float = 0.6
 
     name = "my linear"

@@ -35,35 +35,23 @@ def install(version: str, folder: Path, package: str = "trl") -> Path:
 
 
 def run(version: str, target: Path, reduced: bool) -> tuple[int, int, float, list[str]]:
-    """
-    Run the tests and the matrix against one version.
-
-    Returns:
-        `tuple`: tests passed, matrix comparisons, largest deviation, and what went wrong.
-    """
+    """Run the tests and the matrix: tests passed, comparisons, largest deviation, and what went wrong."""
     environment = os.environ | {"PYTHONPATH": f"{target}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-    found = subprocess.run(
-        [sys.executable, "-c", "import trl; print(trl.__version__)"], env=environment, capture_output=True, text=True
-    ).stdout.strip()
+
+    def python(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+
+    found = python("-c", "import trl; print(trl.__version__)").stdout.strip()
     if found != version:
         return 0, 0, 0.0, [f"TRL {found} was imported instead of {version}"]
     files = [f"tests/{name}" for name in (REDUCED_TESTS if reduced else TESTS)]
-    tests = subprocess.run(
-        # Warnings are errors with the pinned TRL alone: another one has its own.
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *files],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    # Warnings are errors with the pinned TRL alone: another one has its own.
+    tests = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", *files)
     passed = re.search(r"(\d+) passed", tests.stdout)
     problems = re.findall(r"^(?:FAILED|ERROR) .*", tests.stdout, re.MULTILINE)
     if tests.returncode and not problems:
         problems = [tests.stdout[-2000:] + tests.stderr[-2000:]]
-    matrix = subprocess.run(
-        [sys.executable, "tests/support/matrix.py", "--reduced"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    matrix = python("tests/support/matrix.py", "--reduced")
     line = re.search(r"^matrix: (\d+) comparisons, largest deviation (\S+)", matrix.stdout, re.MULTILINE)
     if matrix.returncode or line is None:
         problems.append(f"matrix: {matrix.stdout[-1000:]}{matrix.stderr[-1000:]}")

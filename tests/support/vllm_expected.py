@@ -40,12 +40,10 @@ def flat(groups: Iterable) -> list:
 
 
 def nested(rows: list) -> list[list]:
-    """Rows as groups, (P, G)."""
     return [rows[i : i + GROUP] for i in range(0, len(rows), GROUP)]
 
 
 def own_model(folder: Path, policy: dict[str, torch.Tensor]):
-    """A model in fp64 with the weights of `policy`."""
     model = AutoModelForCausalLM.from_pretrained(folder).double()
     missing, unexpected = model.load_state_dict({name: value.double() for name, value in policy.items()}, strict=False)
     assert not unexpected and missing in ([], ["lm_head.weight"])  # tied
@@ -63,7 +61,6 @@ def merge_adapter(base: dict[str, torch.Tensor], policy: dict[str, torch.Tensor]
 
 
 def token_logps(model, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
-    """log π of each sampled token, row by row."""
     rows = []
     for prompt, completion in zip(prompts, completions, strict=True):
         with torch.no_grad():
@@ -88,16 +85,7 @@ def own_tokens(folder: Path, completions: list[list[int]], weights: Weights) -> 
 
 
 def step(
-    folder: Path,
-    generation: dict,
-    old_policy: dict[str, torch.Tensor],
-    policy: dict[str, torch.Tensor],
-    lam: float | None,
-    weights: Weights,
-    *,
-    mode: str,
-    bounds: tuple[float, float],
-    surrogate: str,
+    folder: Path, generation: dict, old_policy, policy, lam, weights: Weights, *, mode, bounds, surrogate
 ) -> Step:
     """
     Row by row: advantages from the rewards, f from the lengths, corrections from what vLLM returned.
@@ -114,17 +102,8 @@ def step(
         for old, sampled in zip(old_logps, generation["sampled_logps"], strict=True)
     ]
     model = own_model(folder, policy)
-    terms = reference.policy_terms(
-        model,
-        prompts,
-        completions,
-        old_logps,
-        flat(advantages),
-        loss_type=surrogate,
-        own=own,
-        correction=corrections,
-        **weights.token_weight,
-    )
+    known = {"loss_type": surrogate, "own": own, "correction": corrections, **weights.token_weight}
+    terms = reference.policy_terms(model, prompts, completions, old_logps, flat(advantages), **known)
     losses = [f * term for f, term in zip(flat(weights.length_weight(lengths, advantages, lam)), terms, strict=True)]
     sum(losses).backward()
     losses, terms = ([torch.as_tensor(value).item() for value in values] for values in (losses, terms))
@@ -132,14 +111,10 @@ def step(
     if lam is not None:
         high, low = (flat(weights.length_weight(lengths, advantages, lam + d)) for d in (h, -h))
         slopes = [(a - b) / (2 * h) * term for a, b, term in zip(high, low, terms, strict=True)]
-    return Step(
-        math.fsum(losses),
-        math.fsum(map(abs, losses)),
-        {name: parameter.grad for name, parameter in model.named_parameters()},
-        math.fsum(slopes) if lam is not None else None,
-        math.fsum(map(abs, slopes)),
-        flat(row for row, mask in zip(corrections, own, strict=True) if any(mask)),
-    )
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    slope, slope_scale = math.fsum(slopes) if lam is not None else None, math.fsum(map(abs, slopes))
+    counted = flat(row for row, mask in zip(corrections, own, strict=True) if any(mask))
+    return Step(math.fsum(losses), math.fsum(map(abs, losses)), grads, slope, slope_scale, counted)
 
 
 def deviation(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

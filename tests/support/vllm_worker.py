@@ -23,8 +23,6 @@ PROMPTS = ["A47+86=", "A12+35+71=", "A98+64+20+33="]
 
 
 class Recording(LambdaGRPOTrainer):
-    """A trainer that keeps its losses."""
-
     def __init__(self, *args, **kwargs):
         self.seen_losses = []
         super().__init__(*args, **kwargs)
@@ -73,7 +71,6 @@ def record_generations(trainer, skip_syncs: list[int]) -> list[dict]:
 
 
 def run_job(job: dict) -> dict:
-    """Train as the job says; what happened, as plain lists and tensors."""
     batch = Batch(lengths=[[1] * 4 for _ in PROMPTS])  # for its shape alone: the completions are vLLM's
     args = config(LambdaGRPOConfig, batch, use_vllm=True, vllm_mode="colocate", **job["options"])
     peft_config = None
@@ -81,26 +78,14 @@ def run_job(job: dict) -> dict:
         from peft import LoraConfig
 
         peft_config = LoraConfig(**job["peft"])
-    trainer = Recording(
-        model=job["model"],
-        reward_funcs=reward,
-        args=args,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS * 8}),
-        peft_config=peft_config,
-    )
+    dataset = Dataset.from_dict({"prompt": PROMPTS * 8})
+    trainer = Recording(job["model"], reward, args, dataset, peft_config=peft_config)
     run, keep = watch(trainer), KeepPolicies()
     trainer.add_callback(keep)
     generations = record_generations(trainer, job.get("skip_syncs", []))
     trainer.train()
-    return {
-        "generations": generations,
-        "policies": keep.policies,
-        "losses": run.losses,
-        "grads": run.grads,
-        "lambda_grads": run.lambda_grads,
-        "lambdas": run.lambdas,
-        "history": trainer.state.log_history,
-    }
+    done = {name: getattr(run, name) for name in ("losses", "grads", "lambda_grads", "lambdas")}
+    return done | {"generations": generations, "policies": keep.policies, "history": trainer.state.log_history}
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ Run prepared trainings in this process, one of several ranks or not, and write w
     torchrun --standalone --nproc_per_node 2 tests/support/worker.py JOBS.json FOLDER
 
 JOBS.json is a list of {"trainer": "lambda" or "tr" or "grpo", "options": {...}} and what `run_job` reads besides. Jobs
-with a "kill" (`kills.py`) come before all others; under torchrun there is only one, which ends every rank. A job may
-name `"engine": "fsdp2"`, and is then the only one of its process; DeepSpeed comes from `accelerate launch`. Its
-"length_weight" and "token_weight" are dotted paths to functions (`user_weights.py`).
+with a "kill" (`kills.py`) come before all others; under torchrun there is only one, which ends every rank. A job with
+`"engine": "fsdp2"` is the only one of its process; DeepSpeed comes from `accelerate launch`.
 """
 
 import json
@@ -23,7 +22,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
-from trl_lambda.weights.own_functions import import_path
+from trl_lambda.weights.weighing import import_path
 
 CLASSES = {
     "lambda": (LambdaGRPOTrainer, LambdaGRPOConfig),
@@ -33,10 +32,7 @@ CLASSES = {
 
 
 def use_fsdp2() -> None:
-    """
-    Let accelerate shard on a CPU. It leaves MULTI_CPU out of its FSDP branch and would train plain DDP instead, so
-    the engine is set on its state after the state has been made.
-    """
+    """Let accelerate shard on a CPU: it leaves MULTI_CPU out of its FSDP branch, so the engine is set afterwards."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -45,29 +41,20 @@ def use_fsdp2() -> None:
 
     def patched(self, *args, **kwargs):
         make(self, *args, **kwargs)
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
-            cpu_ram_efficient_loading=False,
-            state_dict_type=os.environ.get("TEST_FSDP_STATE_DICT", "FULL_STATE_DICT"),
-        )
-        self.fsdp_plugin = plugin
+        options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+        options["state_dict_type"] = os.environ.get("TEST_FSDP_STATE_DICT", "FULL_STATE_DICT")
+        options["transformer_cls_names_to_wrap"] = ["Qwen2DecoderLayer"]
+        self.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
         self.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = patched
 
 
-class LogOnRank0(TrainerCallback):
-    """What a user's callback may do."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.trainer.log({"mine": 1.0})
+def log_on_rank_0(trainer) -> TrainerCallback:
+    callback = TrainerCallback()
+    callback.on_step_begin = lambda a, state, c, **_: trainer.log({"mine": 1}) if state.is_world_process_zero else None
+    return callback
 
 
 def not_finite_at(trainer_class: type, rank: int, step: int) -> type:
@@ -81,12 +68,6 @@ def not_finite_at(trainer_class: type, rank: int, step: int) -> type:
             return loss
 
     return NotFinite
-
-
-def own_optimizer(trainer):
-    """λ's own optimizer, where an engine or the user owns the trainer's."""
-    step = getattr(trainer, "_lambda_step", None)
-    return None if step is None else step._own
 
 
 def run_job(job: dict) -> dict:
@@ -107,14 +88,12 @@ def run_job(job: dict) -> dict:
     if job.get("own_optimizer"):
         optimizer = torch.optim.AdamW(model.parameters(), lr=job["options"]["learning_rate"])
         trainer_options["optimizers"] = (optimizer, None)
-    if job.get("deepspeed"):
-        job["options"]["ddp_backend"] = "gloo"
-    args = config(config_class, batch, **job["options"])
+    args = config(config_class, batch, **job["options"], **({"ddp_backend": "gloo"} if job.get("deepspeed") else {}))
     if "not_finite" in job:
         trainer_class = not_finite_at(trainer_class, **job["not_finite"])
     trainer = build(trainer_class, args, batch, model, noise=job.get("noise", 0.0), **trainer_options)
     if job.get("log_on_rank_0"):
-        trainer.add_callback(LogOnRank0(trainer))
+        trainer.add_callback(log_on_rank_0(trainer))
     run = watch(trainer)
     if "kill" in job:
         kill_at(trainer, **job["kill"])
@@ -124,28 +103,23 @@ def run_job(job: dict) -> dict:
         if not job.get("is_refused"):
             raise
         return {"error": str(error)}
-    parameter = getattr(trainer, "_lambda", None)
+    parameter, step = getattr(trainer, "_lambda", None), getattr(trainer, "_lambda_step", None)
+    own_optimizer = step and step._own  # where an engine or the user owns the trainer's
     optimizer_state, states = None, {}
     if parameter is not None and parameter.learning.is_learnable:
-        holder = own_optimizer(trainer) or trainer.optimizer
+        holder = own_optimizer or trainer.optimizer
         while hasattr(holder, "optimizer"):
             holder = holder.optimizer
         states = holder.state
         optimizer_state = dict(states[parameter.tensor])
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole on rank 0, maybe nothing elsewhere
     return {
-        "losses": run.losses,
-        "grads": run.grads,
-        "lambda_grads": run.lambda_grads,
-        "lambdas": run.lambdas,
+        **{name: getattr(run, name) for name in ("losses", "grads", "lambda_grads", "lambdas")},
         "lambda_state": optimizer_state,
-        "state_dtypes": sorted(
-            {str(x.dtype) for slot in states.values() for x in slot.values() if torch.is_tensor(x)}
-        ),
-        "lambda_at_end": getattr(trainer, "lambda_value", None),
+        "state_dtypes": {str(x.dtype) for slot in states.values() for x in slot.values() if torch.is_tensor(x)},
         "model": {name: value.clone() for name, value in (state or {}).items()},
         "wrapper": type(trainer.model_wrapped).__name__,
-        "own_optimizer": own_optimizer(trainer) is not None,
+        "own_optimizer": own_optimizer is not None,
         "history": trainer.state.log_history,
     }
 

@@ -5,20 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
-from harness import Batch, build, config
+from harness import LORA, make
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
+from user_weights import half
 
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+from trl_lambda import TRGRPOConfig, TRGRPOTrainer
 
 LAMBDA_GRPO, TR_GRPO, GRPO = "2510.06870", "2511.00066", "2402.03300"
-
-
-def make_trainer(trainer_class=LambdaGRPOTrainer, config_class=LambdaGRPOConfig, trainer_options=None, **options):
-    batch = Batch()
-    return build(trainer_class, config(config_class, batch, **options), batch, **(trainer_options or {}))
 
 
 def card_of(trainer, **arguments) -> ModelCard:
@@ -31,50 +26,35 @@ def settings(card: ModelCard) -> dict[str, str]:
     return dict(re.findall(r"^\| (.+?) \| (.+) \|$", section, re.MULTILINE))
 
 
-def half(lengths):
-    return 0.5 + 0 * lengths
-
-
 @pytest.mark.parametrize(
-    ("options", "method", "cited", "tags"),
+    ("options", "method", "cited", "sources"),
     [
-        ({}, "λ-GRPO", [LAMBDA_GRPO], {"lambda-grpo"}),
-        ({"token_weight": "ar"}, "λ-GRPO", [LAMBDA_GRPO], {"lambda-grpo"}),
-        ({"length_weight": None, "token_weight": "tr_grpo"}, "TR-GRPO", [TR_GRPO], {"tr-grpo"}),
-        ({"token_weight": "tr_grpo"}, "λ-GRPO and TR-GRPO", [LAMBDA_GRPO, TR_GRPO], {"lambda-grpo", "tr-grpo"}),
-        ({"length_weight": "power"}, "GRPO", [GRPO], set()),
-        ({"length_weight": "balanced"}, "GRPO", [GRPO], set()),
-        ({"length_weight": None}, "GRPO", [GRPO], set()),
-        ({"trainer_options": {"length_weight": half}}, "GRPO", [GRPO], set()),
+        ({}, "λ-GRPO", [LAMBDA_GRPO], rf"\[arXiv {LAMBDA_GRPO}\]"),
+        ({"token_weight": "ar"}, "λ-GRPO", [LAMBDA_GRPO], r"\[.*\), \[arXiv 2505.12929\]"),
+        ({"length_weight": None, "token_weight": "tr_grpo"}, "TR-GRPO", [TR_GRPO], rf"\[arXiv {TR_GRPO}\]"),
+        ({"token_weight": "tr_grpo"}, "λ-GRPO and TR-GRPO", [LAMBDA_GRPO, TR_GRPO], r"\["),
+        ({"length_weight": "power"}, "GRPO", [GRPO], "this project's"),
+        ({"length_weight": "balanced"}, "GRPO", [GRPO], r"\[arXiv 2605.04077\]\(http"),
+        ({"length_weight": None}, "GRPO", [GRPO], "TRL"),
+        ({"arguments": {"length_weight": half}}, "GRPO", [GRPO], "the user's"),
     ],
 )
-def test_the_card_cites_the_paper_whose_weight_was_on(options, method, cited, tags):
-    card = card_of(make_trainer(**options), tags="arithmetic")
+def test_the_card_cites_the_paper_whose_weight_was_on(options, method, cited, sources):
+    card = card_of(make(**options), tags="arithmetic")
+    tags = {name.replace("λ", "lambda").lower() for name in method.split(" and ")}
     assert f"This model was trained with {method}, a method introduced in" in card.text
     assert f"(https://huggingface.co/papers/{cited[0]})" in card.text
     bibliography = card.text.partition("## Citations")[2]
     assert f"Cite {method} as:" in bibliography and "@software{vonwerra2020trl" in bibliography
     assert re.findall(r"arXiv:(\d{4}\.\d{5})", bibliography) == cited
     assert {"trl", "grpo", "arithmetic"} | tags == set(card.data.tags) - {"generated_from_trainer"}
-
-
-@pytest.mark.parametrize(
-    ("options", "sources"),
-    [
-        ({"length_weight": "balanced", "token_weight": "ar"}, r"\[arXiv 2605.04077\]\(http.*\), \[arXiv 2505.12929\]"),
-        ({"length_weight": "power"}, "this project's"),
-        ({"trainer_options": {"length_weight": half}}, "the user's"),
-        ({"length_weight": None}, "TRL"),
-    ],
-)
-def test_the_sources_of_other_weights_are_named(options, sources):
-    assert re.search(f"Source of the weights: {sources}", card_of(make_trainer(**options)).text)
+    assert re.search(f"Source of the weights: {sources}", card.text)
 
 
 def test_the_settings_table_shows_what_lambda_became():
     saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     weights = {"token_weight": "tr_grpo", "token_weight_kwargs": {"alpha": 1.5}, "positive_weight": 2.0}
-    trainer = make_trainer(lambda_init=0.5, lambda_learning_rate=0.25, **saving, **weights)
+    trainer = make(lambda_init=0.5, lambda_learning_rate=0.25, **saving, **weights)
     trainer.train()
     assert trainer.lambda_value != 0.5
     card = ModelCard.load(f"{trainer.args.output_dir}/README.md")  # of the checkpoint
@@ -112,7 +92,7 @@ def test_the_settings_table_shows_what_lambda_became():
     ],
 )  # fmt: skip
 def test_only_what_had_an_effect_is_in_the_table(options, shown, hidden):
-    table = settings(card_of(make_trainer(**options)))
+    table = settings(card_of(make(**options)))
     assert {name: table[name] for name in shown} == shown
     assert not set(hidden) & set(table)
 
@@ -124,14 +104,12 @@ def run_code(card: ModelCard) -> dict:
     return namespace
 
 
-@pytest.mark.parametrize("output_dir", ["runs/adder", "adder", "absolute"])
-@pytest.mark.parametrize("length_weight", ["lambda_grpo", "grpo"])
-def test_the_code_of_the_card_loads_model_tokenizer_and_lambda(length_weight, output_dir, tmp_path, monkeypatch):
-    """From where the run was started, with its `output_dir` as it was given."""
+@pytest.mark.parametrize("output_dir", ["runs/adder", "absolute"])
+@pytest.mark.parametrize("options", [{"lambda_init": 0.5}, {"length_weight": "grpo"}], ids=str)
+def test_the_code_of_the_card_loads_model_tokenizer_and_lambda(options, output_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     output_dir = str(tmp_path / "adder") if output_dir == "absolute" else output_dir
-    options = {"lambda_init": 0.5} if length_weight == "lambda_grpo" else {}
-    trainer = make_trainer(output_dir=output_dir, length_weight=length_weight, **options)
+    trainer = make(output_dir=output_dir, **options)
     trainer.save_model()
     card = card_of(trainer)
     loaded = run_code(card)
@@ -143,34 +121,32 @@ def test_the_code_of_the_card_loads_model_tokenizer_and_lambda(length_weight, ou
     assert loaded.get("lam") == options.get("lambda_init")
 
 
-def test_an_adapter_is_loaded_as_one(model_folder, tmp_path):
-    trainer = LambdaGRPOTrainer(
-        model=model_folder,
-        reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
-        args=LambdaGRPOConfig(str(tmp_path / "adder"), use_cpu=True, bf16=False, report_to="none"),
-        train_dataset=Dataset.from_dict({"prompt": ["1+1="]}),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]),
-    )
+def test_an_adapter_is_loaded_as_one(model_folder):
+    trainer = make(model=model_folder, arguments={"peft_config": LoraConfig(**LORA)})
     trainer.save_model()
     loaded = run_code(card_of(trainer))
     assert any("lora" in name for name, _ in loaded["model"].named_parameters()) and loaded["lam"] == 0.0
 
 
 def test_a_model_on_the_hub_is_named_as_there():
-    trainer = make_trainer()
+    trainer = make()
     trainer.hub_model_id = "someone/adder"
     text = card_of(trainer).text
     assert "name = 'someone/adder'\n" in text and "hf_hub_download(name, 'lambda.json')" in text
     assert "this folder" not in text
 
 
-def test_the_picture_of_the_run_is_shown():
-    trainer = make_trainer()
+def test_the_picture_of_the_run_is_shown(monkeypatch):
+    trainer = make()
     folder = Path(trainer.args.output_dir)
     assert "### The run" not in card_of(trainer).text
     for name in ("run.png", "report.png"):
         (folder / name).write_bytes(b"")
         assert f"### The run\n\n![What the run logged]({name})" in card_of(trainer).text
+    (folder / "README.md").unlink()
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    trainer.create_model_card()  # the main process alone writes
+    assert not (folder / "README.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -178,30 +154,20 @@ def test_the_picture_of_the_run_is_shown():
     [
         ("", "was trained from a model without a name on the [org/sums]"),
         ("a/folder/of_mine", "is a fine-tuned version of `of_mine` on the [org/sums]"),
-        (
-            "org/some-model",
-            "is a fine-tuned version of [org/some-model](https://huggingface.co/org/some-model) on the",
-        ),
+        ("org/model", "is a fine-tuned version of [org/model](https://huggingface.co/org/model) on the"),
     ],
 )
 def test_the_card_never_says_none(source, origin, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a" / "folder" / "of_mine").mkdir(parents=True)
-    trainer = make_trainer(output_dir="runs/adder")
+    trainer = make(output_dir="runs/adder")
     trainer.model.config._name_or_path = source
     text = card_of(trainer, dataset_name="org/sums").text
     assert f"This model {origin}" in text and "Model Card for adder" in text and "None" not in text
 
 
 def test_the_rest_of_the_card_is_trls():
-    ours = card_of(make_trainer(TRGRPOTrainer, TRGRPOConfig)).text
-    theirs = card_of(make_trainer(GRPOTrainer, GRPOConfig)).text
+    ours = card_of(make(trainer_class=TRGRPOTrainer, config_class=TRGRPOConfig)).text
+    theirs = card_of(make(trainer_class=GRPOTrainer, config_class=GRPOConfig)).text
     kept = [line for line in theirs.splitlines() if not re.search("^$|```|None|GRPO|shao2024|^    |Model Card", line)]
-    assert len(kept) > 20 and [line for line in ours.splitlines() if line in kept]
-
-
-def test_only_the_main_process_writes(monkeypatch):
-    trainer = make_trainer()
-    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
-    trainer.create_model_card()
-    assert not (Path(trainer.args.output_dir) / "README.md").exists()
+    assert len(kept) > 20 and [line for line in ours.splitlines() if line in kept] == kept

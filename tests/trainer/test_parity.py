@@ -1,51 +1,47 @@
 """TRL's own loss is the oracle wherever a member coincides with a `loss_type`: loss and gradient."""
 
 import pytest
-from harness import Batch, assert_same_bits, build_model, largest_deviation, train
-from trl import GRPOConfig, GRPOTrainer
+from harness import (
+    LENGTHS,
+    Batch,
+    assert_equal_in_double,
+    assert_same_bits,
+    build_model,
+    tool_mask,
+    train,
+    train_ours,
+    train_trl,
+)
 
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, TRGRPOConfig, TRGRPOTrainer
+from trl_lambda import TRGRPOConfig, TRGRPOTrainer
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-# Two micro-batches per optimizer step and two optimizer steps per generation batch, groups of 4 over micro-batches of
-# 3 rows; the learning rate takes the second step off-policy.
-CUT = {
-    "per_device_train_batch_size": 3,
-    "gradient_accumulation_steps": 2,
-    "steps_per_generation": 4,
-    "max_steps": 2,
-    "learning_rate": 0.02,
-}
-LEVELS = ["token", "sequence"]
+# Groups of 4 over micro-batches of 3 rows; the learning rate takes the second step of a generation batch off policy.
+CUT = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+CUT |= {"max_steps": 2, "learning_rate": 0.02}
 FIXED = {"lambda_learnable": False}
+WEIGHT_ONE = [{"length_weight": "dapo"}, FIXED, FIXED | {"length_weight": "power"}]
+LEVELS = ["token", "sequence"]
+BOTH_LEVELS = pytest.mark.parametrize(("level", "beta"), [("token", 0.1), ("sequence", 0.0)])
 
 
 def both(ours: dict, theirs: dict, batch=None, *, model=None, double=False, **options):
-    def fresh():
-        return build_model(double=True) if double else model
-
-    mine = train(LambdaGRPOTrainer, LambdaGRPOConfig, batch, model=fresh(), **options, **ours)
-    return mine, train(GRPOTrainer, GRPOConfig, batch, model=fresh(), **options, **theirs)
+    fresh = (build_model(double=True) if double else model for _ in range(2))
+    mine = train_ours(batch, model=next(fresh), **options, **ours)
+    return mine, train_trl(batch, model=next(fresh), **options, **theirs)
 
 
-def assert_equal_in_double(mine, theirs) -> None:
-    """Losses and gradients of every step, two runs in float64 that divide in another order."""
-    assert mine.losses == pytest.approx(theirs.losses, rel=1e-9, abs=1e-9)
-    for step, (a, b) in enumerate(zip(mine.grads, theirs.grads, strict=True)):
-        assert largest_deviation(a, b) < 1e-9, step
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("level", LEVELS)
+@BOTH_LEVELS
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_nothing_on_is_trl(loss_type, level, beta, model_folder):
     options = CUT | {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "model": model_folder}
-    assert_same_bits(*both({"length_weight": None}, {}, **options))
+    mine, theirs = both({"length_weight": None}, {}, **options)
+    assert_same_bits(mine, theirs)
+    assert [log.keys() for log in mine.logs] == [log.keys() for log in theirs.logs]
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("ours", [{"length_weight": "dapo"}, FIXED, FIXED | {"length_weight": "power"}])
+@BOTH_LEVELS
+@pytest.mark.parametrize("ours", WEIGHT_ONE)
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
 def test_weight_one_is_trl_token_mean_to_the_last_bit(loss_type, ours, level, beta, model_folder):
     options = CUT | {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "model": model_folder}
@@ -79,16 +75,12 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("cut", range(len(CUTS)))
+@pytest.mark.parametrize(
+    ("cut", "level"), [(0, "token"), (0, "sequence"), (1, "sequence"), (2, "token"), (3, "token")]
+)
 @pytest.mark.parametrize(("ours", "theirs"), MEMBERS)
-@pytest.mark.parametrize("level", LEVELS)
 def test_members_equal_trl_loss_types(ours, theirs, level, cut):
     assert_equal_in_double(*both(ours, theirs, double=True, **CUTS[cut], importance_sampling_level=level))
-
-
-def own_tokens_of_tools(row: int, length: int) -> list[int]:
-    """Every third token came from a tool; one row has no token of its own."""
-    return [0] * length if row == 6 else [int(t % 3 != 1) for t in range(length)]
 
 
 FEATURES = {
@@ -107,12 +99,12 @@ FEATURES = {
 def feature_batch(feature: str) -> Batch:
     return Batch(
         truncated={1, 5, 8, 9, 10, 11} if feature == "truncated" else set(),  # the third group whole
-        env_mask=own_tokens_of_tools if feature == "tools" else None,
+        env_mask=tool_mask(LENGTHS) if feature == "tools" else None,
     )
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("ours", [{"length_weight": "dapo"}, FIXED, FIXED | {"length_weight": "power"}])
+@pytest.mark.parametrize("ours", WEIGHT_ONE)
 def test_weight_one_is_trl_with_every_feature(ours, feature, model_folder):
     options = CUT | FEATURES[feature] | {"model": model_folder}
     assert_same_bits(*both(ours, {}, feature_batch(feature), **options))
@@ -132,29 +124,14 @@ def test_a_token_weight_of_one_leaves_every_reduction_alone(loss_type):
     """AR with α = 0 weights every token by 1, through the (B, T) path."""
     options = CUT | {"loss_type": loss_type}
     mine = train(TRGRPOTrainer, TRGRPOConfig, token_weight="ar", token_weight_kwargs={"alpha": 0.0}, **options)
-    assert_same_bits(mine, train(GRPOTrainer, GRPOConfig, **options))
+    assert_same_bits(mine, train_trl(**options))
 
 
 def test_evaluation_with_one_generation_per_prompt_is_trl():
     batch = Batch(lengths=[[3], [9], [5], [1]])
-    options = {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "num_generations_eval": 1,
-        "per_device_eval_batch_size": 4,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-    }
-    runs = []
-    for trainer, config, own in [
-        (LambdaGRPOTrainer, LambdaGRPOConfig, {"length_weight": "lambda_grpo", "lambda_init": 3.0}),
-        (GRPOTrainer, GRPOConfig, {}),
-    ]:
-        runs.append(
-            train(
-                trainer, config, batch, **options, **own, trainer_options={"eval_dataset": batch.dataset()}
-            ).trainer.state.log_history
-        )
-    mine, theirs = ([entry for entry in log if "eval_loss" in entry] for log in runs)
-    assert mine[0]["eval_loss"] == theirs[0]["eval_loss"]
-    assert mine[0]["eval_length_weight/ess"] == 1.0
+    options = {"per_device_train_batch_size": 4, "num_generations": 4, "num_generations_eval": 1, "eval_steps": 1}
+    options |= {"per_device_eval_batch_size": 4, "eval_strategy": "steps"}
+    options |= {"trainer_options": {"eval_dataset": batch.dataset()}}
+    runs = train_ours(batch, lambda_init=3.0, **options), train_trl(batch, **options)
+    mine, theirs = (next(log for log in run.trainer.state.log_history if "eval_loss" in log) for run in runs)
+    assert mine["eval_loss"] == theirs["eval_loss"] and mine["eval_length_weight/ess"] == 1.0

@@ -1,12 +1,17 @@
-"""
-Subclasses between TRL and the loss: weighted as TRL would reduce their rows, or refused in one sentence.
-
-TRL's own loss for the same subclass of `GRPOTrainer` is the oracle: loss and gradient, in float64.
-"""
+"""Subclasses between TRL and the loss: as TRL's own for the same subclass, in float64, or refused in one sentence."""
 
 import pytest
 import torch
-from harness import Batch, assert_same_bits, build_model, largest_deviation, train, watch
+from harness import (
+    Batch,
+    assert_equal_in_double,
+    assert_same_bits,
+    build_model,
+    by_length,
+    largest_deviation,
+    train,
+    watch,
+)
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
@@ -16,15 +21,12 @@ CUT = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 2}
 
 
 class InDouble(GRPOTrainer):
-    """TRL's trainer with advantages in float64, for whatever comes above it."""
-
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         return output | {"advantages": output["advantages"].double()}
 
 
 def run(mixin, trainer_class=LambdaGRPOTrainer, config_class=LambdaGRPOConfig, batch=None, noise=0.3, **options):
-    """One step of `mixin` in front of a trainer class, in float64 and off policy."""
     bases = [cls for cls in (mixin, trainer_class, InDouble) if cls not in (None, GRPOTrainer)]
     trainer_class = type(bases[0].__name__, tuple(bases), {})
     extra = {"model": build_model(double=True), "trainer_options": {"noise": noise}}
@@ -35,15 +37,7 @@ def run_trl(mixin, loss_type, **options):
     return run(mixin, GRPOTrainer, GRPOConfig, loss_type=loss_type, **options)
 
 
-def assert_equal(mine, theirs):
-    assert sum(mine.losses) == pytest.approx(sum(theirs.losses), rel=1e-9, abs=1e-12)
-    assert len(mine.grads) == len(theirs.grads) > 0
-    for a, b in zip(mine.grads, theirs.grads, strict=True):
-        assert largest_deviation(a, b) < 1e-9
-
-
 def keep_rows(output, rows):
-    """The scored batch with some of its rows, in the order given."""
     size = output["completion_mask"].size(0)
     per_row = {k: v[rows] for k, v in output.items() if torch.is_tensor(v) and v.dim() and v.size(0) == size}
     output = output | per_row
@@ -53,37 +47,31 @@ def keep_rows(output, rows):
 # ---- Rows masked, dropped, replayed or put together after scoring ----
 
 
-class MasksRows:
-    """As filters for overlong or hacked completions do, in a dictionary of its own or in place."""
+def masks(where, *, counts_anew=True):
+    """A filter, as for overlong completions; without `counts_anew` it leaves the count that TRL divides by."""
 
-    counts_anew = True
+    class Masks:
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            mask = output["completion_mask"].clone()
+            mask[where] = 0
+            return output | {"completion_mask": mask} | ({"num_items_in_batch": mask.sum()} if counts_anew else {})
 
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        mask = output["completion_mask"].clone()
-        mask[[1, 6]] = 0
-        output["completion_mask"] = mask
-        if self.counts_anew:
-            output = dict(output, num_items_in_batch=mask.sum())
-        return output
+    return Masks
 
 
-class MasksRowsOnly(MasksRows):
-    counts_anew = False  # and leaves the count that TRL divides by
+MasksRows, MasksRowsOnly = masks([1, 6]), masks([1, 6], counts_anew=False)
+MasksTails = masks((slice(None), slice(2, None)))
 
 
-class KeepsSome:
-    """GFPO: the two best of each group of four are learned from."""
-
+class KeepsSome:  # GFPO: the two best of each group
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
         best = output["advantages"].view(-1, 4).argsort(dim=1, descending=True)[:, :2]
         return keep_rows(output, (best + torch.arange(0, 12, 4).unsqueeze(1)).flatten())
 
 
-class DynamicSampling:
-    """DAPO: two rounds of sampling, and the groups that are worth it of both."""
-
+class DynamicSampling:  # DAPO: groups of two rounds
     def _generate_and_score_completions(self, inputs):
         first = super()._generate_and_score_completions(inputs)
         second = super()._generate_and_score_completions(inputs)
@@ -92,9 +80,7 @@ class DynamicSampling:
         return both | {"num_items_in_batch": both["completion_mask"].sum()}
 
 
-class Turning(Batch):
-    """Every second call of the policy gives each prompt the completions of the next one."""
-
+class Turning(Batch):  # every second call gives each prompt the completions of the next one
     def rollout(self, prompts, trainer):
         output = super().rollout(prompts, trainer)
         if getattr(self, "calls", 0) % 2:
@@ -103,9 +89,7 @@ class Turning(Batch):
         return output
 
 
-class Replays:
-    """From the second batch on, the last group is one that was remembered, with all that was known of it."""
-
+class Replays:  # from the second batch on, the last group is a remembered one
     memory = None
 
     def _generate_and_score_completions(self, inputs):
@@ -124,17 +108,15 @@ class Replays:
 @pytest.mark.parametrize("mixin", [MasksRows, MasksRowsOnly, KeepsSome, DynamicSampling, Replays])
 def test_members_equal_trls_loss_for_the_same_subclass(mixin, member):
     """N and S are those of the rows that the loss sees; groups stay what they were (faults 4 and 5)."""
-    cut = {"per_device_train_batch_size": 12} if mixin is DynamicSampling else CUT
-    batches, options = (Turning(), Turning()), cut | {"max_steps": 2}
-    assert_equal(
-        run(mixin, batch=batches[0], length_weight=member, **options),
-        run_trl(mixin, member, batch=batches[1], **options),
-    )
+    options = ({"per_device_train_batch_size": 12} if mixin is DynamicSampling else CUT) | {"max_steps": 2}
+    theirs = run_trl(mixin, member, batch=Turning(), **options)
+    assert_equal_in_double(run(mixin, batch=Turning(), length_weight=member, **options), theirs)
 
 
 @pytest.mark.parametrize("mixin", [MasksRows, KeepsSome])
 def test_sapo_has_the_same_denominators(mixin):
-    assert_equal(run(mixin, loss_type="sapo", length_weight="grpo", **CUT), run_trl(mixin, "sapo", **CUT))
+    sapo = {"loss_type": "sapo"} | CUT
+    assert_equal_in_double(run(mixin, length_weight="grpo", **sapo), run_trl(mixin, **sapo))
 
     class TokenMean(mixin):
         """TRL's mean of sequence means made a token mean by hand: sapo uses of A no more than sign and factor."""
@@ -145,8 +127,7 @@ def test_sapo_has_the_same_denominators(mixin):
             output["advantages"] = output["advantages"].double() * lengths / lengths.double().mean()
             return output
 
-    mine = run(mixin, loss_type="sapo", length_weight="dapo", **CUT)
-    assert_equal(mine, run_trl(TokenMean, "sapo", **CUT))
+    assert_equal_in_double(run(mixin, length_weight="dapo", **sapo), run_trl(TokenMean, **sapo))
 
 
 def test_f_of_groups_that_were_put_together_is_f_of_each():
@@ -155,29 +136,25 @@ def test_f_of_groups_that_were_put_together_is_f_of_each():
     scored = mine.trainer._scoring.batches["train"]
     assert scored.lengths.tolist() == [[3, 1, 12, 6], [2, 2, 9, 5], [2, 2, 9, 5]]
     plain = run(None, batch=Batch(lengths=scored.lengths.tolist()), noise=0, lambda_init=1.5, lambda_learnable=False)
-    weights = [r.trainer._response_weights.weights_of(r.trainer._scoring.batches["train"], 1) for r in (mine, plain)]
+    weights = [r.trainer._response_weights.weigh(r.trainer._scoring.batches["train"], 1)[0] for r in (mine, plain)]
     assert torch.equal(*weights) and weights[0].max() > 1.1
 
 
 @pytest.mark.parametrize(
-    "rows", [[0, 1, 2, 3, 0, 1, 2, 3, 8, 9, 10, 11], [0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9]], ids=str
+    ("rows", "message"),
+    [
+        ([0, 1, 2, 3, 0, 1, 2, 3, 8, 9, 10, 11], "no whole groups: a row occurs twice"),
+        ([0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9], "no whole groups: a row occurs twice"),
+        ([0, 1, 2, 4, 5, 8], r"groups have \[1, 2, 3\] rows.*keep whole groups"),
+    ],
 )
-def test_a_row_that_is_there_twice_is_refused(rows):
-    class Doubles:
+def test_rows_that_are_no_groups_are_refused(rows, message):
+    class Keeps:
         def _generate_and_score_completions(self, inputs):
             return keep_rows(super()._generate_and_score_completions(inputs), rows)
 
-    with pytest.raises(RuntimeError, match="no whole groups: a row occurs twice"):
-        run(Doubles)
-
-
-def test_groups_of_different_sizes_are_refused():
-    class KeepsUnevenly:
-        def _generate_and_score_completions(self, inputs):
-            return keep_rows(super()._generate_and_score_completions(inputs), [0, 1, 2, 4, 5, 8])
-
-    with pytest.raises(RuntimeError, match=r"groups have \[1, 2, 3\] rows.*keep whole groups"):
-        run(KeepsUnevenly)
+    with pytest.raises(RuntimeError, match=message):
+        run(Keeps)
 
 
 @pytest.mark.parametrize("kept", [slice(0, 12, 2), slice(0, 8)], ids=["two of four", "two groups of three"])
@@ -191,34 +168,18 @@ def test_a_base_class_that_drops_rows_is_refused(kept):
         train(above, LambdaGRPOConfig)
 
 
-class MasksTails:
-    """No token after the second counts, as a filter for what follows an answer does."""
-
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        mask = output["completion_mask"].clone()
-        mask[:, 2:] = 0
-        return output | {"completion_mask": mask, "num_items_in_batch": mask.sum()}
+SIGNED = {"lambda_side": "signed", "lambda_features": ["length", "mean_logp", "min_logp"]}
 
 
 @pytest.mark.parametrize("mixin", [MasksTails, MasksRows])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"length_weight": "power", "lambda_init": 1.5},
-        {"length_weight": "power", "lambda_side": "signed", "lambda_features": ["length", "mean_logp", "min_logp"]},
-        {"length_weight": "power", "length_target": 5.0},
-    ],
-    ids=["descent", "regression", "target"],
-)
+@pytest.mark.parametrize("options", [{"lambda_init": 1.5}, SIGNED, {"length_target": 5.0}], ids=str)
 def test_lengths_and_features_are_those_of_what_the_loss_sees(mixin, options):
     """The same masks by way of the rollout, which TRL knows of before it scores, give the same run (fault 9)."""
     kept = (lambda row, t: t < 2) if mixin is MasksTails else (lambda row, t: row not in (1, 6))
-    batch, known = Batch(), Batch(env_mask=lambda row, n: [int(kept(row, t)) for t in range(n)])
-    batch.rewards = known.rewards = [len(c) / 12 for c in batch.completions]
-    options = options | CUT | {"max_steps": 3, "lambda_learning_rate": 0.5, "noise": 0}
+    batch, known = by_length(), by_length(env_mask=lambda row, n: [int(kept(row, t)) for t in range(n)])
+    options = options | CUT | {"length_weight": "power", "max_steps": 3, "lambda_learning_rate": 0.5, "noise": 0}
     mine, theirs, unmasked = (run(m, batch=b, **options) for m, b in ((mixin, batch), (None, known), (None, batch)))
-    assert_equal(mine, theirs)
+    assert_equal_in_double(mine, theirs)
     assert mine.lambdas == pytest.approx(theirs.lambdas, rel=1e-9) and mine.lambdas[-1] != 0
     assert mine.lambdas[-1] != pytest.approx(unmasked.lambdas[-1], rel=1e-2)
 
@@ -226,9 +187,7 @@ def test_lengths_and_features_are_those_of_what_the_loss_sees(mixin, options):
 # ---- Hooks that a subclass replaces ----
 
 
-class OwnInputs:
-    """A generation batch at each optimizer step, cut in its own way, and nothing of TRL's buffer."""
-
+class OwnInputs:  # a generation batch at each optimizer step, and nothing of TRL's buffer
     def _prepare_inputs(self, inputs):
         if not self.model.training:
             return self._generate_and_score_completions(inputs)
@@ -236,62 +195,24 @@ class OwnInputs:
         if part == 0:
             self.scored = self._generate_and_score_completions(inputs)
         rows = self.scored["completion_mask"].size(0) // self.args.steps_per_generation
-        return {
-            key: value[part * rows : (part + 1) * rows] if torch.is_tensor(value) and value.dim() else value
-            for key, value in self.scored.items()
-        }
+        count = {"num_items_in_batch": self.scored["num_items_in_batch"]}
+        return keep_rows(self.scored, slice(part * rows, (part + 1) * rows)) | count
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"length_target": 4.0}, {"lambda_side": "signed"}, {"lambda_init": 1.0}],
-    ids=["target", "regression", "descent"],
-)
+@pytest.mark.parametrize("options", [{"length_target": 4.0}, {"lambda_side": "signed"}, {"lambda_init": 1.0}], ids=str)
 @pytest.mark.parametrize("cut", [{}, CUT], ids=["whole", "micro-batches"])
 def test_lambda_learns_with_a_prepare_inputs_of_the_users(options, cut):
-    """It stayed at 0 for ever where only `_prepare_inputs` showed it the batch (fault 6)."""
-    options = options | cut | {"max_steps": 3, "length_weight": "power", "noise": 0}
-    batch = Batch()
-    batch.rewards = [len(c) / 12 for c in batch.completions]
-    mine, plain = run(OwnInputs, batch=batch, **options), run(None, batch=batch, **options)
+    """Fault 6."""
+    options = options | cut | {"max_steps": 3, "length_weight": "power", "noise": 0, "batch": by_length()}
+    mine, plain = run(OwnInputs, **options), run(None, **options)
     assert mine.lambdas == pytest.approx(plain.lambdas, rel=1e-9) and len(set(mine.lambdas)) == 3
-    assert mine.logs[-1]["advantage/length_correlation"] == pytest.approx(
-        plain.logs[-1]["advantage/length_correlation"], rel=1e-5
-    )
-
-
-def test_rows_without_a_number_raise():
-    class Anew(LambdaGRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            return {key: value for key, value in output.items() if not key.startswith("generation_batch")}
-
-    with pytest.raises(RuntimeError, match="builds it anew. Return the dictionary that super"):
-        train(Anew, LambdaGRPOConfig)
-
-
-def test_a_scoring_method_that_bypasses_ours_is_named():
-    class Bypasses(LambdaGRPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            return GRPOTrainer._generate_and_score_completions(self, inputs)
-
-    with pytest.raises(RuntimeError, match="rows that trl_lambda has not seen.*_generate_and_score_completions"):
-        train(Bypasses, LambdaGRPOConfig)
-
-
-def test_rows_masked_after_they_were_prepared_are_refused():
-    class Late(LambdaGRPOTrainer):
-        def _prepare_inputs(self, inputs):
-            inputs = dict(super()._prepare_inputs(inputs))
-            return inputs | {"completion_mask": inputs["completion_mask"] * (torch.arange(12) < 2)}
-
-    with pytest.raises(RuntimeError, match="masks or replaces rows after super"):
-        train(Late, LambdaGRPOConfig, Batch(lengths=[[3, 1, 12, 12]] * 3))
+    (a, b) = (each.logs[-1]["advantage/length_correlation"] for each in (mine, plain))
+    assert a == pytest.approx(b, rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"lambda_init": 1.5}, {"length_weight": "balanced"}], ids=["λ-GRPO", "balanced"])
 def test_the_group_size_is_read_where_trl_reads_it(options):
-    """Changed between two trainings of one trainer (fault 7)."""
+    """Fault 7."""
     options = options | {"max_steps": 1, "lambda_learnable": False} if "lambda_init" in options else options
     trainer = run(None, **options).trainer
     trainer.num_generations = 2
@@ -299,7 +220,7 @@ def test_the_group_size_is_read_where_trl_reads_it(options):
     trainer.seen_losses.clear()
     trainer.train()
     assert trainer._scoring.batches["train"].lengths.shape == (6, 2)
-    assert_equal(of_pairs, run(None, num_generations=2, **options))
+    assert_equal_in_double(of_pairs, run(None, num_generations=2, **options))
 
 
 # ---- A loss that is not TRL's ----
@@ -317,13 +238,13 @@ def test_gmpo_is_refused_while_weights_are_on_and_gmpo_without(bases):
 
 
 def test_gmpo_that_declares_its_reduction():
-    """One term per sequence and their mean: `grpo` is that reduction itself, `dapo` weights each by |o_i|/μ."""
+    """`grpo` is that reduction itself, `dapo` weights each sequence by |o_i|/μ."""
 
     class Declared(LambdaGRPOTrainer, GMPOTrainer):
         loss_reduction = "sequence"
 
     plain = run(None, GMPOTrainer, GMPOConfig, epsilon=0.4)
-    assert_equal(run(None, Declared, epsilon=0.4, length_weight="grpo"), plain)
+    assert_equal_in_double(run(None, Declared, epsilon=0.4, length_weight="grpo"), plain)
     by_length = run(None, Declared, epsilon=0.4, length_weight="dapo", noise=0)
     lengths = torch.tensor([float(len(c)) for c in Batch().completions])
     advantages = torch.tensor(list(plain.trainer._logs["advantages"])[:12])
@@ -344,60 +265,79 @@ class SequenceMean:
 
 @pytest.mark.parametrize("options", [{"length_weight": "dapo"}, {"length_weight": "power", "lambda_init": 0.7}])
 def test_f_restates_a_declared_sequence_mean(options):
-    assert_equal(run(SequenceMean, **options, **CUT), run(None, **options, **CUT))
+    assert_equal_in_double(run(SequenceMean, **options, **CUT), run(None, **options, **CUT))
 
 
 def test_positive_weight_beside_a_declared_reduction_of_the_users():
-    """With TRL's own reduction c preserves the mass of the reduction that is declared (fault 11)."""
+    """Fault 11."""
     options = {"length_weight": None, "positive_weight": 3.0} | CUT
     mine, theirs = run(SequenceMean, **options), run(None, loss_type="grpo", **options)
-    assert_equal(mine, theirs)
+    assert_equal_in_double(mine, theirs)
     for q in (1, 2, 3, 4):
         assert mine.logs[0][f"share/length_q{q}"] == pytest.approx(theirs.logs[0][f"share/length_q{q}"], rel=1e-5)
     token_mean = run(None, **options)
     assert largest_deviation(mine.grads[0], token_mean.grads[0]) > 0.05
 
 
-def test_an_unknown_declaration_and_none_at_all_are_refused():
-    unknown = type("Unknown", (LambdaGRPOTrainer,), {"loss_reduction": "mean"})
-    with pytest.raises(ValueError, match="Unknown.loss_reduction='mean' is unknown; accepted: token_mean"):
-        train(unknown, LambdaGRPOConfig)
-    silent = type("Silent", (SequenceMean, LambdaGRPOTrainer), {"loss_reduction": None})
-    with pytest.raises(ValueError, match="SequenceMean replaces GRPOTrainer's _compute_loss"):
-        train(silent, LambdaGRPOConfig)
+class Anew(LambdaGRPOTrainer):
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return {key: value for key, value in output.items() if not key.startswith("generation_batch")}
 
 
-def test_a_compute_loss_that_is_replaced_or_copies_its_inputs_is_named():
-    class Replaced(LambdaGRPOTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            return self._compute_loss(model, inputs)
-
-    with pytest.raises(RuntimeError, match=r"replaces compute_loss without calling super\(\).compute_loss"):
-        train(Replaced, LambdaGRPOConfig)
-
-    class Copies(LambdaGRPOTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-    Copies._compute_loss = lambda self, model, inputs: LambdaGRPOTrainer._compute_loss(self, model, dict(inputs))
-    Copies.loss_reduction = "token_mean"
-    with pytest.raises(RuntimeError, match=r"Copies._compute_loss may pass on a copy of `inputs`, such as dict"):
-        train(Copies, LambdaGRPOConfig)
+class Bypasses(LambdaGRPOTrainer):
+    def _generate_and_score_completions(self, inputs):
+        return GRPOTrainer._generate_and_score_completions(self, inputs)
 
 
-@pytest.mark.parametrize("weights", [{}, {"token_weight": "tr_grpo"}])
-def test_a_second_call_for_log_probabilities_is_told_of(weights):
-    class SecondTerm(LambdaGRPOTrainer):
-        loss_reduction = "token_mean"
+class Late(LambdaGRPOTrainer):
+    def _prepare_inputs(self, inputs):
+        inputs = dict(super()._prepare_inputs(inputs))
+        return inputs | {"completion_mask": inputs["completion_mask"] * (torch.arange(12) < 2)}
 
-        def _compute_loss(self, model, inputs):
-            prompt = inputs["prompt_ids"]
-            loss = super()._compute_loss(model, inputs)
-            self._get_per_token_logps_and_entropies(model, prompt, inputs["prompt_mask"], 1)
-            return loss
 
-    with pytest.raises(RuntimeError, match="asked for the policy's log-probabilities twice"):
-        train(SecondTerm, LambdaGRPOConfig, **weights)
+class Replaced(LambdaGRPOTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self._compute_loss(model, inputs)
+
+
+class Copies(LambdaGRPOTrainer):
+    loss_reduction = "token_mean"
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, dict(inputs))
+
+
+class SecondTerm(LambdaGRPOTrainer):
+    loss_reduction = "token_mean"
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self._get_per_token_logps_and_entropies(model, inputs["prompt_ids"], inputs["prompt_mask"], 1)
+        return loss
+
+
+Unknown = type("Unknown", (LambdaGRPOTrainer,), {"loss_reduction": "mean"})
+Silent = type("Silent", (SequenceMean, LambdaGRPOTrainer), {"loss_reduction": None})
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "message"),
+    [
+        (Anew, "builds it anew. Return the dictionary that super"),
+        (Bypasses, "rows that trl_lambda has not seen.*_generate_and_score_completions"),
+        (Late, "masks or replaces rows after super"),
+        (Replaced, r"replaces compute_loss without calling super\(\).compute_loss"),
+        (Copies, r"Copies._compute_loss may pass on a copy of `inputs`, such as dict"),
+        (SecondTerm, "asked for the policy's log-probabilities twice"),
+        (Unknown, "Unknown.loss_reduction='mean' is unknown; accepted: token_mean"),
+        (Silent, "SequenceMean replaces GRPOTrainer's _compute_loss"),
+    ],
+)
+@pytest.mark.parametrize("weights", [{}, {"token_weight": "tr_grpo"}], ids=["f", "f and v"])
+def test_a_subclass_that_the_weights_would_not_reach_is_named(trainer_class, message, weights):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        train(trainer_class, LambdaGRPOConfig, Batch(lengths=[[3, 1, 12, 12]] * 3), **weights)
 
 
 def test_advantages_per_token_and_what_needs_their_sign():

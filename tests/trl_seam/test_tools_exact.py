@@ -1,29 +1,23 @@
-"""
-Loss, gradient, dL/dλ and metrics with tools equal plain loops over the policy's own tokens, in float64.
-
-Tool output comes in twice: as masks of prepared completions, and by TRL's own tool loop around a scripted policy.
-"""
+"""Loss, gradient, dL/dλ and metrics with tools equal plain loops over the policy's own tokens, in float64."""
 
 import math
 
-import harness
 import pytest
 import reference
 import torch
 from datasets import Dataset
-from harness import LENGTHS, Batch, build, build_model, build_tokenizer, config, largest_deviation, prompt, watch
-from launch import launch
+from harness import LENGTHS, Batch, build_model, largest_deviation, make, prompt_ids, tool_mask, watch
 
 from recipes.playground.lookup_agent import CHAT_TEMPLATE, RESPONSE_TEMPLATE, LookUp
 from recipes.playground.make_base_model import LOOKUP_CHARACTERS, make_tokenizer
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
+from trl_lambda import LambdaGRPOTrainer
 
 G, LAMBDA, NOISE = 4, 1.25, 0.3  # λ begins as a float32
 ALL = [n for group in LENGTHS for n in group]
 
 
 def advantages_of(run, rewards):
-    """TRL's own, which it computes in float32: checked here, and then taken as they are."""
+    """TRL's own, in float32: checked, and then taken as they are."""
     advantages = list(run.trainer._logs["advantages"])[: len(rewards)]
     plain = reference.group_advantages([rewards[i : i + G] for i in range(0, len(rewards), G)])
     assert advantages == pytest.approx(sum(plain, []), abs=1e-6)
@@ -41,8 +35,9 @@ class Plain:
         off = [(NOISE * noise).tolist() for noise in drawn]
         old = [[x + z for x, z in zip(*pair, strict=False)] for pair in zip(self.logps, off, strict=True)]
         self.v = [[reference.probability_weight(x, "tr_grpo") for x in logps] for logps in self.logps]
-        terms = {"loss_type": "dapo", "own": own, "v": self.v}
-        self.terms = reference.policy_terms(self.model, prompts, completions, old, self.advantages, **terms)
+        self.terms = reference.policy_terms(
+            self.model, prompts, completions, old, self.advantages, loss_type="dapo", own=own, v=self.v
+        )
 
     def weights(self, lam):
         groups = [self.counts[i : i + G] for i in range(0, len(self.counts), G)]
@@ -64,31 +59,23 @@ class Plain:
         return {"length_weight/max": max(self.weights(lam)), "token_weight/mean": math.fsum(own) / len(own)}
 
 
-def seen(run):
-    return run.losses, run.grads, run.lambda_grads, run.lambdas, run.logs
-
-
-def assert_equals_plain_loops(plains, losses, grads, lambda_grads, lambdas, logs, per_step=1):
-    """Every optimizer step: `plains` one for each, `losses` one for each micro-batch."""
-    for k, (plain, lam) in enumerate(zip(plains, [LAMBDA, *lambdas[:-1]], strict=True)):
+def assert_equals_plain_loops(plains, run, per_step=1):
+    """Every optimizer step, `plains` one for each, `per_step` micro-batches in it."""
+    for k, (plain, lam) in enumerate(zip(plains, [LAMBDA, *run.lambdas[:-1]], strict=True)):
         loss, gradient, slope = plain.step(lam)
-        assert sum(losses[k * per_step : (k + 1) * per_step]) == pytest.approx(loss, rel=1e-9, abs=1e-12)
-        assert largest_deviation(grads[k], gradient) < 1e-9
-        assert lambda_grads[k] == pytest.approx(slope, rel=1e-7)  # the difference in λ has 1e-10 itself
+        assert sum(run.losses[k * per_step : (k + 1) * per_step]) == pytest.approx(loss, rel=1e-9, abs=1e-12)
+        assert largest_deviation(run.grads[k], gradient) < 1e-9
+        assert run.lambda_grads[k] == pytest.approx(slope, rel=1e-7)  # the difference in λ has 1e-10 itself
         for name, value in plain.metrics(lam).items():
-            assert logs[k][name] == pytest.approx(value, rel=1e-5, abs=1e-6), (k, name)
+            assert run.logs[k][name] == pytest.approx(value, rel=1e-5, abs=1e-6), (k, name)
 
 
 # ---- Prepared completions with masks ----
 
-
-def interleaved(row):
-    return [0] * 7 if row == 8 else [int(t % 3 != 1) for t in range(ALL[row])]  # row 8 has no token of its own
-
-
+TOOLS = tool_mask(LENGTHS)
 MASKS = {
-    "interleaved": [interleaved(row) for row in range(12)],
-    "in some rows only": [interleaved(row) if row in (2, 6, 10) else [1] * ALL[row] for row in range(12)],
+    "interleaved": TOOLS,
+    "in some rows only": [TOOLS[row] if row in (2, 6, 10) else [1] * n for row, n in enumerate(ALL)],
     "no call": [[1] * n for n in ALL],
     "cut off in the tool's answer": [[1] * math.ceil(n / 2) + [0] * (n // 2) for n in ALL],
 }
@@ -99,23 +86,13 @@ OPTIONS = {
 }
 
 
-class SometimesMasked(Batch):
-    """Every second generation batch comes without a mask, as one in which nobody calls does from some rollouts."""
-
-    def rollout(self, prompts, trainer):
-        self.calls = getattr(self, "calls", 0) + 1
-        output = super().rollout(prompts, trainer)
-        return output if self.calls % 2 else {key: value for key, value in output.items() if key != "env_mask"}
-
-
 def plain_of(run, batch, own):
-    prompts = [build_tokenizer()(prompt(row // G))["input_ids"] for row in range(12)]
-    return Plain(prompts, batch.completions, own, advantages_of(run, batch.rewards))
+    return Plain(prompt_ids(batch), batch.completions, own, advantages_of(run, batch.rewards))
 
 
 def run_batch(batch, **options):
-    args = config(LambdaGRPOConfig, batch, token_weight="tr_grpo", lambda_init=LAMBDA, **options)
-    run = watch(build(LambdaGRPOTrainer, args, batch, build_model(double=True), noise=NOISE))
+    options |= {"token_weight": "tr_grpo", "lambda_init": LAMBDA, "arguments": {"noise": NOISE}}
+    run = watch(make(batch, build_model(double=True), **options))
     run.trainer.train()
     return run
 
@@ -127,31 +104,8 @@ def test_masked_tokens_take_no_part_in_anything(mask, options):
     batch = Batch(env_mask=own, truncated={r for r, n in enumerate(ALL) if n > 1} if "cut off" in mask else set())
     run = run_batch(batch, **chosen)
     # `noise` depends on the row alone, and the model does not learn: each step has the same batch and a λ of its own.
-    plains, per_step = (
-        [plain_of(run, batch, own)] * chosen.get("max_steps", 1),
-        chosen.get("gradient_accumulation_steps", 1),
-    )
-    assert_equals_plain_loops(plains, *seen(run), per_step)
-
-
-def test_a_mask_in_some_generation_batches_only():
-    batch = SometimesMasked(env_mask=MASKS["interleaved"])
-    run = run_batch(batch, max_steps=3)
-    masked, unmasked = (plain_of(run, batch, MASKS[name]) for name in ("interleaved", "no call"))
-    assert_equals_plain_loops([masked, unmasked, masked], *seen(run))
-
-
-def test_two_processes_give_the_same(tmp_path):
-    """A group of four over two ranks' micro-batches of three rows."""
-    options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "token_weight": "tr_grpo"}
-    options |= {"num_iterations": 2, "max_steps": 2, "lambda_init": LAMBDA, "output_dir": str(tmp_path / "out")}
-    job = {"trainer": "lambda", "options": options, "batch": {"env_mask": MASKS["interleaved"]}, "noise": NOISE}
-    (ranks,) = launch([job | {"build": {"double": True}}], tmp_path, 2)
-    plain = plain_of(run_batch(Batch(env_mask=MASKS["interleaved"])), Batch(), MASKS["interleaved"])
-    losses = [sum(pair) / 2 for pair in zip(*(rank["losses"] for rank in ranks), strict=True)]
-    logs = [entry for entry in ranks[0]["history"] if "loss" in entry]
-    for rank in ranks:
-        assert_equals_plain_loops([plain] * 2, losses, rank["grads"], rank["lambda_grads"], rank["lambdas"], logs, 2)
+    plains = [plain_of(run, batch, own)] * chosen.get("max_steps", 1)
+    assert_equals_plain_loops(plains, run, chosen.get("gradient_accumulation_steps", 1))
 
 
 # ---- TRL's own tool loop around a scripted policy ----
@@ -190,16 +144,6 @@ class Scripted(LambdaGRPOTrainer):
             self.said[row] = context + turn
         return spoken, None
 
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
-        old = harness.off_policy_logps(self, output, NOISE)
-        return output | {"old_per_token_logps": old, "advantages": output["advantages"].double()}
-
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
-        self.seen_losses.append(loss.item())
-        return loss
-
 
 @pytest.mark.parametrize("micro", [8, 2])
 def test_trls_own_tool_loop(micro):
@@ -207,16 +151,13 @@ def test_trls_own_tool_loop(micro):
     rows = [{"prompt": [{"role": "user", "content": f"F{k}"}], "table": t} for k, t in zip("ab", TABLES, strict=True)]
     options = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 8 // micro, "num_iterations": 2}
     options |= {"max_completion_length": 20, "max_steps": 2, "lambda_init": LAMBDA, "token_weight": "tr_grpo"}
-    args = config(LambdaGRPOConfig, Batch(lengths=LENGTHS[:2]), **options)
     tools = {"train_dataset": Dataset.from_list(rows), "environment_factory": LookUp, "processing_class": tokenizer}
-    trainer = Scripted(build_model(double=True), lambda completions, **kwargs: REWARDS, args, **tools)
-    harness.score_in_double(trainer.model)
-    trainer._lambda.tensor.data, trainer.seen_losses = trainer._lambda.tensor.data.double(), []
-    run = watch(trainer)
-    trainer.train()
-    prompts = as_ids([f"F{key}=" for key in "aaaabbbb"], tokenizer)
-    completions = as_ids([text for _, text, _ in CONVERSATIONS], tokenizer)
-    own = [[int(x) for x in mask] for *_, mask in CONVERSATIONS]
-    plain = Plain(prompts, completions, own, advantages_of(run, REWARDS))
-    assert_equals_plain_loops([plain] * 2, *seen(run), per_step=8 // micro)
+    tools |= {"reward_funcs": lambda completions, **kwargs: REWARDS, "rollout_func": None, "noise": NOISE}
+    batch, model = Batch(lengths=LENGTHS[:2]), build_model(double=True)
+    run = watch(make(batch, model, trainer_class=Scripted, arguments=tools, **options))
+    run.trainer.train()
+    _, texts, masks = zip(*CONVERSATIONS, strict=True)
+    prompts, completions = (as_ids(t, tokenizer) for t in ([f"F{key}=" for key in "aaaabbbb"], texts))
+    plain = Plain(prompts, completions, [list(map(int, mask)) for mask in masks], advantages_of(run, REWARDS))
+    assert_equals_plain_loops([plain] * 2, run, 8 // micro)
     assert run.lambdas[0] != run.lambdas[1]

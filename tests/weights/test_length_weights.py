@@ -1,4 +1,4 @@
-"""f of every member against plain fp64 loops, closed forms, and what the docstrings promise."""
+"""f of every member against plain fp64 loops, and what the docstrings promise."""
 
 import itertools
 import math
@@ -11,15 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_lambda.weights import (
-    LENGTH_WEIGHTS,
-    SIDES,
-    ResponseRows,
-    groups_with_signal,
-    length_weights,
-    sequence_mean_weights,
-    weigh_responses,
-)
+from trl_lambda.weights import LENGTH_WEIGHTS, SIDES, ResponseRows, groups_with_signal, length_weights, weigh_responses
 
 LAMBDAS = (-20.0, -3.7, -1.0, 0.0, 0.5, 2.0, 12.0)
 SIGNED = tuple(side for side in SIDES if side != "both")
@@ -33,32 +25,22 @@ MEMBERS += [("power", side, features) for side in SIGNED for features in (("leng
 double = torch.float64
 
 
-def groups(case: str) -> list[list[int]]:
-    rng = random.Random(case)
-    return {
-        "paper": [[120, 190, 260, 320, 400, 470, 530, 600]],
-        "unequal": [[1, 32768, 7, 400], [3, 3, 3, 9000], [12, 5, 77, 1], [6, 4, 8, 2]],
-        "empty rows": [[0, 5, 9, 0], [4, 0, 0, 0], [8, 2, 6, 3]],
-        "an empty group": [[3, 5, 9, 4], [0, 0, 0, 0], [8, 2, 6, 3]],
-        "equal": [[6, 6, 6], [1, 1, 1]],
-        "one response": [[5], [9], [1]],
-        "sixty-four": [[rng.randint(1, 32768) for _ in range(64)] for _ in range(3)],
-    }[case]
+CASES = {
+    "paper": [[120, 190, 260, 320, 400, 470, 530, 600]],
+    "unequal": [[1, 32768, 7, 400], [3, 3, 3, 9000], [12, 5, 77, 1], [6, 4, 8, 2]],
+    "empty rows": [[0, 5, 9, 0], [4, 0, 0, 0], [8, 2, 6, 3]],
+    "an empty group": [[3, 5, 9, 4], [0, 0, 0, 0], [8, 2, 6, 3]],
+    "equal": [[6, 6, 6], [1, 1, 1]],
+    "one response": [[5], [9], [1]],
+    "sixty-four": [random.Random(p).choices(range(1, 32769), k=64) for p in range(3)],
+}
 
 
-CASES = ["paper", "unequal", "empty rows", "an empty group", "equal", "one response", "sixty-four"]
-
-
-def rows_of(lengths, advantages=None, scope="batch", statistics=None) -> ResponseRows:
+def rows_of(lengths, advantages, scope="batch", statistics=None) -> ResponseRows:
     lengths = torch.tensor(lengths, dtype=double)
-    advantages = None if advantages is None else torch.tensor(advantages, dtype=double)
-    return ResponseRows(
-        lengths,
-        lengths.sum(),
-        (1,) if scope == "prompt" else (0, 1),
-        advantages,
-        {name: torch.tensor(values, dtype=double) for name, values in (statistics or {}).items()},
-    )
+    statistics = {name: torch.tensor(values, dtype=double) for name, values in (statistics or {}).items()}
+    dim, advantages = (1,) if scope == "prompt" else (0, 1), torch.tensor(advantages, dtype=double)
+    return ResponseRows(lengths, lengths.sum(), dim, advantages, statistics)
 
 
 def member_of(name, side="both", features=("length",)):
@@ -88,7 +70,7 @@ def expected(lengths, advantages, lam, name, side, features, statistics, scope, 
 @pytest.mark.parametrize(("name", "side", "features"), MEMBERS)
 @pytest.mark.parametrize("case", CASES)
 def test_every_member_equals_plain_loops(case, name, side, features, scope):
-    lengths, rng = groups(case), random.Random(case)
+    lengths, rng = CASES[case], random.Random(case)
     member, prompts = member_of(name, side, features), len(lengths)
     advantages = [[rng.choice([-1.0, -0.5, 0.0, 2.0]) for _ in group] for group in lengths]
     statistics = {n: [[-3 * rng.random() for _ in group] for group in lengths] for n in NAMES}
@@ -97,9 +79,8 @@ def test_every_member_equals_plain_loops(case, name, side, features, scope):
     for lam in LAMBDAS if member.has_lambda else [0.0]:
         lam = [lam, *(rng.uniform(-2, 2) for _ in features[1:])]
         tensor = torch.tensor(lam, dtype=double) if member.has_lambda else None
-        for c, live in itertools.product(
-            (1.0, 3.0, 0.4), (None, [p % 2 == 0 for p in range(prompts)], [False] * prompts)
-        ):
+        some = [p % 2 == 0 for p in range(prompts)]
+        for c, live in itertools.product((1.0, 3.0, 0.4), (None, some, [False] * prompts)):
             is_live = None if live is None else torch.tensor(live).unsqueeze(1)
             mine = weigh_responses(member, rows, tensor, positive_weight=c, live=is_live, dtype=double)
             theirs = expected(lengths, advantages, lam, name, side, features, statistics, scope, c, live)
@@ -116,43 +97,24 @@ def test_every_member_equals_plain_loops(case, name, side, features, scope):
 
 def test_groups_of_equal_rewards_have_no_signal():
     nan = math.nan
-    cases = [
-        [0.7, 0.7, 0.7],
-        [0.1 + 0.2, 0.3, 0.3],
-        [1.0, 0.0, 1.0],
-        [nan, 0.5, 0.5],
-        [nan, nan, nan],
-        [nan, 0.5, 0.4],
-    ]
-    cases += [[0.0, 0.0, 0.0], [-2.0, -2.0, -2.001], [1e-9, 0.0, 0.0], [1e6, 1e6, 1e6 + 2]]
-    plain = [reference.has_signal([None if math.isnan(r) else r for r in group]) for group in cases]
-    assert groups_with_signal(torch.tensor(cases, dtype=double)).squeeze(1).tolist() == plain
-    assert plain == [False, False, True, False, False, True, False, True, True, True]
-
-
-# ---- Closed forms ----
+    cases = {False: [[0.7, 0.7, 0.7], [0.1 + 0.2, 0.3, 0.3], [nan, 0.5, 0.5], [nan, nan, nan], [0.0, 0.0, 0.0]]}
+    cases[True] = [[1.0, 0.0, 1.0], [nan, 0.5, 0.4], [-2.0, -2.0, -2.001], [1e-9, 0.0, 0.0], [1e6, 1e6, 1e6 + 2]]
+    for signal, groups in cases.items():
+        assert groups_with_signal(torch.tensor(groups, dtype=double)).squeeze(1).tolist() == [signal] * 5
+        assert [reference.has_signal([None if math.isnan(r) else r for r in g]) for g in groups] == [signal] * 5
 
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("name", "side"), list(itertools.product(WITH_LAMBDA, SIDES)))
 @pytest.mark.parametrize("case", CASES)
 def test_lambda_0_is_dapo_bit_for_bit(case, name, side, scope):
-    rng, lengths = random.Random(case), groups(case)
+    rng, lengths = random.Random(case), CASES[case]
     rows = rows_of(lengths, [[rng.choice([-1.0, 0.0, 1.0]) for _ in group] for group in lengths], scope)
     live = torch.tensor([p % 2 == 0 for p in range(len(lengths))]).unsqueeze(1)
     for dtype, c, is_live in itertools.product((torch.float32, double), (1.0, 2.5), (None, live)):
         options = {"positive_weight": c, "live": is_live, "dtype": dtype}
         zero = weigh_responses(member_of(name, side), rows, torch.zeros(1), **options)
         assert torch.equal(zero, weigh_responses(member_of("dapo"), rows, None, **options))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_power_minus_one_is_grpo(case):
-    """Up to rows without tokens, which GRPO counts as rows and power does not."""
-    lengths = torch.tensor(groups(case)).double()
-    counted = lengths.numel() / (lengths > 0).sum().item()
-    power = length_weights(lengths, -1.0, length_weight="power")
-    torch.testing.assert_close(power, counted * length_weights(lengths, length_weight="grpo"), rtol=1e-12, atol=0)
 
 
 def test_known_weights_of_one_group_and_of_its_halves():
@@ -163,33 +125,9 @@ def test_known_weights_of_one_group_and_of_its_halves():
     torch.testing.assert_close(halves, torch.tensor([[0.78, 1.22], [0.78, 1.22]]), atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("lam", LAMBDAS)
-def test_what_is_preserved(lam):
-    lengths = torch.tensor(groups("empty rows")).double()
-    softmax = length_weights(lengths, lam, length_weight="lambda_grpo")
-    torch.testing.assert_close(softmax.sum(dim=1), (lengths > 0).sum(dim=1).double())
-    power = length_weights(lengths, lam, length_weight="power")
-    torch.testing.assert_close((power * lengths).sum(), lengths.sum())
-    plain = torch.where(lengths > 0, lengths, 1) ** (1 + lam) * (lengths > 0)
-    torch.testing.assert_close(power * lengths / lengths.sum(), plain / plain.sum())
-    prompt = length_weights(lengths, lam, length_weight="power", scope="prompt")
-    torch.testing.assert_close((prompt * lengths).sum(dim=1), (lengths.sum() / 3).expand(3))
-
-
-def test_what_each_side_leaves_alone_and_which_way_it_points():
-    lengths, advantages = torch.tensor([[3, 9, 6, 12, 5]]), torch.tensor([[1.0, 1.0, -1.0, -1.0, 0.0]])
-    f = {
-        side: length_weights(lengths, 1.0, length_weight="power", side=side, advantages=advantages)[0]
-        for side in SIGNED
-    }
-    assert f["positive"][0] < f["positive"][1] and f["positive"][2:].unique().numel() == 1
-    assert f["negative"][2] < f["negative"][3] and f["negative"][[0, 1, 4]].unique().numel() == 1
-    assert f["signed"][0] < f["signed"][1] and f["signed"][2] > f["signed"][3]
-
-
 @pytest.mark.parametrize("rest", [0.0, 3e-8, -3e-8])
 def test_rounding_has_no_sign(rest):
-    """A reward that is its group's mean, and a group of equal rewards, leave ±1e-8: which must not decide."""
+    """A reward that is its group's mean, and a group of equal rewards, leave ±1e-8 of an advantage."""
     lengths = torch.tensor([[4, 9, 2, 7], [5, 1, 8, 3]])
     for name, options in (("balanced", {}), ("power", {"side": "positive"}), ("lambda_grpo", {"side": "signed"})):
         clean, noisy = (
@@ -205,21 +143,10 @@ def test_rounding_has_no_sign(rest):
 # ---- Gradients ----
 
 
-@pytest.mark.parametrize("lam", [-2.0, 0.0, 0.7, 3.0])
-def test_gradient_in_lambda_is_the_closed_form(lam):
-    lengths = groups("paper") + [[40, 800, 90, 10, 333, 5, 64, 1000]]
-    surrogates = torch.randn(2, 8, generator=torch.Generator().manual_seed(0), dtype=double) * 100
-    parameter = torch.tensor([lam], dtype=double, requires_grad=True)
-    weights = length_weights(torch.tensor(lengths), parameter, length_weight="lambda_grpo")
-    ((weights * surrogates).sum() / torch.tensor(lengths).sum()).backward()
-    expected = reference.softmax_objective_gradient(lengths, surrogates.tolist(), lam)
-    assert parameter.grad.item() == pytest.approx(expected, rel=1e-9)
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("name", "side", "features"), [m for m in MEMBERS if m[0] in WITH_LAMBDA])
 def test_gradient_in_lambda_is_that_of_finite_differences(name, side, features, scope):
-    lengths, rng = groups("empty rows"), random.Random(1)
+    lengths, rng = CASES["empty rows"], random.Random(1)
     advantages = [[1.0, -2.0, 0.5, 1.0], [-1.0, 0.0, 2.0, -1.0], [0.3, -0.3, 0.0, 1.0]]
     statistics = {n: [[-rng.random() for _ in group] for group in lengths] for n in NAMES}
     rows, member = rows_of(lengths, advantages, scope, statistics), member_of(name, side, features)
@@ -227,18 +154,6 @@ def test_gradient_in_lambda_is_that_of_finite_differences(name, side, features, 
     for value in (-0.9, 0.0, 0.6):
         lam = torch.full((len(features),), value, dtype=double, requires_grad=True)
         assert torch.autograd.gradcheck(lambda x: weigh_responses(member, rows, x, **options), lam)
-
-
-@pytest.mark.parametrize("lam", [-5000.0, -150.0, -40.0, 60.0, 5000.0])
-@pytest.mark.parametrize("ties", [1, 2, 5])
-def test_ties_at_the_top_share_everything_and_have_no_gradient(lam, ties):
-    top, rest = (3, 9000) if lam < 0 else (9000, 3)
-    lengths = torch.tensor([[top] * ties + [rest] * (8 - ties)])
-    parameter = torch.tensor([lam], requires_grad=True)
-    weights = length_weights(lengths, parameter, length_weight="lambda_grpo")
-    torch.testing.assert_close(weights[0, :ties], torch.full((ties,), 8 / ties))
-    (weights * torch.arange(1.0, 9.0)).sum().backward()
-    assert abs(parameter.grad.item()) < 1e-3
 
 
 # ---- Any input ----
@@ -257,11 +172,11 @@ def batches(draw):
 @settings(
     max_examples=int(os.environ.get("TRL_LAMBDA_EXAMPLES", "300")),
     deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    suppress_health_check=list(HealthCheck),
 )
 @given(
     batches(),
-    st.floats(-500, 500, width=32),
+    st.floats(-5000, 5000, width=32),
     st.sampled_from(["lambda_grpo", "power", "balanced"]),
     st.sampled_from(SIDES),
     st.sampled_from(SCOPES),
@@ -274,43 +189,14 @@ def test_any_batch_has_finite_weights_and_keeps_the_sign_of_its_advantages(
     lengths, advantages = torch.tensor(batch[0], dtype=dtype), torch.tensor(batch[1])
     lam = torch.tensor([lam], requires_grad=True)
     options = {} if name == "balanced" else {"side": side}
-    weights = length_weights(
-        lengths,
-        lam,
-        length_weight=name,
-        scope=scope,
-        advantages=advantages,
-        positive_weight=positive_weight,
-        **options,
-    )
+    options |= {"length_weight": name, "scope": scope, "positive_weight": positive_weight}
+    weights = length_weights(lengths, lam, advantages=advantages, **options)
     assert weights.isfinite().all() and torch.equal(weights > 0, lengths > 0)
     weighted = 1e-6 * weights * advantages
     assert torch.equal(weighted.sign(), advantages.sign() * (lengths > 0))
     if weights.requires_grad:
         (weights * torch.linspace(-3, 3, lengths.numel()).view_as(weights)).sum().backward()
         assert lam.grad.isfinite().all()
-
-
-@pytest.mark.parametrize(("name", "side"), [*itertools.product(WITH_LAMBDA, SIDES), ("balanced", "both")])
-def test_order_within_a_group_and_of_groups_does_not_matter(name, side):
-    lengths, advantages = (
-        torch.tensor(groups("unequal")),
-        torch.randn(4, 4, generator=torch.Generator().manual_seed(2)),
-    )
-    options, order = {"length_weight": name, "side": side}, torch.tensor([2, 0, 3, 1])
-    whole = length_weights(lengths, 1.7, advantages=advantages, **options)
-    for move in (lambda x: x[:, order], lambda x: x[order], lambda x: x.flip(0, 1)):
-        torch.testing.assert_close(
-            length_weights(move(lengths), 1.7, advantages=move(advantages), **options), move(whole)
-        )
-
-
-def test_sequence_mean_weights_turn_a_mean_of_means_into_a_token_mean():
-    rows = rows_of([[3, 0, 5], [2, 7, 1]])
-    sums = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=double) * rows.has_tokens
-    weights = weigh_responses(member_of("lambda_grpo"), rows, torch.tensor([1.2]), dtype=double)
-    restated = (sequence_mean_weights(weights, rows) * sums / rows.lengths.clamp(min=1)).mean()
-    torch.testing.assert_close(restated, (weights * sums).sum() / rows.lengths.sum())
 
 
 # ---- What is refused ----
@@ -324,13 +210,11 @@ def test_sequence_mean_weights_turn_a_mean_of_means_into_a_token_mean():
         ({"scope": "token"}, "scope='token' is unknown; accepted: batch, prompt"),
         ({"side": "left"}, "side='left' is unknown; accepted: both, signed"),
         ({"lengths": torch.tensor([1, 2])}, r"lengths must be a non-empty real tensor of shape \(P, G\)"),
-        ({"lengths": torch.zeros(0, 4)}, "lengths must be a non-empty real tensor"),
         ({"lengths": [[1, 2]]}, "lengths must be a non-empty real tensor .*got list"),
         ({"lengths": torch.tensor([[True, False]])}, "lengths must be .*got a tensor .* dtype torch.bool"),
         ({"lengths": torch.tensor([[3, -1]])}, "lengths must be finite and >= 0"),
         ({"lengths": torch.tensor([[3.0, math.nan]])}, "lengths must be finite and >= 0"),
         ({"lam": None}, "lam is required by length_weight='lambda_grpo'"),
-        ({"lam": math.inf}, r"lam=inf must be finite"),
         ({"lam": torch.tensor([math.nan])}, r"lam=\[nan\] must be finite"),
         ({"lam": torch.zeros(2)}, "lam must have 1 real elements, got a tensor of shape"),
         ({"length_scale": 0.0}, "length_scale=0 must be > 0"),
@@ -343,16 +227,11 @@ def test_sequence_mean_weights_turn_a_mean_of_means_into_a_token_mean():
         ({"positive_weight": 2.0}, "This weight needs one advantage per response"),
         ({"length_weight": "balanced"}, "This weight needs one advantage per response"),
         ({"advantages": torch.ones(1, 3)}, "advantages must have the shape of lengths, got .*1, 3"),
-        (
-            {"features": torch.ones(1, 2, 1)},
-            "features have no effect with length_weight='lambda_grpo' and side='both'",
-        ),
-        (
-            {"length_weight": "power", "side": "signed", "features": torch.ones(1, 3, 1)},
-            r"features must be a tensor of shape \(P, G, K\) beside lengths, got .*1, 3, 1",
-        ),
+        ({"features": torch.ones(1, 2, 1)}, "features have no effect with length_weight='lambda_grpo' and side"),
+        ({"length_weight": "power", "side": "signed", "features": torch.ones(1, 3, 1)},
+         r"features must be a tensor of shape \(P, G, K\) beside lengths, got .*1, 3, 1"),
     ],
-)
+)  # fmt: skip
 def test_length_weights_name_the_bad_argument(arguments, message):
     given = {"lengths": torch.tensor([[1, 2]]), "lam": 0.5, "length_weight": "lambda_grpo"} | arguments
     with pytest.raises(ValueError, match=message):

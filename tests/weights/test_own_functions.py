@@ -4,12 +4,11 @@ import functools
 from dataclasses import dataclass, field
 
 import pytest
-import reference
 import torch
 import user_weights
-from harness import Batch, config, train
+from harness import Batch, config, train, train_ours
 
-from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer, LengthWeight, TokenWeight, TRGRPOConfig, TRGRPOTrainer
+from trl_lambda import LambdaGRPOConfig, LengthWeight, TokenWeight, TRGRPOConfig, TRGRPOTrainer
 from trl_lambda.weights import (
     LENGTH_WEIGHTS,
     TOKEN_WEIGHTS,
@@ -21,13 +20,12 @@ from trl_lambda.weights import (
     token_weights,
     weigh_responses,
     weigh_tokens,
-    weight_from_name,
 )
 
 
-def rows_of(lengths, dim=(0, 1), **known) -> ResponseRows:
+def rows_of(lengths, **known) -> ResponseRows:
     lengths = torch.tensor(lengths, dtype=torch.float64)
-    return ResponseRows(lengths, lengths.sum(), dim, **known)
+    return ResponseRows(lengths, lengths.sum(), (0, 1), **known)
 
 
 # ---- How they are called ----
@@ -54,29 +52,6 @@ def test_a_partial_fixes_arguments_and_shows_them_in_its_name():
     lengths = [[3, 50], [7, 20]]
     mine = weigh_responses(fixed, rows_of(lengths), None)
     torch.testing.assert_close(mine, length_weights(torch.tensor(lengths), length_weight="grpo"))
-    linear = as_token_weight(functools.partial(user_weights.linear, alpha=0.2))
-    logps = torch.linspace(-3, 0, 7).view(1, 7)
-    expected = token_weights(logps, token_weight="ar", alpha=0.2)
-    torch.testing.assert_close(weigh_tokens(linear, TokenRows(logps.exp())), expected)
-
-
-@pytest.mark.parametrize("dim", [(0, 1), (1,)], ids=["batch", "prompt"])
-def test_scope_prompt_calls_once_per_prompt(dim):
-    seen, statistic = [], torch.arange(6.0, dtype=torch.float64).view(2, 3)
-
-    def weight(lengths, rewards, step):
-        seen.append((lengths.tolist(), rewards.tolist(), step))
-        return lengths / lengths.mean()
-
-    rows = rows_of([[2, 4, 6], [1, 1, 10]], dim, statistics={"rewards": statistic}, step=7)
-    weights = weigh_responses(as_length_weight(weight), rows, None, dtype=torch.float64)
-    if dim == (0, 1):
-        assert seen == [([[2, 4, 6], [1, 1, 10]], [[0, 1, 2], [3, 4, 5]], 7)]
-        assert weights.tolist() == [[0.5, 1, 1.5], [0.25, 0.25, 2.5]]
-    else:
-        assert seen == [([[2, 4, 6]], [[0, 1, 2]], 7), ([[1, 1, 10]], [[3, 4, 5]], 7)]
-        plain = reference.per_prompt([[0.5, 1, 1.5], [0.25, 0.25, 2.5]], [[2, 4, 6], [1, 1, 10]])
-        torch.testing.assert_close(weights, torch.tensor(plain, dtype=torch.float64))
 
 
 def test_rows_without_tokens_are_shown_as_the_mean_and_dropped():
@@ -94,43 +69,9 @@ def test_rows_without_tokens_are_shown_as_the_mean_and_dropped():
     assert torch.equal(weigh_responses(member, rows_of([[0, 0, 0]]), None), torch.zeros(1, 3))
 
 
-def test_a_class_gets_the_rows_and_the_statistics_that_it_needs():
-    """A class and a function of the same formula; what is not named in `needs` is an error, not silence."""
-
-    def confident(mean_logp, mean_entropy, lam):
-        return (lam * mean_logp + mean_entropy).exp()
-
-    assert as_length_weight(user_weights.Confident()).needs == as_length_weight(confident).needs
-    values = torch.rand(2, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    statistics = {"mean_logp": -values[0], "mean_entropy": values[1]}
-    rows, lam = rows_of([[2, 4, 6], [1, 1, 10]], statistics=statistics), torch.tensor([0.7])
-    own = weigh_responses(as_length_weight(user_weights.Confident()), rows, lam)
-    assert torch.equal(own, weigh_responses(as_length_weight(confident), rows, lam)) and own.unique().numel() == 6
+def test_a_statistic_that_a_class_does_not_ask_for_is_an_error():
     with pytest.raises(ValueError, match="mean_logp is not known: name it in .* `needs`"):
-        weigh_responses(user_weights.Confident(), rows_of([[2, 4]]), lam)
-
-
-def test_what_it_writes_into_its_arguments_changes_nothing():
-    lengths, advantages = [[3, 5, 8], [1, 2, 2]], torch.tensor([[1.0, -2.0, 1.0], [0.5, 0.5, -1.0]]).double()
-
-    def f(lengths, advantages, rewards):
-        weights = torch.exp(lengths / 10 + 0.1 * rewards)
-        for argument in (lengths, advantages, rewards):
-            argument.neg_()
-        return weights
-
-    rows = rows_of(lengths, advantages=advantages.clone(), statistics={"rewards": advantages.clone()})
-    weights = weigh_responses(as_length_weight(f), rows, None, positive_weight=3.0, dtype=torch.float64)
-    raw = torch.exp(torch.tensor(lengths) / 10 + 0.1 * advantages)
-    expected = reference.favour_positive(raw.tolist(), lengths, advantages.tolist(), 3.0)
-    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64))
-    assert torch.equal(rows.advantages, advantages) and torch.equal(rows.statistics["rewards"], advantages)
-    tokens = {name: torch.rand(1, 4) for name in ("probs", "advantages", "entropies", "old_logps", "mask", "lengths")}
-    before = {name: values.clone() for name, values in tokens.items()}
-    names = ", ".join(tokens)
-    writes = eval(f"lambda {names}: sum(x.mul_(-1) for x in ({names})) * 0 + 1")
-    weigh_tokens(as_token_weight(writes), TokenRows(**tokens))
-    assert all(torch.equal(tokens[name], before[name]) for name in tokens)
+        weigh_responses(user_weights.Confident(), rows_of([[2, 4]]), torch.tensor([0.7]))
 
 
 # ---- What they return ----
@@ -161,11 +102,9 @@ def put(change):
         (lambda lengths, lam: lengths ** lam.item(), "names lam, and its weights have no gradient in it"),
     ],
 )
-@pytest.mark.parametrize("scope", ["batch", "prompt"])
-def test_what_a_length_weight_returns_is_checked(weight, message, scope):
-    options = {"trainer_options": {"length_weight": weight}, "length_weight_scope": scope}
+def test_what_a_length_weight_returns_is_checked(weight, message):
     with pytest.raises(ValueError, match=rf"^test_own_functions\.\S*(<lambda>|weight) {message}"):
-        train(LambdaGRPOTrainer, LambdaGRPOConfig, **options)
+        train_ours(trainer_options={"length_weight": weight})
 
 
 @pytest.mark.parametrize(
@@ -175,16 +114,13 @@ def test_what_a_length_weight_returns_is_checked(weight, message, scope):
         (lambda probs: probs > 0.5, "must return floating weights of shape"),
         (lambda probs: probs * float("nan"), "must return finite weights >= 0, got nan"),
         (lambda probs: -probs, "must return finite weights >= 0, got -"),
+        (lambda probs: probs * 0, "must return finite weights > 0, got 0.0"),  # inside the clip
     ],
 )
 def test_what_a_token_weight_returns_is_checked(weight, message):
-    options = {"trainer_options": {"token_weight": weight}, "length_weight": None}
+    inside = {"token_weight_inside_clip": "> 0" in message}
     with pytest.raises(ValueError, match=rf"^test_own_functions\.<lambda> {message}"):
-        train(LambdaGRPOTrainer, LambdaGRPOConfig, **options)
-    if "-" in message:  # 0 is allowed outside the clip, and inside it is not
-        zero = {"trainer_options": {"token_weight": lambda probs: probs * 0}, "token_weight_inside_clip": True}
-        with pytest.raises(ValueError, match="must return finite weights > 0, got 0.0"):
-            train(TRGRPOTrainer, TRGRPOConfig, **zero)
+        train(TRGRPOTrainer, TRGRPOConfig, trainer_options={"token_weight": weight}, **inside)
 
 
 def test_low_precision_is_taken_as_it_is():
@@ -219,89 +155,12 @@ def test_a_path_in_the_config_is_a_function_an_object_or_a_class_with_its_kwargs
     ):
         f, _ = config(LambdaGRPOConfig, Batch(), length_weight=path, length_weight_kwargs=kwargs).make_weights()
         assert f.name == name and (exponent is None or f == user_weights.Square(exponent))
-    args = config(
-        LambdaGRPOConfig, Batch(), length_weight=None, token_weight="user_weights.linear",
-        token_weight_kwargs={"alpha": 0.2},
-    )  # fmt: skip
-    v = args.make_weights()[1]
+    options = {"token_weight": "user_weights.linear", "token_weight_kwargs": {"alpha": 0.2}}
+    _, v = config(LambdaGRPOConfig, Batch(), **options).make_weights()
     logps = torch.linspace(-3, 0, 7).view(1, 7)
     expected = token_weights(logps, token_weight="ar", alpha=0.2)
     torch.testing.assert_close(weigh_tokens(v, TokenRows(logps.exp())), expected)
     assert v.name == "user_weights.linear(alpha=0.2)"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"length_weight": "nowhere.f"}, r"length_weight='nowhere.f' cannot be imported \(ModuleNotFoundError"),
-        ({"length_weight": "user_weights.nothing"}, r"cannot be imported \(AttributeError"),
-        ({"length_weight": "user_weights.misspelled"}, "user_weights.misspelled requires length. A weight is called"),
-        (
-            {"token_weight": "user_weights.power"},
-            "user_weights.power requires lengths, lam. A weight is called by name",
-        ),
-        ({"length_weight": "root"}, "length_weight='root' is unknown; accepted: lambda_grpo, .*, a dotted path"),
-        ({"length_weight_kwargs": {"scale": 1.0}}, "length_weight_kwargs has 'scale': 1.0; 'lambda_grpo' accepts"),
-        ({"length_weight_kwargs": {"length_scale": "x"}}, "length_weight_kwargs has 'length_scale': 'x'"),
-        ({"token_weight": "ar", "token_weight_kwargs": {"slope": 1.0}}, "token_weight_kwargs has 'slope': 1.0; 'ar'"),
-    ],
-)
-def test_a_wrong_path_or_parameter_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        config(LambdaGRPOConfig, Batch(), **options)
-
-
-class Nameless(LengthWeight):
-    def __call__(self, rows, lam):
-        return rows.lengths
-
-
-class Impostor(Nameless):
-    name = "power"
-
-
-class TokenImpostor(TokenWeight):
-    name = "ar"
-
-    def __call__(self, rows):
-        return rows.probs
-
-
-@pytest.mark.parametrize(
-    ("make", "weight", "message"),
-    [
-        (as_length_weight, user_weights.misspelled, "user_weights.misspelled requires length. A weight is called by"),
-        (as_length_weight, lambda lengths, other: lengths, "requires lengths, other. A weight is called by name"),
-        (as_length_weight, lambda lengths, /: lengths, "<lambda> requires lengths. A weight is called by name"),
-        (as_length_weight, lambda **known: known, "<lambda> requires nothing. A weight is called by name"),
-        (as_length_weight, user_weights.Square, "a weight must be a function or an object with __call__, got <class"),
-        (as_length_weight, 1.0, "a weight must be a function or an object with __call__, got 1.0"),
-        (as_length_weight, torch.square, "square hides its arguments: wrap it in a Python function"),
-        (as_length_weight, Nameless(), "Nameless needs a name of its own, got name=''"),
-        (as_length_weight, Impostor(), "Impostor needs a name of its own, got name='power'"),
-        (as_token_weight, user_weights.power, "user_weights.power requires lengths, lam. A weight is called by name"),
-        (as_token_weight, lambda p=0.5: p, "<lambda> requires nothing. A weight is called by name with any of: probs"),
-        (as_token_weight, user_weights.Linear, "a weight must be a function or an object with __call__, got <class"),
-        (as_token_weight, "user_weights.linear", "a weight must be a function or an object with __call__, got 'user"),
-        (as_token_weight, TokenImpostor(), "TokenImpostor needs a name of its own, got name='ar'"),
-    ],
-)
-def test_what_cannot_be_called_by_name_is_refused(make, weight, message):
-    with pytest.raises(ValueError, match=message):
-        make(weight)
-
-
-def test_options_of_what_it_replaces_are_refused():
-    f, v = {"length_weight": user_weights.half}, {"token_weight": user_weights.linear}
-    for weights, options, message in (
-        (f, {"length_weight": "power"}, "length_weight='power' has no effect beside the trainer's own length_weight"),
-        (f, {"lambda_init": 0.5}, "lambda_init=0.5 has no effect with length_weight='user_weights.half'"),
-        (f, {"length_weight_kwargs": {"length_scale": 0.2}}, "length_weight_kwargs=.* has no effect beside"),
-        (v, {"token_weight": "tr_grpo"}, "token_weight='tr_grpo' has no effect beside the trainer's own token_weight"),
-        ({"length_weight": user_weights.power}, {"lambda_side": "signed"}, "lambda_side='signed' has no effect with"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(LambdaGRPOTrainer, LambdaGRPOConfig, trainer_options=weights, **options)
 
 
 # ---- A new member: one class and one entry ----
@@ -329,17 +188,19 @@ class Squared(TokenWeight):
         return self.alpha * rows.probs**2 + 1
 
 
+def named(weight_class, name):
+    return type(weight_class.__name__, (weight_class,), {"name": name})()
+
+
 def test_a_new_member_is_one_class_and_one_entry(monkeypatch, tmp_path):
     monkeypatch.setitem(LENGTH_WEIGHTS, "root", Root)
     monkeypatch.setitem(TOKEN_WEIGHTS, "squared", Squared)
     options = {"length_weight": "root", "length_weight_kwargs": {"rate": 2.0}, "token_weight": "squared"}
     own = {"lambda_init": 0.5, "output_dir": str(tmp_path)}
-    run = train(LambdaGRPOTrainer, LambdaGRPOConfig, **options, **own)
+    run = train_ours(**options, **own)
     assert run.lambda_grads[0] != 0 and run.trainer.lambda_value != 0.5
     log, lengths = run.logs[0], torch.tensor(Batch().lengths).double()
-    f = (lengths / lengths.mean()) ** 0.5
-    assert log["length_weight/min"] == pytest.approx(f.min().item(), rel=1e-5)
-    assert log["length_weight/max"] == pytest.approx(f.max().item(), rel=1e-5)
+    assert log["length_weight/max"] == pytest.approx((lengths.max() / lengths.mean()).sqrt().item(), rel=1e-5)
     assert 1 < log["token_weight/mean"] < log["token_weight/max"] <= 4
     run.trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
@@ -350,4 +211,25 @@ def test_a_new_member_is_one_class_and_one_entry(monkeypatch, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             config(LambdaGRPOConfig, Batch(), **options | {"length_weight_kwargs": wrong})
-    assert weight_from_name("root", None, {}, LENGTH_WEIGHTS, "length_weight") == Root()
+
+
+@pytest.mark.parametrize(
+    ("make", "weight", "message"),
+    [
+        (as_length_weight, user_weights.misspelled, "user_weights.misspelled requires length. A weight is called by"),
+        (as_length_weight, lambda lengths, other: lengths, "requires lengths, other. A weight is called by name"),
+        (as_length_weight, lambda lengths, /: lengths, "<lambda> requires lengths. A weight is called by name"),
+        (as_length_weight, lambda **known: known, "<lambda> requires nothing. A weight is called by name"),
+        (as_length_weight, user_weights.Square, "a weight must be a function or an object with __call__, got <class"),
+        (as_length_weight, torch.square, "square hides its arguments: wrap it in a Python function"),
+        (as_length_weight, named(Root, ""), "Root needs a name of its own, got name='': set its class attribute"),
+        (as_length_weight, named(Root, "power"), "Root needs a name of its own, got name='power'"),
+        (as_token_weight, user_weights.power, "user_weights.power requires lengths, lam. A weight is called by name"),
+        (as_token_weight, lambda p=0.5: p, "<lambda> requires nothing. A weight is called by name with any of: probs"),
+        (as_token_weight, "user_weights.linear", "a weight must be a function or an object with __call__, got 'user"),
+        (as_token_weight, named(Squared, "ar"), "Squared needs a name of its own, got name='ar'"),
+    ],
+)
+def test_what_cannot_be_called_by_name_is_refused(make, weight, message):
+    with pytest.raises(ValueError, match=message):
+        make(weight)

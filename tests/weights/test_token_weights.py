@@ -11,26 +11,21 @@ from hypothesis import strategies as st
 
 from trl_lambda.weights import TOKEN_WEIGHTS, token_weights
 
+CASES = [(name, options, ()) for name in TOKEN_WEIGHTS for options in ({}, {"alpha": 0.7}, {"alpha": 1.0})]
+for values in ((4.0, 0.5, 0.6, 1.2), (20.0, 0.1, 0.01, 3.0), (9.0, 1.0, 0.9, 0.9)):
+    sigmoid = dict(zip(("slope", "center", "min", "max"), values, strict=True))
+    CASES.append(("tr_grpo", sigmoid | {"alpha": 1.5}, values))
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 0.7}, {"alpha": 1.0}])
-@pytest.mark.parametrize("name", TOKEN_WEIGHTS)
-def test_token_weights_equal_plain_loops(name, options):
+
+@pytest.mark.parametrize(("name", "options", "values"), CASES)
+def test_token_weights_equal_plain_loops(name, options, values):
     logps = torch.linspace(-12, 0, 97, dtype=torch.float64).view(1, -1)
-    expected = [[reference.probability_weight(x, name, **options) for x in logps[0].tolist()]]
+    expected = [[reference.probability_weight(x, name, options.get("alpha"), *values) for x in logps[0].tolist()]]
     weights = token_weights(logps, token_weight=name, **options)
     torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     single = token_weights(logps.float(), token_weight=name, **options)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single, weights.float(), rtol=1e-6, atol=1e-6)
-
-
-def test_every_parameter_of_the_sigmoid_equals_plain_loops():
-    logps = torch.linspace(-5, 0, 41, dtype=torch.float64)
-    for k, p0, low, high in ((4.0, 0.5, 0.6, 1.2), (20.0, 0.1, 0.01, 3.0), (9.0, 1.0, 0.9, 0.9)):
-        expected = [reference.probability_weight(x, "tr_grpo", 1.5, k, p0, low, high) for x in logps.tolist()]
-        options = {"alpha": 1.5, "slope": k, "center": p0, "min": low, "max": high}
-        weights = token_weights(logps, token_weight="tr_grpo", **options)
-        torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
 def test_reading_of_the_papers_constants():

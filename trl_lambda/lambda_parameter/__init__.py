@@ -1,10 +1,8 @@
 """λ: its value, how it learns, its step in an optimizer, and its file."""
 
 from .lambda_file import LAMBDA_FILE, LambdaFile, read_lambda_file
-from .learning import Descent, Fixed, Learning, Regression
-from .parameter import LambdaParameter
-from .step import LambdaStep
-from .target import TARGET_BOUNDS, Target
+from .learning import TARGET_BOUNDS, Descent, Fixed, Learning, Regression, Target
+from .parameter import LambdaParameter, LambdaStep
 
 __all__ = [
     "LAMBDA_FILE",

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from .parameter import LambdaParameter
+from .learning import Fixed
+from .parameter import Folder, LambdaParameter
 
 LAMBDA_FILE = "lambda.json"
-Folder = str | os.PathLike[str]
 
 
 def read_lambda_file(folder: Folder) -> dict[str, Any]:
@@ -50,7 +50,13 @@ class LambdaFile:
 
     def __init__(self, parameter: LambdaParameter | None, settings: Mapping[str, Any], *, is_needed: bool) -> None:
         self._parameter = parameter
-        self._settings = json.loads(json.dumps(settings))  # as they are read back
+        try:
+            self._settings = json.loads(json.dumps(settings, allow_nan=False))  # as they are read back
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"length_weight_kwargs and token_weight_kwargs must hold JSON values ({error}): pass others inside a "
+                "functools.partial, as the trainer's length_weight= or token_weight=."
+            ) from error
         self._is_needed = is_needed
 
     def write(self, folder: Folder, global_step: int, *, home: str | None = None) -> None:
@@ -65,14 +71,17 @@ class LambdaFile:
         """
         if not self._is_needed:
             return Path(folder, LAMBDA_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
-        content = {"lambda": None, "lambdas": [], "skipped": 0, "learnable": False, "learning_state": {}}
-        if (parameter := self._parameter) is not None:
-            content = {"lambda": parameter.value, "lambdas": parameter.values, "skipped": parameter.skipped}
-            content |= {
-                "learnable": parameter.learning.is_learnable,
-                "learning_state": parameter.learning.state_dict(),
-            }
-        content |= {"settings": self._settings, "global_step": global_step, "optimizer": home}
+        parameter, learning = self._parameter, self._parameter.learning if self._parameter else Fixed()
+        content = {
+            "lambda": parameter.values[0] if parameter else None,
+            "lambdas": parameter.values if parameter else [],
+            "skipped": parameter.skipped if parameter else 0,
+            "learnable": learning.is_learnable,
+            "learning_state": learning.state_dict(),
+            "settings": self._settings,
+            "global_step": global_step,
+            "optimizer": home,
+        }
         temporary = Path(folder) / f"{LAMBDA_FILE}.tmp"
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(temporary, Path(folder) / LAMBDA_FILE)

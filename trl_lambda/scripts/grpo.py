@@ -31,7 +31,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 from ..lambda_grpo_config import LambdaGRPOConfig
 from ..lambda_grpo_trainer import LambdaGRPOTrainer
 from ..report import plot_run, require_matplotlib, summarize_run
-from ..weights.own_functions import import_path
+from ..weights.weighing import import_path
 
 MODULE = "trl_lambda.scripts.grpo"
 REWARD_FUNCS: dict[str, Any] = {  # the names and parameters of TRL's script

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..generation_batch import GenerationBatch
-from ..weights.features import SCORED_STATISTICS, score_statistic
+from ..weights.rows import SCORED_STATISTICS, score_statistic
 
 # Entries added to the scored batch. Dimension 0 is this process's rows, so TRL's shuffle and split keep them right.
 NUMBER_KEY = "generation_batch_number"  # of the row, long, (B,)
@@ -25,7 +24,7 @@ FORWARD_KEYS = (
 _CALL = 2**32
 
 
-def own_tokens(inputs: Mapping[str, Any]) -> Tensor:
+def own_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Mask of the tokens that the policy itself wrote and that count in the loss, (B, T)."""
     mask, tool_mask = inputs["completion_mask"], inputs.get("tool_mask")
     return mask if tool_mask is None else mask * tool_mask
@@ -42,15 +41,15 @@ class Scoring:
 
     def __init__(self, accelerator: Accelerator, statistics: Sequence[str]) -> None:
         self._accelerator = accelerator
-        self._statistics = tuple(statistics)
+        self._statistics = tuple(dict.fromkeys(statistics))
         self.calls = 0  # how often rows were scored
-        self._rewards: Tensor | None = None
+        self._rewards: torch.Tensor | None = None
         self.batches: dict[str, GenerationBatch] = {}  # the newest one of "train" and of "eval"
 
-    def record_rewards(self, rewards: Tensor, reward_weights: Tensor) -> None:
+    def record_rewards(self, rewards: torch.Tensor, reward_weights: torch.Tensor) -> None:
         """Keep the rewards of all processes' rows, (N,), from those of each reward function, (N, R)."""
-        weighted = (rewards * reward_weights.to(rewards.device)).nansum(dim=1)
-        self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        unknown = rewards.isnan().all(dim=1)
+        self._rewards = (rewards * reward_weights.to(rewards.device)).nansum(dim=1).masked_fill(unknown, torch.nan)
 
     def number_rows(self, output: dict[str, Any], row_count: int) -> None:
         """
@@ -106,9 +105,9 @@ class Scoring:
 
     def gather_rows(
         self, mode: str, micro_batches: Sequence[Mapping[str, Any]], group_size: int, *, in_order: bool
-    ) -> GenerationBatch:
+    ) -> None:
         """
-        Gather lengths, advantages and statistics of all processes' rows, in one collective.
+        Gather lengths, advantages and statistics of all processes' rows into `batches`, in one collective.
 
         Args:
             mode (`str`): `"train"` or `"eval"`.
@@ -126,9 +125,9 @@ class Scoring:
                 "builds it anew. Return the dictionary that super() returned, with its entries changed."
             )
         per_row = all(batch["advantages"].dim() == 1 for batch in micro_batches)
-        local = torch.cat([self._columns(batch, per_row) for batch in micro_batches])
         numbers = torch.cat([batch[NUMBER_KEY] for batch in micro_batches])
-        gathered: Any = self._accelerator.gather(local)
+        columns = [self._columns(batch, per_row) for batch in micro_batches]
+        gathered: Any = self._accelerator.gather(torch.cat(columns))
         if in_order:
             start = (self.calls - 1) * _CALL
             numbers = torch.arange(start, start + gathered.size(0), device=gathered.device)
@@ -137,34 +136,28 @@ class Scoring:
             gathered, group_size = gathered[order], _size_of_groups(numbers, group_size)
         lengths, *others = gathered.view(-1, group_size, gathered.size(1)).unbind(dim=-1)
         advantages = others.pop(0).contiguous() if per_row else None
-        batch = GenerationBatch(
+        self.batches[mode] = GenerationBatch(
             numbers,
             lengths.to(torch.int32),
             micro_batches[0]["num_items_in_batch"].double() if lengths.device.type != "mps" else lengths.sum(),
             advantages,
             dict(zip(self._statistics, others, strict=True)),
         )
-        self.batches[mode] = batch
-        return batch
 
-    def _columns(self, batch: Mapping[str, Any], per_row: bool) -> Tensor:
+    def _columns(self, batch: Mapping[str, Any], per_row: bool) -> torch.Tensor:
         """What is gathered of each row, (B, columns), float32 or the advantages' wider dtype: exact to 2^24 tokens."""
         dtype = torch.promote_types(torch.float32, batch["advantages"].dtype)
-        own = own_tokens(batch)
-        columns = [own.sum(dim=1)]
-        if per_row:
-            columns.append(batch["advantages"])
-        logps = batch.get("old_per_token_logps")
-        logps = batch.get(LOGPS_KEY) if logps is None else logps
-        for name in self._statistics:
-            if name == "rewards":
-                columns.append(batch[REWARDS_KEY])
-            else:
-                assert logps is not None
-                columns.append(score_statistic(name, logps.to(dtype), batch.get(ENTROPIES_KEY), own))
+        own, entropies = own_tokens(batch), batch.get(ENTROPIES_KEY)
+        has_logps = batch.get("old_per_token_logps") is not None
+        logps: Any = batch.get("old_per_token_logps" if has_logps else LOGPS_KEY)
+        columns = [own.sum(dim=1), *([batch["advantages"]] if per_row else [])]
+        columns += [
+            batch[REWARDS_KEY] if name == "rewards" else score_statistic(name, logps.to(dtype), entropies, own)
+            for name in self._statistics
+        ]
         return torch.stack([column.to(dtype) for column in columns], dim=1)
 
-    def places_of(self, inputs: Mapping[str, Any], mode: str) -> tuple[GenerationBatch, Tensor]:
+    def places_of(self, inputs: Mapping[str, Any], mode: str) -> tuple[GenerationBatch, torch.Tensor]:
         """
         The generation batch of a micro-batch, and its rows' places there, (B,).
 
@@ -190,7 +183,7 @@ class Scoring:
         return batch, places
 
 
-def _size_of_groups(numbers: Tensor, group_size: int) -> int:
+def _size_of_groups(numbers: torch.Tensor, group_size: int) -> int:
     """How many rows each group has, from all rows' numbers, ascending."""
     groups = numbers // _CALL * _CALL + numbers % _CALL // group_size
     sizes = torch.unique_consecutive(groups, return_counts=True)[1]

@@ -30,19 +30,17 @@ factor: see `LengthWeight` and `TokenWeight`. Nothing here knows a trainer.
 """
 
 import torch
-from torch import Tensor
 
-from .length_weight import LENGTH_WEIGHTS, SCOPES, LengthWeight, Power
-from .own_functions import as_length_weight, as_token_weight, weight_from_name
-from .rows import ResponseRows, TokenRows, kind
-from .sides import SIDES
-from .token_weight import TOKEN_WEIGHTS, TokenWeight
+from .members import LENGTH_WEIGHTS, SCOPES, TOKEN_WEIGHTS, LengthWeight, Power, TokenWeight
+from .rows import SIDES, ResponseRows, TokenRows, kind, probabilities
 from .weighing import (
+    as_length_weight,
+    as_token_weight,
     groups_with_signal,
-    probabilities,
     sequence_mean_weights,
     weigh_responses,
     weigh_tokens,
+    weight_from_name,
 )
 
 __all__ = [
@@ -68,18 +66,18 @@ __all__ = [
 
 
 def length_weights(
-    lengths: Tensor,
-    lam: Tensor | float | None = None,
+    lengths: torch.Tensor,
+    lam: torch.Tensor | float | None = None,
     *,
     length_weight: str,
     scope: str = "batch",
     length_scale: float = 1 / 9,
     max_completion_length: int | None = None,
-    advantages: Tensor | None = None,
+    advantages: torch.Tensor | None = None,
     side: str = "both",
-    features: Tensor | None = None,
+    features: torch.Tensor | None = None,
     positive_weight: float = 1.0,
-) -> Tensor:
+) -> torch.Tensor:
     r"""
     Length weight f of every response, for the loss ``Σ_i f_i Σ_t ℓ_it / Σ_i |o_i|`` summed over a generation batch.
 
@@ -125,28 +123,35 @@ def length_weights(
         argument.
     """
     _check_lengths(lengths)
-    known = (("length_weight", length_weight, LENGTH_WEIGHTS), ("scope", scope, SCOPES), ("side", side, SIDES))
-    for name, value, accepted in known:
+    for name, value, accepted in (
+        ("length_weight", length_weight, LENGTH_WEIGHTS),
+        ("scope", scope, SCOPES),
+        ("side", side, SIDES),
+    ):
         if value not in accepted:
             raise ValueError(f"{name}={value!r} is unknown; accepted: {', '.join(accepted)}.")
     if not 0 < positive_weight < float("inf"):
         raise ValueError(f"positive_weight={positive_weight} must be finite and > 0.")
-    options = {"side": side, "max_completion_length": max_completion_length}
-    scale = {"length_scale": length_scale} if length_weight == "lambda_grpo" else None
-    member: LengthWeight = weight_from_name(length_weight, scale, options, LENGTH_WEIGHTS, "length_weight")
+    member: LengthWeight = weight_from_name(
+        length_weight,
+        {"length_scale": length_scale} if length_weight == "lambda_grpo" else None,
+        {"side": side, "max_completion_length": max_completion_length},
+        LENGTH_WEIGHTS,
+        "length_weight",
+    )
     member.check(lengths.size(1))
-    named: dict[str, Tensor] = {}
+    named: dict[str, torch.Tensor] = {}
     if features is not None:
         if length_weight != "power" or side == "both":
             raise ValueError(f"features have no effect with length_weight={length_weight!r} and side={side!r}.")
         if not torch.is_tensor(features) or features.shape[:2] != lengths.shape or features.dim() != 3:
             raise ValueError(f"features must be a tensor of shape (P, G, K) beside lengths, got {kind(features)}.")
         named = {f"feature {k}": features[..., k] for k in range(features.size(2))}
-        size = lam.numel() if isinstance(lam, Tensor) else 1
-        member = Power(side, (*(("length",) if size == len(named) + 1 else ()), *named))
+        member = Power(side, (*(["length"] if torch.is_tensor(lam) and lam.numel() > len(named) else []), *named))
     if advantages is not None and advantages.shape != lengths.shape:
         raise ValueError(f"advantages must have the shape of lengths, got {kind(advantages)}.")
-    _check_lambda(member, lam)
+    if member.has_lambda:
+        _check_lambda(member, lam)
     # float64 inside: exp(h^λ) magnifies rounding by h^λ, and (P, G) numbers cost nothing. MPS has no float64.
     work = torch.float32 if lengths.device.type == "mps" else torch.float64
     rows = ResponseRows(
@@ -157,13 +162,13 @@ def length_weights(
         statistics={name: values.to(work) for name, values in named.items()},
     )
     lam = torch.as_tensor(lam, device=lengths.device) if member.has_lambda else None
-    floating = (x.dtype for x in (lengths, lam) if isinstance(x, Tensor) and x.is_floating_point())
+    floating = (x.dtype for x in (lengths, lam) if isinstance(x, torch.Tensor) and x.is_floating_point())
     dtype = torch.float64 if torch.float64 in floating else torch.float32
     return weigh_responses(member, rows, lam, positive_weight=positive_weight, dtype=dtype)
 
 
 def token_weights(
-    logps: Tensor,
+    logps: torch.Tensor,
     *,
     token_weight: str,
     alpha: float | None = None,
@@ -171,7 +176,7 @@ def token_weights(
     center: float = 0.25,
     min: float = 1.0,
     max: float = 1.4,
-) -> Tensor:
+) -> torch.Tensor:
     r"""
     Token weight v of every token, increasing in the policy's own probability π of it, a constant to autograd.
 
@@ -210,7 +215,7 @@ def token_weights(
     return weigh_tokens(member, TokenRows(probabilities(logps)))
 
 
-def _check_lengths(lengths: Tensor) -> None:
+def _check_lengths(lengths: torch.Tensor) -> None:
     is_right = torch.is_tensor(lengths) and lengths.dim() == 2 and lengths.numel() > 0
     if not is_right or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be a non-empty real tensor of shape (P, G), got {kind(lengths)}.")
@@ -218,9 +223,7 @@ def _check_lengths(lengths: Tensor) -> None:
         raise ValueError("lengths must be finite and >= 0.")
 
 
-def _check_lambda(member: LengthWeight, lam: Tensor | float | None) -> None:
-    if not member.has_lambda:
-        return
+def _check_lambda(member: LengthWeight, lam: torch.Tensor | float | None) -> None:
     size = len(member.features)
     if lam is None:
         raise ValueError(f"lam is required by length_weight={member.name!r}.")

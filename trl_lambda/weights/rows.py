@@ -1,11 +1,34 @@
-"""The plain data that members of f and v are called with, and the tensor helpers that both use."""
+"""
+The plain data that members of f and v are called with, and what both are computed from: sides and features.
+
+The side of λ is s_i, read off the sign of the advantage.
+
+    "both"       1
+    "signed"     sign(A_i)
+    "positive"   1 where A_i > 0, else 0
+    "negative"   1 where A_i < 0, else 0
+
+Statistics of a response beside its length are functions of log-probabilities π, entropies H and mask, of the sampling
+policy over its own tokens. λ may weigh the first two (`FEATURES`).
+
+    "mean_logp"      1/|o_i| Σ_t ln π_it
+    "min_logp"       min_t ln π_it
+    "mean_entropy"   1/|o_i| Σ_t H_it
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+
+SIDES = ("both", "signed", "positive", "negative")
+FEATURES = ("mean_logp", "min_logp")
+# What TRL's scoring pass alone does not give: log-probabilities, and for the last one entropies.
+SCORED_STATISTICS = (*FEATURES, "mean_entropy")
+# A group whose advantages differ by less than this part of the largest has equal rewards and rounding.
+_ROUNDING, _FAINT = 1e-5, 1e-2
 
 
 @dataclass(frozen=True)
@@ -16,28 +39,28 @@ class ResponseRows:
     `statistics` holds the other numbers of each response that the weight asks for, name -> (P, G).
     """
 
-    lengths: Tensor  # own tokens |o_i|, (P, G), float64; 0 for a row without tokens
-    token_count: Tensor  # S, the token count that the loss divides by, 0-d
+    lengths: torch.Tensor  # own tokens |o_i|, (P, G), float64; 0 for a row without tokens
+    token_count: torch.Tensor  # S, the token count that the loss divides by, 0-d
     dim: tuple[int, ...] = (0, 1)  # sums of the scope go over these: (0, 1) for "batch", (1,) for "prompt"
-    advantages: Tensor | None = None  # A_i, unweighted, (P, G)
-    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    advantages: torch.Tensor | None = None  # A_i, unweighted, (P, G)
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
     step: int = 0  # optimizer steps so far
 
     @cached_property
-    def has_tokens(self) -> Tensor:
+    def has_tokens(self) -> torch.Tensor:
         """Which rows have tokens, bool, (P, G)."""
         return self.lengths > 0
 
     @property
-    def mean_length(self) -> Tensor:
+    def mean_length(self) -> torch.Tensor:
         """μ = S/N over all N rows, as TRL counts them, 0-d."""
         return self.token_count / self.lengths.numel()
 
-    def total(self, values: Tensor) -> Tensor:
+    def total(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of (P, G) values over the scope, (1, 1) or (P, 1)."""
         return values.sum(dim=self.dim, keepdim=True)
 
-    def statistic(self, name: str) -> Tensor:
+    def statistic(self, name: str) -> torch.Tensor:
         """A statistic by name, (P, G); a `ValueError` if no weight has asked for it in `needs`."""
         if name not in self.statistics:
             raise ValueError(f"{name} is not known: name it in the length weight's class attribute `needs`.")
@@ -52,33 +75,89 @@ class TokenRows:
     Everything but `probs` is `None` where `token_weights` is called with log-probabilities alone.
     """
 
-    probs: Tensor  # π, the current policy's probability of each token, (B, T)
-    advantages: Tensor | None = None  # A, unweighted, (B, 1) or (B, T)
-    entropies: Tensor | None = None  # of the current policy's distribution, nats, (B, T)
-    old_logps: Tensor | None = None  # log-probabilities of the sampling policy, (B, T); `None` on policy
-    mask: Tensor | None = None  # 1 for the policy's own tokens, (B, T)
-    lengths: Tensor | None = None  # own tokens of the response, (B, 1)
+    probs: torch.Tensor  # π, the current policy's probability of each token, (B, T)
+    advantages: torch.Tensor | None = None  # A, unweighted, (B, 1) or (B, T)
+    entropies: torch.Tensor | None = None  # of the current policy's distribution, nats, (B, T)
+    old_logps: torch.Tensor | None = None  # log-probabilities of the sampling policy, (B, T); `None` on policy
+    mask: torch.Tensor | None = None  # 1 for the policy's own tokens, (B, T)
+    lengths: torch.Tensor | None = None  # own tokens of the response, int32, (B, 1)
     step: int = 0  # optimizer steps so far
 
 
-def one_where_zero(x: Tensor) -> Tensor:
+def one_where_zero(x: torch.Tensor) -> torch.Tensor:
     """A divisor that is safe where there are no tokens. The quotient there is masked afterwards."""
     return x.masked_fill(x == 0, 1)
 
 
-def group_mean(values: Tensor, where: Tensor) -> Tensor:
+def group_mean(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """Mean of each group's values under a mask, both (P, G, ...), as (P, 1, ...); 0 where the mask is empty."""
     return (values * where).sum(dim=1, keepdim=True) / one_where_zero(where.sum(dim=1, keepdim=True))
 
 
-def strictly_positive(weights: Tensor, dtype: torch.dtype) -> Tensor:
+def strictly_positive(weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Clamp into the range of `dtype` in which an advantage times the weight neither vanishes nor overflows."""
     info = torch.finfo(dtype)
     return weights.clamp(min=info.tiny**0.75, max=info.max**0.75).to(dtype)
 
 
+def probabilities(logps: torch.Tensor) -> torch.Tensor:
+    """π from log-probabilities, detached, at most 1: float64 for float64, else float32."""
+    return logps.detach().to(torch.float64 if logps.dtype == torch.float64 else torch.float32).exp().clamp(max=1)
+
+
+def sides(advantages: torch.Tensor | None, has_tokens: torch.Tensor, side: str) -> torch.Tensor:
+    """
+    s of every response, (P, G), in the dtype of A. A and the bool `has_tokens` are (P, G).
+
+    s is 0 for a row without tokens, for a group of equal rewards, and for a row whose reward is its group's mean:
+    their advantages are rounding around 0, next to nothing beside those of other groups. Where all groups of a batch
+    have equal rewards nothing tells rounding from advantages, and its sign counts.
+
+    Raises:
+        `ValueError`: a side other than "both", and A is `None`: missing, or one per token.
+    """
+    if side == "both":
+        return has_tokens.float()
+    if advantages is None:
+        raise ValueError(
+            "This weight needs one advantage per response, because it depends on the advantage's sign. The batch has "
+            "none, or one per token. Use lambda_side='both', positive_weight=1 and a length_weight without a sign."
+        )
+    magnitude = advantages.abs() * has_tokens
+    is_signal = advantages_differ(advantages, has_tokens) | (magnitude > _FAINT * magnitude.amax())
+    # A reward that is its group's mean leaves rounding around 0: a sign by chance.
+    known = is_signal & (magnitude > _ROUNDING * magnitude.amax(dim=1, keepdim=True))
+    sign = advantages.sign() * (has_tokens & known)
+    return {"signed": sign, "positive": (sign > 0).to(sign.dtype), "negative": (sign < 0).to(sign.dtype)}[side]
+
+
+def advantages_differ(advantages: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
+    """Whether the rows of a group that have tokens differ in A by more than rounding, bool (P, 1)."""
+    largest = (advantages.abs() * has_tokens).amax(dim=1, keepdim=True)
+    spread = ((advantages - group_mean(advantages, has_tokens)).abs() * has_tokens).amax(dim=1, keepdim=True)
+    return spread > _ROUNDING * largest
+
+
+def score_statistic(name: str, logps: torch.Tensor, entropies: Any, mask: torch.Tensor) -> torch.Tensor:
+    """One of `SCORED_STATISTICS` of every response; (B, T) each -> (B,), 0 for a row without tokens."""
+    if name == "min_logp":
+        return logps.masked_fill(mask == 0, 0).amin(dim=1)
+    values = logps if name == "mean_logp" else entropies
+    return values.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def centred_features(names: tuple[str, ...], rows: ResponseRows) -> torch.Tensor:
+    """
+    x: each feature of each response minus its mean over the group's rows with tokens, (P, G, K); 0 without tokens.
+
+    `names` are `"length"`, which is ln|o|, and names of `rows.statistics`.
+    """
+    raw = [one_where_zero(rows.lengths).log() if name == "length" else rows.statistic(name) for name in names]
+    x, present = torch.stack([values.to(rows.lengths) for values in raw], dim=-1), rows.has_tokens.unsqueeze(-1)
+    return (x - group_mean(x, present)) * present
+
+
 def kind(value: object) -> str:
     """Describe a wrong argument for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
-    return type(value).__name__
+    is_tensor = isinstance(value, torch.Tensor)
+    return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}" if is_tensor else type(value).__name__

@@ -7,7 +7,7 @@ import torch
 
 from trl_lambda import weights
 from trl_lambda.weights import LENGTH_WEIGHTS, ResponseRows, weigh_responses, weight_from_name
-from trl_lambda.weights.features import score_statistic
+from trl_lambda.weights.rows import score_statistic
 
 # The reduction of TRL's loss types in the terms of `length_weights`, at ρ = 1 and up to a constant. sapo's soft gate
 # has slope 1 at ρ = 1 whatever its temperatures, vespo's is 1 there; luspo sums |o| times a mean over tokens.

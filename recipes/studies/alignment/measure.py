@@ -59,7 +59,7 @@ def measure(
         rows = [weight(batch.lengths, logps, advantages, lam) for weight, lam in zip(distinct, lams, strict=True)]
         return torch.stack([row.to(logps.dtype) for row in rows])
 
-    parameters = list(model.parameters())
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     products = inner_products(batches, lambda batch: token_logps(model, batch), weights_of, parameters, on_batch)
     columns: dict[str, dict[str, Any]] = {n: {"same_as": first if first != n else ""} for n, first in same.items()}
     ratios, deleted = {}, {}

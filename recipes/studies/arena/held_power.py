@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from trl_lambda.weights import ResponseRows
-from trl_lambda.weights.length_weight import Power
-from trl_lambda.weights.rows import group_mean, one_where_zero
-from trl_lambda.weights.sides import sides
+from trl_lambda.weights.members import Power
+from trl_lambda.weights.rows import group_mean, one_where_zero, sides
 
 
 @dataclass(frozen=True)

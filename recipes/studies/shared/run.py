@@ -30,7 +30,7 @@ from recipes.playground.tasks import environment_of, make_splits
 from recipes.studies.shared.arms import REMOVED, Arm, find_arm
 from recipes.studies.shared.machine import commit, processor
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda.weights.own_functions import import_path
+from trl_lambda.weights.weighing import import_path
 
 PROMPTS, GENERATIONS = 8, 8  # of one generation batch
 # Where a completion is cut: half as long again as the longest answer taught, so that verbosity has room to grow.

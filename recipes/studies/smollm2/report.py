@@ -110,7 +110,7 @@ def answers_table(cells: Cells, arms: tuple[str, ...], tasks: tuple[str, ...]) -
     lines = []
     for cell in asked:
         task, arm = cell
-        found = ["not run", "", ""]
+        found = ["too few pairs" if gaps[cell] else "not run", "", ""]
         if cell in ready:
             p = corrected[ready.index(cell)]
             found = [interval_cell(gaps[cell]), f"{p:.2g}", verdict(gaps[cell], p)]

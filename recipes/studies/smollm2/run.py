@@ -22,14 +22,21 @@ from recipes.studies.shared.arms import Arm
 from recipes.studies.shared.run import LambdaPath, environment, training_figures
 from recipes.studies.smollm2.arms import find_arm
 from trl_lambda import LambdaGRPOConfig, LambdaGRPOTrainer
-from trl_lambda.weights.own_functions import import_path
+from trl_lambda.weights.weighing import import_path
 
-PROMPTS, GENERATIONS = 2, 8  # of one generation batch, which is one optimizer step
+PROMPTS, GENERATIONS = 4, 8  # of one generation batch, which is one optimizer step
 LEARNING_RATE = 4e-4
 SAMPLES = 3  # sampled replies per held-out question
 REWARD = "rewards/reasoning_gym_score/mean"
 # Question seeds: item i of reasoning-gym depends on seed + i alone, so that seeds 1,000 apart share no item.
 TRAIN_SIZE, TEST_SIZE, TEST_SEED = 200, 40, 2_000_000
+LORA: dict[str, Any] = {
+    "r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+}
 TASKS: dict[str, dict[str, Any]] = {
     "products": {"min_digits": 1, "max_digits": 1},
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
@@ -54,7 +61,7 @@ class SmolSpec:
     task: str
     arm: str
     seed: int
-    max_steps: int = 20
+    max_steps: int = 16
     max_completion_length: int = 24
 
     @property
@@ -122,9 +129,7 @@ def make_trainer(spec: SmolSpec, folder: str, model: str | None = None) -> GRPOT
         args=config_class(folder, **(options | arm.options)),
         train_dataset=questions(spec.task, spec.seed)["train"],
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, lora_dropout=0.0, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-        ),
+        peft_config=LoraConfig(**LORA),
         callbacks=[LambdaPath()],
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,4 +1,4 @@
-"""f: how much a response counts. One small class per member, in one table."""
+"""The members of f, how much a response counts, and of v, how much a token counts: a small class each, two tables."""
 
 import math
 from abc import ABC, abstractmethod
@@ -6,11 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .features import FEATURES, centred_features
-from .rows import ResponseRows, group_mean, one_where_zero
-from .sides import sides
+from .rows import (
+    FEATURES,
+    ResponseRows,
+    TokenRows,
+    centred_features,
+    group_mean,
+    one_where_zero,
+    sides,
+    strictly_positive,
+)
 
 SCOPES = ("batch", "prompt")
 # λ·x of a response is held inside ± this: a weight between e⁻² and e² before the token mass is restored.
@@ -52,7 +58,6 @@ class LengthWeight(ABC):
     name = ""
     formula = ""
     source = "the user's"
-    arxiv = ""
     has_lambda = False
     has_scope = True
     needs: tuple[str, ...] = ()
@@ -63,7 +68,7 @@ class LengthWeight(ABC):
         """Raise a `ValueError` if a parameter is out of its range for groups of `group_size` responses."""
 
     @abstractmethod
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor: ...
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,6 @@ class LambdaGRPO(LengthWeight):
     name = "lambda_grpo"
     formula = "λ-GRPO: G · softmax of h^λ"
     source = "arXiv 2510.06870"
-    arxiv = "2510.06870"
     has_lambda = True
 
     def check(self, group_size: int) -> None:
@@ -91,7 +95,7 @@ class LambdaGRPO(LengthWeight):
                 f"1/√(G-1) = {1 / math.sqrt(max(group_size - 1, 1e-9)):g}, so that h = 1 + r·z stays positive."
             )
 
-    def __call__(self, rows: ResponseRows, lam: Any) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: Any) -> torch.Tensor:
         count = rows.has_tokens.sum(dim=1, keepdim=True).clamp(min=1)
         deviation = (rows.lengths - rows.lengths.sum(dim=1, keepdim=True) / count) * rows.has_tokens
         std = (deviation.square().sum(dim=1, keepdim=True) / count).sqrt()
@@ -115,7 +119,7 @@ class Power(LengthWeight):
 
     Side "both": p_i = (|o_i|/μ)^λ. The other sides use the sign s_i of the advantage and, in each group, the distance
     of a response's features from their mean: p_i = exp(s_i · clamp(Σ_k λ_k·x_ik, ±2)), with x = ln|o_i| for length
-    and `features.FEATURES` for the others. A response with A = 0 has p = 1.
+    and `rows.FEATURES` for the others. A response with A = 0 has p = 1.
     """
 
     side: str = field(default="both", metadata={"config": "lambda_side"})
@@ -140,7 +144,7 @@ class Power(LengthWeight):
                 "the weight is a power of the length alone."
             )
 
-    def __call__(self, rows: ResponseRows, lam: Any) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: Any) -> torch.Tensor:
         tokens = rows.total(rows.lengths)
         if self.side == "both":
             count = rows.total(rows.has_tokens).clamp(min=1)
@@ -168,9 +172,8 @@ class Balanced(LengthWeight):
     name = "balanced"
     formula = "Balanced Aggregation: mean length of the group / mean length of the same sign of A"
     source = "arXiv 2605.04077"
-    arxiv = "2605.04077"
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         sign = sides(rows.advantages, rows.has_tokens, "signed")
         mean, weights = group_mean(rows.lengths, sign != 0), torch.ones_like(rows.lengths)
         for of_sign in (sign > 0, sign < 0):
@@ -185,10 +188,9 @@ class GRPO(LengthWeight):
     name = "grpo"
     formula = "GRPO: mean over sequences of each sequence's mean"
     source = "arXiv 2402.03300"
-    arxiv = "2402.03300"
     has_scope = False
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         return rows.mean_length / one_where_zero(rows.lengths)
 
 
@@ -199,9 +201,8 @@ class DAPO(LengthWeight):
     name = "dapo"
     formula = "DAPO: token mean"
     source = "arXiv 2503.14476"
-    arxiv = "2503.14476"
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         return torch.ones_like(rows.lengths)
 
 
@@ -214,18 +215,102 @@ class DrGRPO(LengthWeight):
     name = "dr_grpo"
     formula = "Dr. GRPO: divided by a constant length"
     source = "arXiv 2503.20783"
-    arxiv = "2503.20783"
     has_scope = False
 
     def check(self, group_size: int) -> None:
         if not (self.max_completion_length or 0) > 0:
             raise ValueError(f"length_weight='dr_grpo' needs max_completion_length, got {self.max_completion_length}.")
 
-    def __call__(self, rows: ResponseRows, lam: Tensor | None) -> Tensor:
+    def __call__(self, rows: ResponseRows, lam: torch.Tensor | None) -> torch.Tensor:
         return (rows.mean_length / self.max_completion_length).expand_as(rows.lengths)
 
 
-# The one table: a member is added here.
+# The table of f: a member is added here.
 LENGTH_WEIGHTS: dict[str, type[LengthWeight]] = {
     member.name: member for member in (LambdaGRPO, Power, GRPO, DAPO, DrGRPO, Balanced)
 }
+
+
+class TokenWeight(ABC):
+    """
+    One member v of the unified loss: a weight of each token, >= 0 and a constant to autograd.
+
+    A subclass implements `__call__(self, rows)`, `rows` a [`~trl_lambda.weights.TokenRows`], and returns weights,
+    (B, T). A weight of 0 takes the token out of the policy loss. The token stays in the denominator, and the KL term
+    and the entropy bonus keep it.
+
+    Instead, `__call__` may name any of these arguments, as a function passed to the trainer may; all broadcast to
+    (B, T):
+
+        probs        (B, T): π, the current policy's probability of each sampled token
+        advantages   (B, 1), or (B, T) where the trainer has one per token: A, unweighted
+        entropies    (B, T): entropy of the current policy's distribution, nats
+        old_logps    (B, T): log-probabilities of the sampling policy; `None` on policy
+        mask         (B, T): 1 for the policy's own tokens
+        lengths      (B, 1): own tokens of the response, int32
+        step         optimizer steps so far
+
+    Class attributes:
+        name: as in `token_weight`.
+        formula, source: for the model card.
+    """
+
+    name = ""
+    formula = ""
+    source = "the user's"
+    bounds: tuple[float, float] | None = None  # the least and largest weight of a member that is clipped to them
+
+    def check(self) -> None:  # noqa: B027  a member may have nothing to check
+        """Raise a `ValueError` if a parameter is out of its range."""
+
+    @abstractmethod
+    def __call__(self, rows: TokenRows) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class TRGRPO(TokenWeight):
+    """v = clip(α·σ(k·(π - p0)), L, U): TR-GRPO, arXiv 2511.00066, as this project reads its constants."""
+
+    alpha: float = field(default=2.0, metadata={"symbol": "α"})
+    slope: float = field(default=9.0, metadata={"symbol": "k"})
+    center: float = field(default=0.25, metadata={"symbol": "p0"})
+    min: float = field(default=1.0, metadata={"symbol": "L"})
+    max: float = field(default=1.4, metadata={"symbol": "U"})
+
+    name = "tr_grpo"
+    formula = "TR-GRPO: clip(α·σ(k·(π - p0)), L, U)"
+    source = "arXiv 2511.00066"
+
+    @property
+    def bounds(self) -> tuple[float, float]:  # type: ignore[override]
+        return self.min, self.max
+
+    def check(self) -> None:
+        is_positive = 0 < self.alpha < math.inf and 0 < self.slope < math.inf
+        if not (is_positive and 0 <= self.center <= 1 and 0 < self.min <= self.max < math.inf):
+            raise ValueError(f"{self} needs finite alpha, slope > 0, center in [0, 1] and 0 < min <= max.")
+
+    def __call__(self, rows: TokenRows) -> torch.Tensor:
+        return (self.alpha * torch.sigmoid(self.slope * (rows.probs - self.center))).clamp(min=self.min, max=self.max)
+
+
+@dataclass(frozen=True)
+class AR(TokenWeight):
+    """v = α·π + 1 - α: Advantage Reweighting, arXiv 2505.12929, with the current policy's π."""
+
+    alpha: float = field(default=0.2, metadata={"symbol": "α"})
+
+    name = "ar"
+    formula = "AR: α·π + 1 - α"
+    source = "arXiv 2505.12929"
+
+    def check(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"{self} needs alpha in [0, 1].")
+
+    def __call__(self, rows: TokenRows) -> torch.Tensor:
+        return strictly_positive(self.alpha * rows.probs + (1 - self.alpha), rows.probs.dtype)
+
+
+# The table of v: a member is added here.
+TOKEN_WEIGHTS: dict[str, type[TokenWeight]] = {member.name: member for member in (TRGRPO, AR)}
