@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm demo-llm llm test test-package numerical lint docs pictures release matrix versions engines vllm fuzz mutations arena \
+.PHONY: help setup demo demo-vllm demo-llm llm test test-package numerical lint docs pictures release matrix versions trl-suite engines vllm fuzz mutations arena \
 	arena-smoke alignment bench gpu gpu-wheels clean
 
 help: ## list the targets
@@ -76,6 +76,9 @@ matrix: $(STAMP) ## the same rows cut in every way give the same step; writes th
 
 versions: $(STAMP) ## contract, parity and matrix on every tested version of TRL (REDUCED=1: the oldest, a part)
 	$(BIN)/python tests/support/versions.py --folder .versions $(if $(REDUCED),--reduced)
+
+trl-suite: $(STAMP) ## TRL's own GRPO tests with the two classes swapped, about half an hour (TRL=a clone of TRL)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/support/trl_suite.py --repository $(TRL) --folder .versions
 
 engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, and beside other optimizers, on a CPU (REDUCED=1: ZeRO-3)
 	PATH="$(CURDIR)/$(BIN):$(CURDIR)/.engines/bin:$$PATH" PYTHONPATH=.engines $(BIN)/python tests/support/engines.py \

@@ -25,12 +25,12 @@ def tested_versions() -> list[str]:
     return re.findall(r'"([\d.]+)"', re.search(r"TESTED_VERSIONS = \((.*?)\)", text).group(1))
 
 
-def install(version: str, folder: Path) -> Path:
-    """`pip install --no-deps trl==version` into `folder`/version, unless it is there."""
+def install(version: str, folder: Path, package: str = "trl") -> Path:
+    """`pip install --no-deps package==version` into `folder`/version, unless it is there."""
     target = folder / version
-    if not (target / "trl").is_dir():
+    if not (target / package).is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
-        subprocess.run([*command, "--target", str(target), f"trl=={version}"], check=True)
+        subprocess.run([*command, "--target", str(target), f"{package}=={version}"], check=True)
     return target
 
 
