@@ -55,6 +55,17 @@ def test_a_run_has_the_ledgers_columns_and_can_be_run_again(tmp_path, monkeypatc
     assert line.endswith("(this processor): the same, bit for bit")
 
 
+def test_the_yardstick_run_has_the_same_questions_and_other_replies(tmp_path):
+    model, seen = write_model(tmp_path / "model"), []
+    for arm in ("dapo", "dapo_again", "softmax"):
+        spec = run.SmolSpec("tune", "products", arm, 900, max_steps=1, max_completion_length=6)
+        trainer = run.make_trainer(spec, str(tmp_path / arm), model)
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        seen.append((inputs["prompt_ids"].tolist(), inputs["completion_ids"].tolist()))
+    (dapo, again, softmax) = seen
+    assert dapo[0] == again[0] and dapo[1] != again[1] and dapo == softmax
+
+
 def made_row(arm: str, seed: int, auc: float, lam: str = "") -> dict[str, str]:
     values = dict.fromkeys(("accuracy_sampled", "accuracy_greedy", "mean_length", "entropy", "grad_norm_mean"), "0.5")
     curves = {"reward_curve": " ".join([str(auc)] * 6), "length_curve": "9 8 7 6 5 4", "lambda_curve": lam}
