@@ -106,7 +106,7 @@ vllm: $(STAMP) .vllm/.installed ## training on the completions of a real vLLM, o
 		yarl==1.25.1
 	touch $@
 
-fuzz: $(STAMP) ## a hundred thousand random inputs to weights.py
+fuzz: $(STAMP) ## a hundred thousand random inputs to the weights
 	TRL_LAMBDA_EXAMPLES=50000 $(BIN)/python -m pytest -q tests/weights -k any_ --hypothesis-show-statistics
 
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md

@@ -102,7 +102,7 @@ def logged_names() -> set[str]:
     places, mask, f = torch.arange(8), torch.ones(8, 4), torch.ones(2, 4)
     metrics = LossMetrics()
     metrics.add_generation_batch(batch)
-    metrics.add_length_weights(f, batch, is_own=True)
+    metrics.add_length_weights(f, batch, has_factor=True)
     metrics.add_tokens(batch, places, f, advantages.view(8, 1), -mask, mask, mask, (1.0, 1.4))
     names = set(metrics.flush(Accelerator(cpu=True)))
     features, cpu = ("length", "mean_logp", "min_logp"), torch.device("cpu")

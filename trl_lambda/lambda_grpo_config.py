@@ -28,7 +28,7 @@ _INSTEAD = {
     "the batch's mean length)",
 }
 _NUMBERS = ("positive_weight", "lambda_init", "lambda_learning_rate", "lambda_gain")
-# Without effect on TRL's own reduction, on a λ that is fixed, and without λ.
+# Options without effect with length_weight=None, with a fixed λ, and without λ.
 _REDUCTION = ("length_weight_kwargs", "length_weight_scope", "drop_tied_groups")
 _LEARNING = ("lambda_gain", "length_target", "lambda_bounds", "lambda_learning_rate")
 _LAMBDA = ("lambda_side", "lambda_features", "lambda_init", "lambda_learnable", *_LEARNING)
@@ -70,8 +70,8 @@ class LambdaGRPOConfig(GRPOConfig):
             A > 0; `"negative"`, those with A < 0. `None`: both, or positive with `length_target`.
         lambda_features (`list[str]`, *optional*, defaults to `["length"]`):
             What λ weights, one λ each: `"length"`, `"mean_logp"`, `"min_logp"` (mean and least log-probability of the
-            own tokens under the sampling policy). More than length needs `length_weight="power"` and a side other than
-            `"both"`.
+            own tokens under the sampling policy). Any list but `["length"]` needs `length_weight="power"` and a side
+            other than `"both"`.
         length_target (`float`, *optional*):
             Set point of the mean completion length: above 1, a number of own tokens; up to 1, a part of the length at
             the start (the mean over the first four generation batches). λ then follows a controller, within [-3, 3]
@@ -157,8 +157,8 @@ class LambdaGRPOConfig(GRPOConfig):
     lambda_features: list[str] = field(
         default_factory=lambda: ["length"],
         metadata={
-            "help": "What λ weights, one λ each: any of 'length', 'mean_logp', 'min_logp'. More than length needs "
-            "length_weight='power' and a lambda_side other than 'both'."
+            "help": "What λ weights, one λ each: any of 'length', 'mean_logp', 'min_logp'. Any list but ['length'] "
+            "needs length_weight='power' and a lambda_side other than 'both'."
         },
     )
     length_target: float | None = field(

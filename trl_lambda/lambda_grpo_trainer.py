@@ -1,7 +1,8 @@
 """`LambdaGRPOTrainer` and `TRGRPOTrainer`: one training step, read from top to bottom.
 
 1. TRL scores a generation batch; lengths and advantages of all its rows are gathered.
-2. At each loss, once TRL has the current log-probabilities, the advantages of a copy of the micro-batch become f·v·A.
+2. At each loss, once TRL has the current log-probabilities, the advantages of a copy of the micro-batch are multiplied
+   by v, and by the factor that f is on top of TRL's own reduction. Inside the clip, v goes into the ratio instead.
    The loss is TRL's own. Every surrogate of TRL is linear in the advantage and otherwise uses its sign only, so a
    factor on the advantage is that factor on the token's term of the policy loss. TRL adds KL, entropy bonus and
    auxiliary losses afterwards. They stay unweighted.

@@ -25,7 +25,7 @@ from ..weights.rows import ResponseRows, advantages_differ, centred_features
 _DECAY = 0.9
 # Ridge of "regression", relative to each feature's own sum of squares; for several features, which are correlated.
 _RIDGE = 0.1
-# Of λ with "target" where `lambda_bounds` is not set: weights of right answers then differ by up to e² either way.
+# Of λ with "target" where `lambda_bounds` is not set: "power" reaches its own limit, e^±2, within them.
 TARGET_BOUNDS = (-3.0, 3.0)
 
 
@@ -187,7 +187,8 @@ class Target(Learning):
     is far. Per generation batch of n optimizer steps, with L smoothed by one half:
 
         e  = ln(L/target)
-        I += K_I·min(n, 4)·clamp(e, ±NEAR), unless that drives λ* further past a bound
+        I += K_I·min(n, 4)·clamp(e, ±NEAR), unless that drives λ* further past a bound;
+             twice that (`UNWIND`) while I goes back to 0
         λ* = clamp(-sign·(K_P·e + I), bounds)
 
     The gradient is ``(λ - λ*)/width``, width that of the bounds. The learning rate of a parameter group without

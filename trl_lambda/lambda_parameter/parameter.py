@@ -58,7 +58,7 @@ class LambdaParameter:
         self.features = tuple(features)
         self.learning = learning
         self.bounds = bounds or (-math.inf, math.inf)
-        # dL/dλ of each step before the clip, or its norm for several λ, since the last log.
+        # The gradient of each step before the clip, or its norm for several λ, since the last log.
         self.grads: list[float] = []
         self.skipped = 0  # steps without a finite gradient
 
@@ -109,7 +109,7 @@ class LambdaParameter:
             self.tensor.grad = accelerator.reduce(grad, reduction="mean")  # type: ignore[assignment]
 
     def clip_gradient(self) -> None:
-        """Clip the averaged gradient, or drop it when it is not finite: the optimizer then leaves λ alone."""
+        """Take the gradient from `learning` where autograd made none. Clip it, or drop it when it is not finite."""
         if not self.learning.uses_loss:  # made from what every process has alike: there is nothing to average
             self.tensor.grad = self.learning.gradient(self.tensor)
         grad: Any = self.tensor.grad

@@ -73,9 +73,9 @@ class LossMetrics:
                 stacklevel=2,
             )
 
-    def add_length_weights(self, weights: torch.Tensor, batch: GenerationBatch, is_own: bool) -> None:
+    def add_length_weights(self, weights: torch.Tensor, batch: GenerationBatch, has_factor: bool) -> None:
         """Take in f of a generation batch at one loss, (P, G), and the masses on right and on wrong answers."""
-        if is_own:  # and not TRL's own reduction
+        if has_factor:  # f is more than the loss's own reduction
             ess = effective_sample_size(weights)
             self._add_mean("length_weight/ess", ess.nan_to_num(), ~ess.isnan())
             self._add_range("length_weight", weights, weights > 0)

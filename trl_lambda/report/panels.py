@@ -64,8 +64,6 @@ PANELS = (
     Panel("Share of the loss, by token probability", _LOSS, {"least likely ¼": "share/probability_q1",
           "2nd": "share/probability_q2", "3rd": "share/probability_q3", "likeliest ¼": "share/probability_q4"},
           stacked=True),
-    Panel("Share of the loss, by number of turns", _LOSS, {"1 turn": "share/turns_1", "2 turns": "share/turns_2",
-          "3 or more": "share/turns_3plus"}, stacked=True),
     Panel("Do longer answers earn more?", "correlation of A and length",
           {"within groups": "advantage/length_correlation"}, level=(0.0, "0: no")),
     Panel("Mean length by sign of the advantage", "tokens", {"A > 0: better": "advantage/positive_mean_length",

@@ -46,7 +46,8 @@ SEQUENCE_MEAN_LOSS_TYPES = ("grpo", "sapo")
 CLIPPED_LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
 # Surrogates whose value is A·log π times a constant: only their gradient in the policy is meaningful.
 SCORE_FUNCTION_LOSS_TYPES = ("cispo", "vespo")
-# The reductions that a `_compute_loss` of another class may declare; f then enters accordingly.
+# The reductions that a `_compute_loss` of another class may declare. f is the factor of a token mean, f·|o|/μ that of
+# the others.
 LOSS_REDUCTIONS = ("token_mean", "sequence_mean", "sequence")
 
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from trl.models.utils import disable_gradient_checkpointing
 
 from ..generation_batch import GenerationBatch
-from ..weights.rows import SCORED_STATISTICS, score_statistic
+from ..weights.rows import SCORED_STATISTICS
 
 # Entries added to the scored batch. Dimension 0 is this process's rows, so TRL's shuffle and split keep them right.
 NUMBER_KEY = "generation_batch_number"  # of the row, long, (B,)
@@ -152,7 +152,7 @@ class Scoring:
         logps: Any = batch.get("old_per_token_logps" if has_logps else LOGPS_KEY)
         columns = [own.sum(dim=1), *([batch["advantages"]] if per_row else [])]
         columns += [
-            batch[REWARDS_KEY] if name == "rewards" else score_statistic(name, logps.to(dtype), entropies, own)
+            batch[REWARDS_KEY] if name == "rewards" else SCORED_STATISTICS[name](logps.to(dtype), entropies, own)
             for name in self._statistics
         ]
         return torch.stack([column.to(dtype) for column in columns], dim=1)

@@ -2,7 +2,8 @@ r"""
 Token aggregation as arrays in, array out: the loss is ``Σ_i f_i Σ_t v_it ℓ_it / Σ_i |o_i|`` over a generation batch,
 with ℓ TRL's token loss, a length weight f > 0 per response and a token weight v >= 0 per token.
 
-f (S = Σ|o| and μ = S/N over the scope, h_i = 1 + r·(|o_i| - μ)/σ of the group):
+f (S = Σ|o| over the scope, μ the mean length there, of the batch for "grpo" and "dr_grpo"; G, and μ and σ in
+h_i = 1 + r·(|o_i| - μ)/σ, are the group's, over its rows with tokens):
 
     "lambda_grpo"  f_i = G · softmax_i(h_i^λ)                             λ-GRPO, arXiv 2510.06870
     "power"        f_i = (|o_i|/μ)^λ · S / Σ_j |o_j|·(|o_j|/μ)^λ          this project's: λ = 0 DAPO, λ = -1 GRPO
@@ -92,7 +93,7 @@ def length_weights(
             marks a row without tokens. It gets weight 0 and takes no part in μ, σ and the normaliser of
             `"lambda_grpo"` and `"power"`. The fixed members count it as a row, as TRL does.
         lam (`torch.Tensor` or `float`, *optional*):
-            λ, one element, any finite real number. Required by `"lambda_grpo"` and `"power"`.
+            λ, one element per feature, any finite real numbers. Required by `"lambda_grpo"` and `"power"`.
         length_weight (`str`):
             A name in `LENGTH_WEIGHTS`; the formulas are in this module's docstring.
         scope (`str`, defaults to `"batch"`):

@@ -30,8 +30,8 @@ class LengthWeight(ABC):
     One member f of the unified loss ``Σ_i f_i Σ_t ℓ_it / Σ_i |o_i|``.
 
     A subclass implements `__call__(self, rows, lam)`. `rows` is a [`~trl_lambda.weights.ResponseRows`] in float64,
-    `lam` a tensor with one λ per feature, or `None` without λ. It returns positive weights, (P, G). Rows without
-    tokens, dtype and positivity are handled around the call.
+    `lam` a tensor with one λ per feature, or `None` without λ. It returns weights, (P, G), finite and > 0: a CPU
+    raises otherwise, other devices clamp. Rows without tokens and dtype are handled around the call.
 
     Instead, `__call__` may name any of these arguments, as a function passed to the trainer may:
 
@@ -51,7 +51,7 @@ class LengthWeight(ABC):
         name: as in `length_weight`.
         formula, source: for the model card.
         has_lambda: whether it reads λ.
-        has_scope: whether μ and Σ|o| depend on `length_weight_scope`.
+        has_scope: whether scope "prompt" makes a mean over prompts of it. False where the formula fixes the scale.
         needs: the statistics that `rows.statistic` is asked for.
     """
 

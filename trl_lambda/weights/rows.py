@@ -8,15 +8,15 @@ The side of λ is s_i, read off the sign of the advantage.
     "positive"   1 where A_i > 0, else 0
     "negative"   1 where A_i < 0, else 0
 
-Statistics of a response beside its length are functions of log-probabilities π, entropies H and mask, of the sampling
-policy over its own tokens. λ may weigh the first two (`FEATURES`).
+Statistics of a response beside its length are functions of log-probabilities ln π, entropies H and mask, of the
+sampling policy over its own tokens. λ may weigh those in `FEATURES`.
 
     "mean_logp"      1/|o_i| Σ_t ln π_it
     "min_logp"       min_t ln π_it
     "mean_entropy"   1/|o_i| Σ_t H_it
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,9 +24,6 @@ from typing import Any
 import torch
 
 SIDES = ("both", "signed", "positive", "negative")
-FEATURES = ("mean_logp", "min_logp")
-# What TRL's scoring pass alone does not give: log-probabilities, and for the last one entropies.
-SCORED_STATISTICS = (*FEATURES, "mean_entropy")
 # A group whose advantages differ by less than this part of the largest has equal rewards and rounding.
 _ROUNDING, _FAINT = 1e-5, 1e-2
 
@@ -107,9 +104,9 @@ def probabilities(logps: torch.Tensor) -> torch.Tensor:
 
 def sides(advantages: torch.Tensor | None, has_tokens: torch.Tensor, side: str) -> torch.Tensor:
     """
-    s of every response, (P, G), in the dtype of A. A and the bool `has_tokens` are (P, G).
+    s of every response, (P, G). A and the bool `has_tokens` are (P, G). Side "both" is 1 for each row with tokens.
 
-    s is 0 for a row without tokens, for a group of equal rewards, and for a row whose reward is its group's mean:
+    Else s is 0 for a row without tokens, for a group of equal rewards, and for a row whose reward is its group's mean:
     their advantages are rounding around 0, next to nothing beside those of other groups. Where all groups of a batch
     have equal rewards nothing tells rounding from advantages, and its sign counts.
 
@@ -138,12 +135,19 @@ def advantages_differ(advantages: torch.Tensor, has_tokens: torch.Tensor) -> tor
     return spread > _ROUNDING * largest
 
 
-def score_statistic(name: str, logps: torch.Tensor, entropies: Any, mask: torch.Tensor) -> torch.Tensor:
-    """One of `SCORED_STATISTICS` of every response; (B, T) each -> (B,), 0 for a row without tokens."""
-    if name == "min_logp":
-        return logps.masked_fill(mask == 0, 0).amin(dim=1)
-    values = logps if name == "mean_logp" else entropies
+def _token_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the own tokens, (B, T) each -> (B,), 0 for a row without tokens."""
     return values.masked_fill(mask == 0, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+# The table of statistics that TRL's scoring pass alone does not give: functions of log-probabilities, entropies and
+# mask, (B, T) each -> (B,), 0 for a row without tokens. λ may weigh those in `FEATURES`.
+SCORED_STATISTICS: dict[str, Callable[[torch.Tensor, Any, torch.Tensor], torch.Tensor]] = {
+    "mean_logp": lambda logps, entropies, mask: _token_mean(logps, mask),
+    "min_logp": lambda logps, entropies, mask: logps.masked_fill(mask == 0, 0).amin(dim=1),
+    "mean_entropy": lambda logps, entropies, mask: _token_mean(entropies, mask),
+}
+FEATURES = ("mean_logp", "min_logp")
 
 
 def centred_features(names: tuple[str, ...], rows: ResponseRows) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from trl_lambda import weights
 from trl_lambda.weights import LENGTH_WEIGHTS, ResponseRows, weigh_responses, weight_from_name
-from trl_lambda.weights.rows import score_statistic
+from trl_lambda.weights.rows import SCORED_STATISTICS
 
 # The reduction of TRL's loss types in the terms of `length_weights`, at ρ = 1 and up to a constant. sapo's soft gate
 # has slope 1 at ρ = 1 whatever its temperatures, vespo's is 1 there; luspo sums |o| times a mean over tokens.
@@ -50,7 +50,7 @@ def response_rows(
     """A batch as length weights see it, from lengths and advantages (P, G) and log π (P · G, T)."""
     own = torch.arange(logps.size(1)) < lengths.view(-1, 1)
     statistics = {
-        name: score_statistic(name, logps, None, own).view(lengths.shape).double()
+        name: SCORED_STATISTICS[name](logps, None, own).view(lengths.shape).double()
         for name in features
         if name != "length"
     }

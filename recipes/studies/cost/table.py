@@ -137,7 +137,7 @@ def markdown(path: Path = RESULTS) -> str:
     parts += by_size(
         results, "head", "peak of the loss", "MiB", 1 / 1024, "Peak of one loss and its backward pass, GiB"
     )
-    parts += by_size(results, "weights", "time", "s", 1e6, "`weights.py` alone, µs a call")
+    parts += by_size(results, "weights", "time", "s", 1e6, "The weights alone, µs a call")
     parts += by_size(results, "weights", "bytes beside the floor", "ratio", 1.0, "Bytes moved, of the floor's")
     return "\n\n".join([*parts, *single(results, "generation"), *single(results, "import")]) + "\n"
 
