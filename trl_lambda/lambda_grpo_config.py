@@ -58,7 +58,7 @@ class LambdaGRPOConfig(GRPOConfig):
             larger means that long and short responses differ more. For a dotted path they are passed by name.
         length_weight_scope (`str`, *optional*, defaults to `"batch"`):
             Scope of the token mean. `"batch"`: the generation batch, as in TRL. `"prompt"`: the token mean of each
-            prompt, then the mean over prompts, the paper's formula as written.
+            prompt, then the mean over prompts, the λ-GRPO paper's formula as read here.
         drop_tied_groups (`bool`, *optional*, defaults to `False`):
             Leave groups whose responses all have the same reward out of the denominator too (arXiv 2510.13786). The
             step is larger the more groups are tied.
