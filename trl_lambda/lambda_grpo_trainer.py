@@ -302,6 +302,12 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._lambda_step is not None:
+            # At the loss it cannot be told: with checkpointing, inputs have gradients whatever is frozen.
+            if not any(parameter.requires_grad for parameter in self.model.parameters()):
+                raise ValueError(
+                    "The model has nothing to train, and λ alone would learn. Load the adapter with "
+                    "PeftModel.from_pretrained(..., is_trainable=True), or set lambda_learnable=False."
+                )
             self._lambda_step.begin_training()
         return super().train(*args, **kwargs)
 

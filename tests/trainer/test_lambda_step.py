@@ -212,13 +212,16 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(optim):
 # ---- A model with nothing to train ----
 
 
-def test_a_frozen_adapter_is_told_of_at_the_first_loss(tmp_path):
+def test_a_frozen_adapter_is_told_of_before_the_first_step(tmp_path):
     """λ alone trained, for a whole run (fault 2)."""
     get_peft_model(build_model(), LoraConfig(**LORA)).save_pretrained(tmp_path)
     frozen = PeftModel.from_pretrained(build_model(), tmp_path)
     for options in LEARNING.values():
-        with pytest.raises(RuntimeError, match="nothing to train.*is_trainable=True"):
+        with pytest.raises(ValueError, match="nothing to train.*is_trainable=True"):
             make(model=frozen, **options).train()
+    frozen.enable_input_require_grads()  # as checkpointing does: then even the log-probabilities have a gradient
+    with pytest.raises(ValueError, match="nothing to train.*is_trainable=True"):
+        make(model=frozen).train()
     make(model=PeftModel.from_pretrained(build_model(), tmp_path, is_trainable=True)).train()
 
 
