@@ -1,5 +1,5 @@
 """
-Conversations with a task's environment, outside a trainer, for measuring a model. They are those of TRL's own loop: a
+Conversations with a task's environment, outside a trainer, for measuring a model. Rules are those of TRL's loop: a
 turn ends with the end token, calls are parsed by the tokenizer's response template, and an answer that does not fit
 into the limit ends the conversation before it.
 """
