@@ -94,7 +94,7 @@ class Scoring:
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 output["completion_ids"].size(1),
-                batch_size,
+                batch_size=batch_size,  # by name: TRL 1.14 takes it in no other way
                 compute_entropy=with_entropies,
                 **{key: output[key] for key in FORWARD_KEYS if key in output},
             )
