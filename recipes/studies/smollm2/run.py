@@ -38,9 +38,10 @@ LORA: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj"],
     "task_type": "CAUSAL_LM",
 }
-TASKS: dict[str, dict[str, Any]] = {
-    "products": {"min_digits": 1, "max_digits": 1},
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+# Parameters, and which number of a reply is its answer. After a first number, length is idle.
+TASKS: dict[str, tuple[dict[str, Any], str]] = {
+    "products": ({"min_digits": 1, "max_digits": 1}, "last_number"),
+    "chain_sum": ({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, "first_number"),
 }
 
 
@@ -79,16 +80,17 @@ class SmolSpec:
 @cache
 def questions(task: str, seed: int) -> dict[str, Dataset]:
     """Training questions of a seed, and the task's test questions, which are the same for every seed."""
+    parameters, answer_is = TASKS[task]
     return make_datasets(
         ReasoningGymArguments(
             reasoning_gym=task,
-            reasoning_gym_kwargs=TASKS[task],
+            reasoning_gym_kwargs=parameters,
             reasoning_gym_train_size=TRAIN_SIZE,
             reasoning_gym_train_seed=1000 * seed,
             reasoning_gym_test_size=TEST_SIZE,
             reasoning_gym_test_seed=TEST_SEED,
             reasoning_gym_system_prompt="Answer with the final result only.",
-            reasoning_gym_answer="last_number",
+            reasoning_gym_answer=answer_is,
         )
     )
 
