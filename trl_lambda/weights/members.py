@@ -165,7 +165,7 @@ class Balanced(LengthWeight):
     """
     f_i = m_group/m_sign(A_i): right and wrong responses of a group each count for their number, whatever their length.
 
-    Balanced Aggregation (arXiv 2605.04077), as its readers report it. m_group is the mean length of the group's
+    Balanced Aggregation (arXiv 2605.04077), from notes on the paper. m_group is the mean length of the group's
     responses with A ≠ 0, m_sign that of those with the same sign; f = 1 where A = 0. The group's token mass is kept.
     """
 

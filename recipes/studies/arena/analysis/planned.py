@@ -108,7 +108,7 @@ def pooled_alignment(path: Path) -> list[dict[str, Any]]:
 
 
 def _points(found: Answer) -> str:
-    """`+4.1 [+3.2, +5.0]`, the interval being the one that decides."""
+    """`+4.1 [+3.2, +5.0]`, with the interval that decides: 95 %, or 90 % where one side is asked."""
     comparison, metric = found.comparison, SHOWN[found.claim.metric]
     if comparison is None:
         return "not run"
@@ -116,7 +116,8 @@ def _points(found: Answer) -> str:
     low, high = (found.low90, found.high90) if one_sided else (comparison.low, comparison.high)
     assert low is not None and high is not None
     factor = metric[2]
-    return f"{factor * comparison.difference:+.1f} [{factor * low:+.1f}, {factor * high:+.1f}]"
+    level = " (90 %)" if one_sided else ""
+    return f"{factor * comparison.difference:+.1f} [{factor * low:+.1f}, {factor * high:+.1f}]{level}"
 
 
 def _answers_table(answers: list[Answer], rates: list[dict[str, str]], alignment: list[dict[str, Any]]) -> str:
