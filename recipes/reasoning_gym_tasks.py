@@ -26,7 +26,7 @@ from datasets import Dataset
 
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-EXTRACTORS = ("first_number", "last_number", "answer_tags", "text")
+EXTRACTORS = ("last_number", "answer_tags", "text")
 
 
 @dataclass
@@ -50,8 +50,7 @@ class ReasoningGymArguments:
         reasoning_gym_prompt (`str`, *optional*, defaults to `"{question}"`):
             Template of the user's message. It contains `{question}`.
         reasoning_gym_answer (`str`, *optional*, defaults to `"answer_tags"`):
-            Answer within a reply: `"first_number"`, `"last_number"`, `"answer_tags"` (the last `<answer>`), or
-            `"text"` (all of it).
+            Answer within a reply: `"last_number"`, `"answer_tags"` (the last `<answer>`), or `"text"` (all of it).
 
     Raises:
         `ValueError`: reasoning-gym is missing, does not know the task or a parameter, or a value is out of range.
@@ -72,8 +71,7 @@ class ReasoningGymArguments:
         default="{question}", metadata={"help": "Template of the user's message, with {question}."}
     )
     reasoning_gym_answer: str = field(
-        default="answer_tags",
-        metadata={"help": "Answer within a reply: 'first_number', 'last_number', 'answer_tags' or 'text'."},
+        default="answer_tags", metadata={"help": "Answer within a reply: 'last_number', 'answer_tags' or 'text'."}
     )
 
     def __post_init__(self):
@@ -225,18 +223,15 @@ def extract_answer(reply: str, extractor: str) -> str | None:
         reply (`str`):
             Text of the model.
         extractor (`str`):
-            `"first_number"`, `"last_number"`: that decimal number, without thousands separators. `"answer_tags"`: the
-            text of the last `<answer>`. `"text"`: the whole reply without surrounding space.
+            `"last_number"`: the last decimal number, without thousands separators. `"answer_tags"`: the text of the
+            last `<answer>`. `"text"`: the whole reply without surrounding space.
     """
     if extractor == "text":
         return reply.strip()
-    if extractor == "answer_tags":
-        found = [text.strip() for text in TAGS.findall(reply)]
-    else:
-        found = [number.replace(",", "") for number in NUMBER.findall(reply)]
+    found = (NUMBER if extractor == "last_number" else TAGS).findall(reply)
     if not found:
         return None
-    return found[0 if extractor == "first_number" else -1]
+    return found[-1].replace(",", "") if extractor == "last_number" else found[-1].strip()
 
 
 @cache
@@ -249,7 +244,7 @@ def reasoning_gym_score(completions: list[Any], metadata: list[str], **kwargs: A
     """
     The library's score of the extracted answer, 0 to 1.
 
-    With a number it is 1 or 0: the library would give 24 half the marks where 4 is right.
+    With `"last_number"` it is 1 or 0: the library would give 24 half the marks where 4 is right.
 
     Args:
         completions (`list`):
@@ -270,5 +265,5 @@ def reasoning_gym_score(completions: list[Any], metadata: list[str], **kwargs: A
             score = float(score_answer(answer, row["entry"]))
         except Exception:  # some of the library's scorers raise on a reply that they cannot parse
             score = 0.0
-        rewards.append(float(score == 1.0) if row["extractor"].endswith("number") else score)
+        rewards.append(float(score == 1.0) if row["extractor"] == "last_number" else score)
     return rewards

@@ -21,8 +21,8 @@ from .weights import (
 )
 
 _INSTEAD = {
-    "grpo": "loss_type='dapo' with length_weight='grpo' (the same loss)",
-    "dr_grpo": "loss_type='dapo' with length_weight='dr_grpo' (the same loss)",
+    "grpo": "loss_type='dapo' with length_weight='grpo' (the same policy loss)",
+    "dr_grpo": "loss_type='dapo' with length_weight='dr_grpo' (the same policy loss)",
     "bnpo": "loss_type='dapo' with length_weight='dapo' (the token mean of the whole batch)",
     "luspo": "loss_type='dapo' with importance_sampling_level='sequence' and length_weight='dapo' (LUSPO divided by "
     "the batch's mean length)",
@@ -321,6 +321,8 @@ class LambdaGRPOConfig(GRPOConfig):
         for option, is_refused, why in (
             ("loss_type", f is not None and self.loss_type not in CONVERTIBLE_LOSS_TYPES, "brings its own reduction, "
              f"which length_weight={name!r} would replace. Use {instead}, or length_weight=None to keep it"),
+            ("drop_tied_groups", self.drop_tied_groups and self.multi_objective_aggregation == "normalize_then_sum",
+             "requires multi_objective_aggregation='sum_then_normalize': else equal sums can have advantages"),
             ("length_target", target is not None and self.side == "both",
              "needs another lambda_side: with 'both' λ does not steer the length"),
             ("length_target", target is not None and list(self.lambda_features) != ["length"],

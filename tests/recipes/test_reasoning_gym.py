@@ -44,9 +44,8 @@ LAST = {
     "3*7=21.": "21", "It is **21**, not 24 or so.": "24", "5 - 3 = -2": "-2", "between 3-4": "4", "x4": None,
     "1,234,567.50": "1234567.50", "1,2,3": "3",
 }  # fmt: skip
-FIRST = {"-21 = 3*-7": "-21", "1,234.5 or 7": "1234.5", "four": None}
 TAGS = {"<answer>3</answer> or <answer> 4\n</answer>": "4", "<answer>3": None}
-EXTRACTORS = {"first_number": FIRST, "last_number": LAST, "answer_tags": TAGS, "text": {" 21 \n": "21"}}
+EXTRACTORS = {"last_number": LAST, "answer_tags": TAGS, "text": {" 21 \n": "21"}}
 
 
 @pytest.mark.parametrize(("extractor", "text"), [(name, text) for name, cases in EXTRACTORS.items() for text in cases])
@@ -57,7 +56,6 @@ def test_answers_are_extracted(extractor, text):
 def test_each_row_is_scored_by_its_own_task_parameters_and_extractor():
     cases = [
         *((products, "last_number", text, right) for text, right in (("2 * 2 = 4", 1.0), ("4 is 2 * 2", 0.0))),
-        *((products, "first_number", text, right) for text, right in (("4 = 2 * 2", 1.0), ("2 * 2 = 4", 0.0))),
         *((products, "last_number", text, 0.0) for text in ("24", "4, no 5", "", "four")),  # the library: part marks
         *((products, "answer_tags", f"<answer>{text}</answer>", right) for text, right in (("4", 1.0), ("24", 0.5))),
         (products, "answer_tags", "4", 0.0),
@@ -120,7 +118,7 @@ def test_evaluation_uses_the_validation_split_before_the_test_split():
         ({"reasoning_gym_kwargs": {"seed": 1}}, "reasoning_gym_kwargs has 'seed'"),
         ({"reasoning_gym_kwargs": {"max_digits": 0}}, "max_digits must be positive"),
         ({"reasoning_gym_kwargs": "[1]"}, "accepted: a JSON object"),
-        ({"reasoning_gym_answer": "number"}, "accepted: first_number, last_number, answer_tags, text"),
+        ({"reasoning_gym_answer": "number"}, "accepted: last_number, answer_tags, text"),
         ({"reasoning_gym_prompt": "question"}, "does not contain {question}"),
         ({"reasoning_gym_train_size": 0}, "at least 1"),
         ({"reasoning_gym_test_size": -1}, "at least 0"),

@@ -48,9 +48,12 @@ def test_options_are_checked_by_the_trainer_too(weights, change, message):
     refused(message, change=change, **weights)
 
 
-def test_liger_where_it_bypasses_the_loss(monkeypatch):
-    monkeypatch.setattr(GRPOTrainer, "compute_liger_loss", None, raising=False)
-    refused("use_liger_kernel=True makes this TRL compute its loss in a fused", change={"use_liger_kernel": True})
+@pytest.mark.parametrize("method", ["compute_liger_loss", "_chunked_logps"])  # to TRL 1.13, in TRL 1.14
+def test_liger_where_it_bypasses_the_loss(monkeypatch, method):
+    monkeypatch.setattr(GRPOTrainer, method, None, raising=False)
+    refused(
+        "use_liger_kernel=True makes this TRL compute its loss in a fused kernel or", change={"use_liger_kernel": True}
+    )
 
 
 def test_unsloth_as_a_base_class_and_as_a_patched_method(monkeypatch):

@@ -125,17 +125,17 @@ def test_known_weights_of_one_group_and_of_its_halves():
     torch.testing.assert_close(halves, torch.tensor([[0.78, 1.22], [0.78, 1.22]]), atol=5e-3, rtol=0)
 
 
-@pytest.mark.parametrize("rest", [0.0, 3e-8, -3e-8])
+@pytest.mark.parametrize("rest", [0.0, 3e-8, -3e-4])
 def test_rounding_has_no_sign(rest):
-    """A reward that is its group's mean, and a group of equal rewards, leave ±1e-8 of an advantage."""
-    lengths = torch.tensor([[4, 9, 2, 7], [5, 1, 8, 3]])
+    """Of a reward that is its group's mean, and of equal rewards, also beside a response without one: exactly 0."""
+    lengths = torch.tensor([[4, 9, 2, 7], [5, 1, 8, 3], [6, 2, 3, 4]])
     for name, options in (("balanced", {}), ("power", {"side": "positive"}), ("lambda_grpo", {"side": "signed"})):
         clean, noisy = (
             length_weights(
                 lengths, 1.5, length_weight=name, positive_weight=3.0, **options,
-                advantages=torch.tensor([[1.2, x, -1.2, x], [x] * 4]),
+                advantages=torch.tensor([[1.2, y, -1.2, y], [x] * 4, [x, x, 0.0, x]]),
             )
-            for x in (0.0, rest)
+            for x, y in ((0.0, 0.0), (rest, min(rest, 3e-8, key=abs)))
         )  # fmt: skip
         assert torch.equal(clean, noisy)
 

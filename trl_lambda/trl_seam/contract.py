@@ -22,7 +22,7 @@ METHODS = {
     "_generate_and_score_completions": ("inputs",),
     "_calculate_rewards": (),
     "_prepare_inputs": ("generation_batch",),
-    "_get_per_token_logps_and_entropies": ("model", "compute_entropy"),
+    "_get_per_token_logps_and_entropies": ("model", "batch_size", "compute_entropy"),
     "_compute_loss": ("model", "inputs"),
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
@@ -111,10 +111,11 @@ def refuse_other_losses(trainer_class: type, args: Any, *, weights_tokens: bool)
 
     f restates a reduction. On a mean of sequence means the weights of a token mean would be another loss.
     """
-    if args.use_liger_kernel and hasattr(GRPOTrainer, "compute_liger_loss"):
+    # The first is TRL's to 1.13. With the second, in 1.14, the loss may run inside a wrapper, which copies the inputs.
+    if args.use_liger_kernel and any(hasattr(GRPOTrainer, name) for name in ("compute_liger_loss", "_chunked_logps")):
         raise ValueError(
-            "use_liger_kernel=True makes this TRL compute its loss in a fused kernel that the weights do not reach. "
-            "Use use_liger_kernel=False, or TRL >= 1.14."
+            "use_liger_kernel=True makes this TRL compute its loss in a fused kernel or a wrapper, where the weights "
+            "may not reach it. Use use_liger_kernel=False, or TRL >= 1.16."
         )
     declared = getattr(trainer_class, "loss_reduction", None)
     if declared is not None and declared not in LOSS_REDUCTIONS:

@@ -94,7 +94,8 @@ class Scoring:
                 torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1),
                 torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1),
                 output["completion_ids"].size(1),
-                batch_size=batch_size,  # by name: TRL 1.14 takes it in no other way
+                # By name: TRL 1.14 takes it in no other way. TRL 1.10 fails on images of fewer rows than one part.
+                batch_size=min(batch_size, output["completion_ids"].size(0)),
                 compute_entropy=with_entropies,
                 **{key: output[key] for key in FORWARD_KEYS if key in output},
             )

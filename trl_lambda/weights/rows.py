@@ -131,7 +131,9 @@ def sides(advantages: torch.Tensor | None, has_tokens: torch.Tensor, side: str) 
 def advantages_differ(advantages: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
     """Whether the rows of a group that have tokens differ in A by more than rounding, bool (P, 1)."""
     largest = (advantages.abs() * has_tokens).amax(dim=1, keepdim=True)
-    spread = ((advantages - group_mean(advantages, has_tokens)).abs() * has_tokens).amax(dim=1, keepdim=True)
+    # TRL gives a response without a reward exactly 0, and the others of a group of equal rewards their rounding.
+    counted = has_tokens & ((advantages != 0) | (largest > _FAINT * largest.amax()))
+    spread = ((advantages - group_mean(advantages, counted)).abs() * counted).amax(dim=1, keepdim=True)
     return spread > _ROUNDING * largest
 
 
