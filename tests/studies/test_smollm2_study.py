@@ -43,7 +43,7 @@ def test_tuning_and_test_seeds_are_apart_and_no_test_question_is_trained_on():
 def test_a_run_has_the_ledgers_columns_and_can_be_run_again(tmp_path, monkeypatch):
     model = write_model(tmp_path / "model")
     monkeypatch.setattr(run, "model_path", lambda: model)
-    spec = run.SmolSpec("tune", "products", "softmax_tr", 900, max_steps=2, max_completion_length=6)
+    spec = run.SmolSpec("tune", "products_named", "softmax_tr", 900, max_steps=2, max_completion_length=6)
     row = run.run(spec)
     assert row["reward_curve"].count(" ") == row["at_max_curve"].count(" ") == 1
     assert 0 <= row["accuracy_greedy"] <= 1 and 1 <= row["mean_length"] <= 6 and row["commit"] and row["hardware"]
@@ -53,6 +53,12 @@ def test_a_run_has_the_ledgers_columns_and_can_be_run_again(tmp_path, monkeypatc
     monkeypatch.setattr(study, "execute", lambda specs, to, workers, run: [to.append(run(spec)) for spec in specs])
     (line,) = study.reproduce(1, ledger, 1)
     assert line.endswith("(this processor): the same, bit for bit")
+
+
+def test_any_number_of_a_reply_may_be_the_answer():
+    metadata = ['{"entry": {"answer": "21"}}'] * 3
+    replies = [[{"role": "assistant", "content": text}] for text in ("It is 21, not 3.", "210", "none")]
+    assert run.names_answer(replies, metadata=metadata) == [1.0, 0.0, 0.0]
 
 
 def test_the_yardstick_run_has_the_same_questions_and_other_replies(tmp_path):
@@ -80,16 +86,31 @@ def test_the_tables_pair_by_seed_and_count_what_has_not_run():
     rows += [made_row("tr", 0, 0.9)]
     cells = report.cells_of(rows)
     assert report.differences(cells, "products", "softmax") == pytest.approx([0.101, 0.099] * 4)
-    table = report.answers_table(cells, report.PUBLISHED, ("products", "chain_sum"))
+    table = report.answers_table(cells, report.PUBLISHED, ("products", "products_named"))
     assert "| softmax | products | 8 | +10.0 [" in table and "| higher |" in table
     assert table.count("not run") == 4 and table.count("too few pairs") == 1
     yardstick = report.yardstick_table(cells)
     assert "| products | 8 | 2.4 | +0.0 [" in yardstick and "| 2.1 |" in yardstick
-    assert "| products | 8 of 8 |" in report.signs_table(cells)
-    assert "| products | tr | 7 |" in report.not_run(rows) and "| products | dapo |" not in report.not_run(rows)
+    assert "| products | 8 of 8 | 0.100 |" in report.signs_table(cells)
+    missing = report.not_run(rows)
+    assert "| main | products | tr | 7 |" in missing and "| main | products | dapo |" not in missing
+    assert "| length | products | dapo | 6 |" in missing
     assert report.verdict([0.01, -0.01] * 4, 1.0) == "level" and report.verdict([0.2, -0.2] * 4, 1.0) == "unknown"
     assert report.steps_to(list(cells["products", "dapo"].values()), 0.5) == "not reached"
     assert report.steps_to(list(cells["products", "softmax"].values()), 0.45) == "5"
+
+
+def test_the_length_table_counts_who_holds_the_target():
+    rows = []
+    for arm, auc, end in (("dapo", 0.5, 10), ("laconic", 0.4, 6)):
+        for seed in range(3):
+            curve = " ".join(["20"] * 5 + [str(end + 0.5 * seed)] * 10)
+            rows.append(
+                made_row(arm, seed, auc) | {"study": "length", "length_curve": curve, "accuracy_sampled": str(auc)}
+            )
+    table = report.length_table([*rows, made_row("dapo", 0, 0.9)])
+    assert "| dapo | 3 | 0 | 10.0, 11.0 | 0.5 |  | 50.0 |" in table
+    assert "| laconic | 3 | 2 | 6.0, 7.0 | 0.5 | -10.0 | 50.0 |" in table
 
 
 def test_the_report_replaces_its_tables_and_draws(tmp_path):

@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.playground.smollm2 import model_path
-from recipes.reasoning_gym_tasks import reasoning_gym_score
 from recipes.studies.alignment.batches import own_tokens
 from recipes.studies.alignment.measure import measure
 from recipes.studies.alignment.policy_gradient import Batch
@@ -51,7 +50,7 @@ def sample_batches(model: Any, tokenizer: Any, task: str, seed: int, count: int)
             tokens = output[:, prompts["input_ids"].size(1) :]
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
             replies = [[{"role": "assistant", "content": text}] for text in texts]
-            rewards = torch.tensor(reasoning_gym_score(replies, metadata=list(chosen["metadata"])))
+            rewards = torch.tensor(TASKS[task][2](replies, metadata=list(chosen["metadata"])))
             inputs = {"prompt_ids": prompts["input_ids"], "prompt_mask": prompts["attention_mask"]}
             inputs["completion_ids"] = tokens
             own = own_tokens(tokens, tokenizer.eos_token_id)

@@ -25,7 +25,19 @@ OWN: dict[str, Arm] = {
         {"length_weight": None, "token_weight": "tr_grpo", "token_weight_kwargs": {"min": 1.3, "max": 1.3}},
     ),
 }
-MAIN = ("dapo", "softmax", "tr", "softmax_tr")
+TARGET, CUT = 6, 8  # tokens
+_REWARDS = "recipes.studies.shared.length_rewards"
+# Four ways to the same length. LACONIC's η is the published one, 0.002.
+OWN |= {
+    "length_target": Arm("length_target", {"length_weight": "power", "length_target": float(TARGET)}),
+    "laconic": Arm(
+        "LACONIC's penalty", {"loss_type": "dapo"}, trl=True, rewards={f"{_REWARDS}.laconic": {"budget": TARGET}}
+    ),
+    "distance": Arm(
+        "distance to the target", {"loss_type": "dapo"}, trl=True, rewards={f"{_REWARDS}.distance": {"target": TARGET}}
+    ),
+    "cut": Arm("a lower max_completion_length", {"loss_type": "dapo", "max_completion_length": CUT}, trl=True),
+}
 
 
 def find_arm(name: str) -> Arm:

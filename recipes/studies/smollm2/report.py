@@ -3,7 +3,8 @@ Tables and picture of the study, from `results/runs.csv`; any part of the rows w
 
     python -m recipes.studies.smollm2.report
 
-It replaces the tables in `README.md`, and writes `results/smollm2.png`.
+It replaces the tables in `README.md`, and writes `results/smollm2.png` and `results/summary.png`, the picture of the
+repository's README.
 """
 
 import statistics
@@ -23,13 +24,14 @@ from recipes.studies.shared.paired_statistics import (
     resolvable_difference,
 )
 from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
+from recipes.studies.smollm2.arms import TARGET
 from recipes.studies.smollm2.study import KEY, PARTS, RESULTS, specs_of
 
 PAGE = RESULTS.parent / "README.md"
 BASELINE, AGAIN = "dapo", "dapo_again"
 PUBLISHED = ("softmax", "tr", "softmax_tr")
 LEVEL, MARGIN = 0.05, 0.05
-WINDOW = 5  # steps
+WINDOW, SETTLED = 5, 10  # steps
 _DRAWN = {
     "dapo": ("TRL's dapo", "#000000", "-"),
     "softmax": ("λ-GRPO", "#0072B2", "-"),
@@ -166,25 +168,45 @@ def arms_table(cells: Cells) -> str:
 
 
 def signs_table(cells: Cells) -> str:
-    """In how many runs λ ends below 0."""
+    """In how many runs λ ends below 0, and how far from it."""
     lines = []
     for task in dict.fromkeys(task for task, _ in cells):
         rows = [row for arm in ("softmax", "softmax_tr") for row in cells.get((task, arm), {}).values()]
-        below = sum(curve(row, "lambda_curve")[-1] < 0 for row in rows)
-        lines.append([task, f"{below} of {len(rows)}"])
-    return markdown_table(["task", "runs of `softmax` and `softmax_tr` with λ < 0 at the end"], lines)
+        ends = [float(curve(row, "lambda_curve")[-1]) for row in rows]
+        size = f"{statistics.fmean(map(abs, ends)):.3f}" if ends else ""
+        lines.append([task, f"{sum(end < 0 for end in ends)} of {len(ends)}", size])
+    return markdown_table(["task", "runs of `softmax` and `softmax_tr` with λ < 0 at the end", "mean of |λ|"], lines)
+
+
+def length_table(rows: Rows) -> str:
+    """Four ways to a length: who holds it over the last `SETTLED` steps, and what accuracy it costs against `dapo`."""
+    found = cells_of([{**row, "study": "main"} for row in rows if row["study"] == "length"])
+    lines = []
+    for task, arm in found:
+        runs, gaps = found[task, arm], differences(found, task, arm, "accuracy_sampled")
+        settled = [float(curve(row, "length_curve")[-SETTLED:].mean()) for row in runs.values()]
+        held = sum(abs(length / TARGET - 1) <= 0.15 for length in settled)
+        tokens, greedy = (
+            statistics.fmean(float(row[column]) for row in runs.values())
+            for column in ("mean_length", "accuracy_greedy")
+        )
+        cost = "" if arm == BASELINE or not gaps else interval_cell(gaps)
+        ends = f"{min(settled):.1f}, {max(settled):.1f}"
+        lines.append([arm, str(len(runs)), str(held), ends, f"{tokens:.1f}", cost, f"{100 * greedy:.1f}"])
+    header = ["way", "seeds", f"within 15 % of {TARGET}", "settled tokens: least, most", "tokens, held out"]
+    return markdown_table([*header, "sampled accuracy - `dapo`'s", "greedy accuracy"], lines)
 
 
 def not_run(rows: Rows) -> str:
     """Planned runs without a row."""
     done = {(row["study"], row["task"], row["arm"], int(row["seed"])) for row in rows}
-    missing: dict[tuple[str, str], int] = defaultdict(int)
+    missing: dict[tuple[str, str, str], int] = defaultdict(int)
     for part in PARTS:
         for spec in specs_of(part):
             if part != "tune" and (spec.study, spec.task, spec.arm, spec.seed) not in done:
-                missing[spec.task, spec.arm] += 1
-    lines = [[task, arm, str(count)] for (task, arm), count in missing.items()]
-    return markdown_table(["task", "arm", "seeds not run"], lines) if lines else "Every planned run has a row."
+                missing[spec.study, spec.task, spec.arm] += 1
+    lines = [[*cell, str(count)] for cell, count in missing.items()]
+    return markdown_table(["part", "task", "arm", "seeds not run"], lines) if lines else "Every planned run has a row."
 
 
 def draw(cells: Cells) -> Any:
@@ -209,20 +231,41 @@ def draw(cells: Cells) -> Any:
     return figure
 
 
+def draw_summary(cells: Cells, task: str = "products") -> Any:
+    """The README's picture: answers become right and short, and λ beside them; one thin line per seed."""
+    figure, panels = new_figure(1, 3, width=3.3, height=2.3)
+    titles = ("answers that are right", "tokens per answer", "λ (below 0: short answers weigh more)")
+    for panel, name, title in zip(panels[0], ("reward_curve", "length_curve", "lambda_curve"), titles, strict=True):
+        for arm, label, color in ((BASELINE, "TRL's dapo", "0.55"), ("softmax_tr", "λ-GRPO with TR-GRPO", "#D55E00")):
+            curves = [curve(row, name) for row in cells.get((task, arm), {}).values() if row[name]]
+            steps = [(5 if name == "lambda_curve" else 1) * np.arange(len(values)) for values in curves]
+            for x, values in zip(steps, curves, strict=True):
+                panel.plot(x, values, color=color, linewidth=0.6, alpha=0.4)
+            if curves:
+                panel.plot(steps[0], np.mean(curves, axis=0), color=color, linewidth=2, label=label)
+        finish_panel(panel, title, "optimizer step", "")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    panels[0, 0].yaxis.set_major_formatter("{x:.0%}")
+    add_legend(figure, "SmolLM2-135M learns one-digit products on a CPU core (thick: mean over seeds)")
+    return figure
+
+
 def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write tables and picture."""
     rows = Ledger(results / "runs.csv", KEY).rows()
     cells = cells_of(rows)
     tables = {
         "yardstick": yardstick_table(cells),
-        "published": answers_table(cells, PUBLISHED, PARTS["products"][0] + PARTS["chain_sum"][0]),
+        "published": answers_table(cells, PUBLISHED, PARTS["products"][0] + PARTS["named"][0]),
         "controls": answers_table(cells, PARTS["controls"][1], PARTS["controls"][0]),
         "arms": arms_table(cells),
         "signs": signs_table(cells),
+        "length": length_table(rows),
         "not run": not_run(rows),
     }
     page.write_text(replace_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
     draw(cells).savefig(results / "smollm2.png", dpi=130)
+    draw_summary(cells).savefig(results / "summary.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from recipes.playground.smollm2 import model_path
-from recipes.reasoning_gym_tasks import ReasoningGymArguments, make_datasets, reasoning_gym_score
+from recipes.reasoning_gym_tasks import NUMBER, ReasoningGymArguments, make_datasets, reasoning_gym_score
 from recipes.studies.shared.arms import Arm
 from recipes.studies.shared.run import LambdaPath, environment, training_figures
 from recipes.studies.smollm2.arms import find_arm
@@ -28,7 +28,6 @@ from trl_lambda.weights.weighing import import_path
 PROMPTS, GENERATIONS = 4, 8  # of one generation batch, which is one optimizer step
 LEARNING_RATE = 4e-4
 SAMPLES = 3  # sampled replies per held-out question
-REWARD = "rewards/reasoning_gym_score/mean"
 # Question seeds: item i of reasoning-gym depends on seed + i alone, so that seeds 1,000 apart share no item.
 TRAIN_SIZE, TEST_SIZE, TEST_SEED = 200, 40, 2_000_000
 LORA: dict[str, Any] = {
@@ -38,10 +37,20 @@ LORA: dict[str, Any] = {
     "target_modules": ["q_proj", "v_proj"],
     "task_type": "CAUSAL_LM",
 }
-# Parameters, and which number of a reply is its answer. After a first number, length is idle.
-TASKS: dict[str, tuple[dict[str, Any], str]] = {
-    "products": ({"min_digits": 1, "max_digits": 1}, "last_number"),
-    "chain_sum": ({"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, "first_number"),
+
+
+def names_answer(completions: list[Any], metadata: list[str], **kwargs: Any) -> list[float]:
+    """1 where any number of a reply is the answer, else 0: what follows the answer does not matter."""
+    answers = [json.loads(text)["entry"]["answer"] for text in metadata]
+    replies = [completion[-1]["content"] for completion in completions]
+    return [float(answer in NUMBER.findall(reply)) for answer, reply in zip(answers, replies, strict=True)]
+
+
+# The reward decides what a task asks of length: nothing, in the second.
+DIGITS = {"min_digits": 1, "max_digits": 1}
+TASKS: dict[str, tuple[str, dict[str, Any], Callable[..., list[float]]]] = {
+    "products": ("products", DIGITS, reasoning_gym_score),
+    "products_named": ("products", DIGITS, names_answer),
 }
 
 
@@ -80,17 +89,17 @@ class SmolSpec:
 @cache
 def questions(task: str, seed: int) -> dict[str, Dataset]:
     """Training questions of a seed, and the task's test questions, which are the same for every seed."""
-    parameters, answer_is = TASKS[task]
+    name, parameters, _ = TASKS[task]
     return make_datasets(
         ReasoningGymArguments(
-            reasoning_gym=task,
+            reasoning_gym=name,
             reasoning_gym_kwargs=parameters,
             reasoning_gym_train_size=TRAIN_SIZE,
             reasoning_gym_train_seed=1000 * seed,
             reasoning_gym_test_size=TEST_SIZE,
             reasoning_gym_test_seed=TEST_SEED,
             reasoning_gym_system_prompt="Answer with the final result only.",
-            reasoning_gym_answer=answer_is,
+            reasoning_gym_answer="last_number",
         )
     )
 
@@ -128,7 +137,7 @@ def make_trainer(spec: SmolSpec, folder: str, model: str | None = None) -> GRPOT
     rewards = [import_path(path, "rewards")(**arguments) for path, arguments in arm.rewards.items()]
     trainer = trainer_class(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        reward_funcs=[reasoning_gym_score, *rewards],
+        reward_funcs=[TASKS[spec.task][2], *rewards],
         args=config_class(folder, **(options | arm.options)),
         train_dataset=questions(spec.task, spec.seed)["train"],
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
@@ -153,14 +162,14 @@ def run(spec: SmolSpec, model: str | None = None) -> dict[str, Any]:
         with patch("trl.trainer.utils._use_triton", lambda device: True):
             trainer.train()
     # Rewards of an arm's own would hide the accuracy.
-    history: list[dict[str, Any]] = [
-        {**entry, "reward": entry[REWARD]} if REWARD in entry else entry for entry in trainer.state.log_history
-    ]
+    score, history = TASKS[spec.task][2], trainer.state.log_history
+    logged = f"rewards/{score.__name__}/mean"
+    history = [{**entry, "reward": entry[logged]} if logged in entry else entry for entry in history]
     rows = questions(spec.task, spec.seed)["test"]
     return {
         **asdict(spec),
         "options": json.dumps(spec.definition.key),
-        **held_out_figures(trainer.model, trainer.processing_class, rows, spec.budget),
+        **held_out_figures(trainer.model, trainer.processing_class, rows, spec.budget, score),
         **training_figures(history, path.path, 1),
         "entropy_curve": curve(history, "entropy", 4),
         "at_max_curve": curve(history, "token_weight/at_max", 4),
@@ -174,7 +183,9 @@ def curve(history: list[dict[str, Any]], name: str, digits: int) -> str:
     return " ".join(f"{entry[name]:.{digits}f}" for entry in history if name in entry and "grad_norm" in entry)
 
 
-def held_out_figures(model: Any, tokenizer: Any, rows: Dataset, budget: int) -> dict[str, float]:
+def held_out_figures(
+    model: Any, tokenizer: Any, rows: Dataset, budget: int, score: Callable[..., list[float]]
+) -> dict[str, float]:
     """
     Answer held-out questions `SAMPLES` times at temperature 1 with one fixed seed, and once greedily.
 
@@ -183,6 +194,7 @@ def held_out_figures(model: Any, tokenizer: Any, rows: Dataset, budget: int) -> 
         tokenizer (`PreTrainedTokenizerBase`): pads on the left.
         rows (`Dataset`): questions.
         budget (`int`): tokens per reply.
+        score (`Callable`): the task's reward.
 
     Returns:
         `dict[str, float]`: accuracies in 0..1, and the mean length of sampled replies in tokens with the end token.
@@ -190,8 +202,9 @@ def held_out_figures(model: Any, tokenizer: Any, rows: Dataset, budget: int) -> 
     prompts, metadata = list(rows["prompt"]) * SAMPLES, list(rows["metadata"]) * SAMPLES
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        sampled, lengths = answer(model, tokenizer, prompts, metadata, budget, do_sample=True)
-    greedy, _ = answer(model, tokenizer, prompts[: len(rows)], metadata[: len(rows)], budget, do_sample=False)
+        sampled, lengths = answer(model, tokenizer, prompts, metadata, budget, score, do_sample=True)
+    once = (prompts[: len(rows)], metadata[: len(rows)])
+    greedy, _ = answer(model, tokenizer, *once, budget, score, do_sample=False)
     right = [length for length, reward in zip(lengths, sampled, strict=True) if reward > 0]
     return {
         "accuracy_greedy": statistics.fmean(greedy),
@@ -208,6 +221,7 @@ def answer(
     prompts: list[Any],
     metadata: list[str],
     budget: int,
+    score: Callable[..., list[float]],
     *,
     do_sample: bool,
     batch: int = 70,
@@ -228,5 +242,5 @@ def answer(
         lengths += ((ended == 0).sum(dim=1) + (ended[:, -1] > 0)).tolist()
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         completions = [[{"role": "assistant", "content": text}] for text in texts]
-        rewards += reasoning_gym_score(completions, metadata=metadata[part])
+        rewards += score(completions, metadata=metadata[part])
     return rewards, lengths

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.workers import execute
-from recipes.studies.smollm2.run import SmolSpec, run
+from recipes.studies.smollm2.run import TASKS, SmolSpec, run
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("study", "task", "arm", "options", "seed", "max_steps", "max_completion_length")
@@ -25,6 +25,7 @@ SEEDS, TUNING_SEEDS = range(8), range(900, 903)
 MAIN = ("dapo", "softmax", "tr", "softmax_tr")
 CONTROLS = ("positive_weight_3", "constant_1.3", "positive3", "positive3_x3", "positive_weight_0.3", "prompt_mean")
 CONTROLS += ("prompt_mean_live", "ar")
+LENGTH, LENGTH_SEEDS, LENGTH_STEPS = ("dapo", "length_target", "laconic", "distance", "cut"), range(6), 40
 # What a row must have alike when it is run again: all that the run computed.
 COMPUTED = ("auc", "accuracy_sampled", "accuracy_greedy", "entropy", "reward_curve", "length_curve", "lambda_curve")
 
@@ -32,15 +33,17 @@ COMPUTED = ("auc", "accuracy_sampled", "accuracy_greedy", "entropy", "reward_cur
 def specs_of(part: str) -> list[SmolSpec]:
     """The runs of a part, seed by seed, so that a part that is cut short has whole pairs."""
     tasks, arms, seeds = PARTS[part]
-    study = "tune" if part == "tune" else "main"
-    return [SmolSpec(study, task, arm, seed) for seed in seeds for task in tasks for arm in arms]
+    study = part if part in ("tune", "length") else "main"
+    steps = {"max_steps": LENGTH_STEPS} if part == "length" else {}
+    return [SmolSpec(study, task, arm, seed, **steps) for seed in seeds for task in tasks for arm in arms]
 
 
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], range]] = {
     "products": (("products",), ("dapo", "dapo_again", *MAIN[1:]), SEEDS),
-    "chain_sum": (("chain_sum",), MAIN, SEEDS),
+    "named": (("products_named",), MAIN, SEEDS),
     "controls": (("products",), CONTROLS, SEEDS),
-    "tune": (("chain_sum", "products"), ("dapo",), TUNING_SEEDS),
+    "length": (("products",), LENGTH, LENGTH_SEEDS),
+    "tune": (tuple(TASKS), ("dapo",), TUNING_SEEDS),
 }
 
 
