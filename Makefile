@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-vllm demo-llm llm test test-package numerical lint docs pictures release matrix versions trl-suite engines vllm fuzz mutations arena \
+.PHONY: help setup demo demo-vllm demo-llm llm test test-package numerical lint docs pictures release matrix versions trl-suite engines vllm fuzz mutations mutations-weights arena \
 	arena-smoke alignment bench gpu gpu-wheels clean
 
 help: ## list the targets
@@ -111,6 +111,19 @@ fuzz: $(STAMP) ## a hundred thousand random inputs to the weights
 
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
 	$(BIN)/python tests/support/mutations.py
+
+mutations-weights: $(STAMP) .mutants/.installed ## cosmic-ray's replacements in weights/, in a clone in runs/, about two hours
+	rm -rf runs/mutants && git clone --quiet . runs/mutants
+	cd runs/mutants && export PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.mutants" OMP_NUM_THREADS=1 && \
+		python -m cosmic_ray.cli init tests/support/cosmic_ray.toml mutants.sqlite && \
+		python -m cosmic_ray.tools.filters.operators_filter mutants.sqlite tests/support/cosmic_ray.toml && \
+		python -m cosmic_ray.cli exec tests/support/cosmic_ray.toml mutants.sqlite && \
+		python -m cosmic_ray.tools.report --surviving-only --show-diff mutants.sqlite
+
+# Not a dependency, as its own dependencies are many: they stay out of .venv.
+.mutants/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .mutants cosmic-ray==8.7.0
+	touch $@
 
 arena: $(STAMP) ## the studies of what learns better, hours on two cores; goes on where it stopped
 	$(BIN)/python -m recipes.studies.arena.study tune choose main one_step

@@ -209,9 +209,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(optim):
     assert [entry["lambda/grad"] is None for entry in result.logs] == [False, True, False]
 
 
-# ---- A model with nothing to train ----
-
-
 def test_a_frozen_adapter_is_told_of_before_the_first_step(tmp_path):
     """λ alone trained, for a whole run (fault 2)."""
     get_peft_model(build_model(), LoraConfig(**LORA)).save_pretrained(tmp_path)

@@ -65,9 +65,6 @@ def test_what_rewards_log_stays_theirs():
     assert list(result.trainer._logs["extra"]["length_weight"])[0] == "mine 3"  # a column of the user's stays his
 
 
-# ---- Logs ----
-
-
 class LogNow(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         control.should_log = state.global_step == 2
@@ -141,9 +138,6 @@ def test_the_loss_waits_for_the_device_as_often_as_trls(options):
     theirs = syncs_of(GRPOTrainer, GRPOConfig, loss_type="dapo")
     assert sum(theirs.values()) > 8  # the watch does see TRL's own
     assert syncs_of(LambdaGRPOTrainer, LambdaGRPOConfig, **options) == theirs
-
-
-# ---- Runs that go wrong ----
 
 
 def test_reentrant_checkpointing_with_features_does_not_warn():

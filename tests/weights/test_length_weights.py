@@ -140,9 +140,6 @@ def test_rounding_has_no_sign(rest):
         assert torch.equal(clean, noisy)
 
 
-# ---- Gradients ----
-
-
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("name", "side", "features"), [m for m in MEMBERS if m[0] in WITH_LAMBDA])
 def test_gradient_in_lambda_is_that_of_finite_differences(name, side, features, scope):
@@ -154,9 +151,6 @@ def test_gradient_in_lambda_is_that_of_finite_differences(name, side, features, 
     for value in (-0.9, 0.0, 0.6):
         lam = torch.full((len(features),), value, dtype=double, requires_grad=True)
         assert torch.autograd.gradcheck(lambda x: weigh_responses(member, rows, x, **options), lam)
-
-
-# ---- Any input ----
 
 
 @st.composite
@@ -197,9 +191,6 @@ def test_any_batch_has_finite_weights_and_keeps_the_sign_of_its_advantages(
     if weights.requires_grad:
         (weights * torch.linspace(-3, 3, lengths.numel()).view_as(weights)).sum().backward()
         assert lam.grad.isfinite().all()
-
-
-# ---- What is refused ----
 
 
 @pytest.mark.parametrize(
