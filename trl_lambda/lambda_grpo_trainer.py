@@ -177,7 +177,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
         rewards = super()._calculate_rewards(*args, **kwargs)
-        self._scoring.record_rewards(rewards, self.reward_weights)
+        # A base class may put other rows in place of these rewards' rows, as TRL's replay buffer does.
+        if super()._generate_and_score_completions.__func__ is GRPOTrainer._generate_and_score_completions:
+            self._scoring.record_rewards(rewards, self.reward_weights)
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

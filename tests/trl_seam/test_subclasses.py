@@ -168,6 +168,12 @@ def test_a_base_class_that_drops_rows_is_refused(kept):
         train(above, LambdaGRPOConfig)
 
 
+def test_a_base_class_that_replays_rows_gives_them_no_rewards():
+    above = type("Above", (LambdaGRPOTrainer, type("Buffer", (Replays, GRPOTrainer), {})), {})
+    with pytest.raises(RuntimeError, match="rewards are not known"):
+        train(above, LambdaGRPOConfig, drop_tied_groups=True)
+
+
 SIGNED = {"lambda_side": "signed", "lambda_features": ["length", "mean_logp", "min_logp"]}
 
 

@@ -48,8 +48,11 @@ class Scoring:
 
     def record_rewards(self, rewards: torch.Tensor, reward_weights: torch.Tensor) -> None:
         """Keep the rewards of all processes' rows, (N,), from those of each reward function, (N, R)."""
-        unknown = rewards.isnan().all(dim=1)
-        self._rewards = (rewards * reward_weights.to(rewards.device)).nansum(dim=1).masked_fill(unknown, torch.nan)
+        self._rewards = (
+            (rewards * reward_weights.to(rewards.device))
+            .nansum(dim=1)
+            .masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        )
 
     def number_rows(self, output: dict[str, Any], row_count: int) -> None:
         """
@@ -68,7 +71,10 @@ class Scoring:
         output[NUMBER_KEY] = torch.arange(start, start + row_count, device=mask.device) + self.calls * _CALL
         if "rewards" in self._statistics:
             if self._rewards is None:
-                raise RuntimeError("rewards are not known: a subclass scores without TRL's _calculate_rewards.")
+                raise RuntimeError(
+                    "rewards are not known: another class replaces TRL's scoring. Use drop_tied_groups=False, and no "
+                    "length_weight that names rewards."
+                )
             output[REWARDS_KEY] = self._rewards[start : start + row_count].to(mask.device)
         self.calls += 1
 
