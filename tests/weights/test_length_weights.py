@@ -121,6 +121,7 @@ def test_known_weights_of_one_group_and_of_its_halves():
     """Lengths {100, 120, 400, 420} at λ = 2: a group cut in two weighs something else."""
     whole = length_weights(torch.tensor([[100, 120, 400, 420]]), 2.0, length_weight="lambda_grpo")
     halves = length_weights(torch.tensor([[100, 120], [400, 420]]), 2.0, length_weight="lambda_grpo")
+    assert length_weights(torch.tensor([[5]]), 2.0, length_weight="lambda_grpo").tolist() == [[1.0]]
     torch.testing.assert_close(whole, torch.tensor([[0.77, 0.79, 1.20, 1.24]]), atol=5e-3, rtol=0)
     torch.testing.assert_close(halves, torch.tensor([[0.78, 1.22], [0.78, 1.22]]), atol=5e-3, rtol=0)
 
@@ -133,7 +134,7 @@ def test_rounding_has_no_sign(rest):
         clean, noisy = (
             length_weights(
                 lengths, 1.5, length_weight=name, positive_weight=3.0, **options,
-                advantages=torch.tensor([[1.2, y, -1.2, y], [x] * 4, [x, x, 0.0, x]]),
+                advantages=torch.tensor([[99.0, y, -99.0, y], [x] * 4, [x, x, 0.0, x]]),
             )
             for x, y in ((0.0, 0.0), (rest, min(rest, 3e-8, key=abs)))
         )  # fmt: skip

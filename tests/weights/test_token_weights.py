@@ -32,6 +32,7 @@ def test_reading_of_the_papers_constants():
     """v = 1 up to π = 0.25 and 1.4 from π = 0.344: with the formula taken literally it would be 1.0 everywhere."""
     probs = torch.tensor([0.001, 0.2, 0.25, 0.3, 0.343, 0.345, 0.9, 1.0])
     weights = token_weights(probs.log(), token_weight="tr_grpo")
+    assert TOKEN_WEIGHTS["tr_grpo"]() == TOKEN_WEIGHTS["tr_grpo"](alpha=2.0, slope=9.0, center=0.25, min=1.0, max=1.4)
     assert weights[:2].tolist() == [1.0, 1.0] and weights[2].item() == pytest.approx(1.0, abs=1e-6)
     assert 1.0 < weights[3].item() < weights[4].item() < 1.4
     assert weights[5:].tolist() == pytest.approx([1.4, 1.4, 1.4])
