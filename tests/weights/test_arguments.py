@@ -128,9 +128,6 @@ def test_two_processes_equal_one(tmp_path):
         assert all(largest_deviation(*pair) < 1e-9 for pair in zip(rank["grads"], alone["grads"], strict=True))
 
 
-# ---- A weight of 0, and weights that write into their arguments ----
-
-
 def test_0_everywhere_is_a_loss_of_0_and_leaves_the_entropy_bonus():
     zero = {"token_weight": lambda probs: probs * 0}
     run = train_ours(trainer_options=zero, max_steps=2, learning_rate=0.1)

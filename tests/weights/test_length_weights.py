@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_lambda.weights import LENGTH_WEIGHTS, SIDES, ResponseRows, groups_with_signal, length_weights, weigh_responses
+from trl_lambda.weights.rows import sides
 
 LAMBDAS = (-20.0, -3.7, -1.0, 0.0, 0.5, 2.0, 12.0)
 SIGNED = tuple(side for side in SIDES if side != "both")
@@ -139,6 +140,7 @@ def test_rounding_has_no_sign(rest):
             for x, y in ((0.0, 0.0), (rest, min(rest, 3e-8, key=abs)))
         )  # fmt: skip
         assert torch.equal(clean, noisy)
+    assert sides(torch.tensor([[99.0, -99.0], [0.1, -0.1]]), torch.ones(2, 2) > 0, "signed").abs().min() == 1
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -220,6 +222,7 @@ def test_any_batch_has_finite_weights_and_keeps_the_sign_of_its_advantages(
         ({"length_weight": "balanced"}, "This weight needs one advantage per response"),
         ({"advantages": torch.ones(1, 3)}, "advantages must have the shape of lengths, got .*1, 3"),
         ({"features": torch.ones(1, 2, 1)}, "features have no effect with length_weight='lambda_grpo' and side"),
+        ({"length_weight": "power", "features": torch.ones(1, 2, 1)}, "features have no effect .* side='both'"),
         ({"length_weight": "power", "side": "signed", "features": torch.ones(1, 3, 1)},
          r"features must be a tensor of shape \(P, G, K\) beside lengths, got .*1, 3, 1"),
     ],

@@ -62,6 +62,7 @@ def test_any_log_probabilities_have_detached_rising_positive_weights(logps, name
         ({"alpha": 0.0}, r"TRGRPO\(alpha=0.0, .*\) needs finite alpha, slope > 0"),
         ({"token_weight": "ar", "alpha": 1.5}, r"AR\(alpha=1.5\) needs alpha in \[0, 1\]"),
         ({"slope": -1.0}, "slope=-1.0.* needs finite alpha, slope > 0"),
+        ({"slope": math.inf}, "slope=inf.* needs finite alpha, slope > 0"),
         ({"center": 1.2}, r"center=1.2.* needs .* center in \[0, 1\]"),
         ({"min": 0.0}, "min=0.0.* needs .* 0 < min <= max"),
         ({"min": 1.5}, "min=1.5.* needs .* 0 < min <= max"),
