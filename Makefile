@@ -92,7 +92,7 @@ engines: $(STAMP) .engines/.installed ## λ under DDP, FSDP2, ZeRO-2, ZeRO-3, an
 	touch $@
 
 vllm: $(STAMP) .vllm/.installed ## training on the completions of a real vLLM, on a CPU (REDUCED=1: a part)
-	PYTHONPATH=.vllm $(BIN)/python -m pytest -q tests/test_vllm.py $(if $(REDUCED),-k "not references or power")
+	PYTHONPATH=.vllm $(BIN)/python -m pytest -q -W default tests/test_vllm.py $(if $(REDUCED),-k "not references or power")
 
 # Not dependencies of the package: vLLM's build for a CPU, and what it imports that .venv does not have. Its metadata asks
 # for other versions of what .venv does have.

@@ -25,6 +25,7 @@ OWN: dict[str, Arm] = {
         {"length_weight": None, "token_weight": "tr_grpo", "token_weight_kwargs": {"min": 1.3, "max": 1.3}},
     ),
 }
+MAIN = ("dapo", "softmax", "tr", "softmax_tr")
 TARGET, CUT = 6, 8  # tokens
 _REWARDS = "recipes.studies.shared.length_rewards"
 # Four ways to the same length. LACONIC's η is the published one, 0.002.

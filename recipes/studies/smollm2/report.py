@@ -25,7 +25,7 @@ from recipes.studies.shared.paired_statistics import (
 )
 from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 from recipes.studies.smollm2.arms import TARGET
-from recipes.studies.smollm2.study import KEY, PARTS, RESULTS, specs_of
+from recipes.studies.smollm2.study import KEY, PARTS, RESULTS, SEEDS, specs_of
 
 PAGE = RESULTS.parent / "README.md"
 BASELINE, AGAIN = "dapo", "dapo_again"
@@ -106,13 +106,13 @@ def answers_table(cells: Cells, arms: tuple[str, ...], tasks: tuple[str, ...]) -
     """Mean training reward of each arm against `dapo`; Holm's correction over the comparisons planned."""
     asked = [(task, arm) for arm in arms for task in tasks]
     gaps = {cell: differences(cells, *cell) for cell in asked}
-    ready = [cell for cell in asked if len(gaps[cell]) >= 3]
+    ready = [cell for cell in asked if len(gaps[cell]) == len(SEEDS)]  # no answer before the last seed
     # Comparisons that have not run count in the correction.
     corrected = holm([paired_t_p(gaps[cell]) for cell in ready] + [1.0] * (len(asked) - len(ready)))
     lines = []
     for cell in asked:
         task, arm = cell
-        found = ["too few pairs" if gaps[cell] else "not run", "", ""]
+        found = [interval_cell(gaps[cell]), "", f"open: {len(SEEDS)} pairs"] if gaps[cell] else ["not run", "", ""]
         if cell in ready:
             p = corrected[ready.index(cell)]
             found = [interval_cell(gaps[cell]), f"{p:.2g}", verdict(gaps[cell], p)]
@@ -175,7 +175,9 @@ def signs_table(cells: Cells) -> str:
         ends = [float(curve(row, "lambda_curve")[-1]) for row in rows]
         size = f"{statistics.fmean(map(abs, ends)):.3f}" if ends else ""
         lines.append([task, f"{sum(end < 0 for end in ends)} of {len(ends)}", size])
-    return markdown_table(["task", "runs of `softmax` and `softmax_tr` with λ < 0 at the end", "mean of |λ|"], lines)
+    return markdown_table(
+        ["task", "runs of `softmax` and `softmax_tr` with λ < 0 at the end", r"mean of \|λ\|"], lines
+    )
 
 
 def length_table(rows: Rows) -> str:

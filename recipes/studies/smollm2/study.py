@@ -17,12 +17,12 @@ from pathlib import Path
 
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.workers import execute
+from recipes.studies.smollm2.arms import MAIN
 from recipes.studies.smollm2.run import TASKS, SmolSpec, run
 
 RESULTS = Path(__file__).parent / "results"
 KEY = ("study", "task", "arm", "options", "seed", "max_steps", "max_completion_length")
 SEEDS, TUNING_SEEDS = range(8), range(900, 903)
-MAIN = ("dapo", "softmax", "tr", "softmax_tr")
 CONTROLS = ("positive_weight_3", "constant_1.3", "positive3", "positive3_x3", "positive_weight_0.3", "prompt_mean")
 CONTROLS += ("prompt_mean_live", "ar")
 LENGTH, LENGTH_SEEDS, LENGTH_STEPS = ("dapo", "length_target", "laconic", "distance", "cut"), range(6), 40
