@@ -112,11 +112,19 @@ def answers_table(cells: Cells, arms: tuple[str, ...], tasks: tuple[str, ...]) -
     lines = []
     for cell in asked:
         task, arm = cell
-        found = [interval_cell(gaps[cell]), "", f"open: {len(SEEDS)} pairs"] if gaps[cell] else ["not run", "", ""]
+        count = len(gaps[cell])
+        found = (
+            [interval_cell(gaps[cell]), "", f"open: {count} of {len(SEEDS)} pairs"] if count else ["not run", "", ""]
+        )
+        if cell in ready:
+            p = corrected[ready.index(cell)]
+            found = ["not run", "", ""]
+        if count:
+            found = [interval_cell(gaps[cell]), "", f"open: {count} of {len(SEEDS)} pairs"]
         if cell in ready:
             p = corrected[ready.index(cell)]
             found = [interval_cell(gaps[cell]), f"{p:.2g}", verdict(gaps[cell], p)]
-        lines.append([arm, task, str(len(gaps[cell])), *found])
+        lines.append([arm, task, str(count), *found])
     return markdown_table(["arm", "task", "pairs", "mean training reward - `dapo`'s", "p, Holm", "answer"], lines)
 
 
@@ -234,12 +242,14 @@ def draw(cells: Cells) -> Any:
 
 
 def draw_summary(cells: Cells, task: str = "products") -> Any:
-    """The README's picture: answers become right and short, and λ beside them; one thin line per seed."""
+    """The README's picture: answers become right and short, and λ beside them; one thin line per seed of both arms."""
+    shown = {arm: cells.get((task, arm), {}) for arm in (BASELINE, "softmax_tr")}
+    seeds = sorted(set.intersection(*map(set, shown.values())))
     figure, panels = new_figure(1, 3, width=3.3, height=2.3)
     titles = ("answers that are right", "tokens per answer", "λ (below 0: short answers weigh more)")
     for panel, name, title in zip(panels[0], ("reward_curve", "length_curve", "lambda_curve"), titles, strict=True):
         for arm, label, color in ((BASELINE, "TRL's dapo", "0.55"), ("softmax_tr", "λ-GRPO with TR-GRPO", "#D55E00")):
-            curves = [curve(row, name) for row in cells.get((task, arm), {}).values() if row[name]]
+            curves = [curve(shown[arm][seed], name) for seed in seeds if shown[arm][seed][name]]
             steps = [(5 if name == "lambda_curve" else 1) * np.arange(len(values)) for values in curves]
             for x, values in zip(steps, curves, strict=True):
                 panel.plot(x, values, color=color, linewidth=0.6, alpha=0.4)
@@ -248,7 +258,7 @@ def draw_summary(cells: Cells, task: str = "products") -> Any:
         finish_panel(panel, title, "optimizer step", "")
         panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0, 0].yaxis.set_major_formatter("{x:.0%}")
-    add_legend(figure, "SmolLM2-135M learns one-digit products on a CPU core (thick: mean over seeds)")
+    add_legend(figure, f"SmolLM2-135M learns one-digit products on a CPU core (thick: mean of {len(seeds)} seeds)")
     return figure
 
 
