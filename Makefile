@@ -112,7 +112,7 @@ fuzz: $(STAMP) ## a hundred thousand random inputs to the weights
 mutations: $(STAMP) ## break one line at a time and see which test catches it; writes tests/MUTATIONS.md
 	$(BIN)/python tests/support/mutations.py
 
-mutations-weights: $(STAMP) .mutants/.installed ## cosmic-ray's replacements in weights/, in a clone in runs/, about two hours
+mutations-weights: $(STAMP) .mutants/.installed ## cosmic-ray's replacements in weights/, in a clone in runs/, hours
 	rm -rf runs/mutants && git clone --quiet . runs/mutants
 	cd runs/mutants && export PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/.mutants" OMP_NUM_THREADS=1 && \
 		python -m cosmic_ray.cli init tests/support/cosmic_ray.toml mutants.sqlite && \
