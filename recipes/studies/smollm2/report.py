@@ -113,12 +113,7 @@ def answers_table(cells: Cells, arms: tuple[str, ...], tasks: tuple[str, ...]) -
     for cell in asked:
         task, arm = cell
         count = len(gaps[cell])
-        found = (
-            [interval_cell(gaps[cell]), "", f"open: {count} of {len(SEEDS)} pairs"] if count else ["not run", "", ""]
-        )
-        if cell in ready:
-            p = corrected[ready.index(cell)]
-            found = ["not run", "", ""]
+        found = ["not run", "", ""]
         if count:
             found = [interval_cell(gaps[cell]), "", f"open: {count} of {len(SEEDS)} pairs"]
         if cell in ready:
