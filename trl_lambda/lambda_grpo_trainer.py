@@ -364,7 +364,11 @@ class LambdaGRPOTrainer(GRPOTrainer):
             self._lambda_file.write(output_dir, self.state.global_step, home=self._lambda_home())
 
     def _lambda_home(self) -> str:
-        return self._lambda_step.settle(self.optimizer, self.lr_scheduler) if self._lambda_step else "no optimizer"
+        return (
+            self._lambda_step.ensure_optimizer(self.optimizer, self.lr_scheduler)
+            if self._lambda_step
+            else "no optimizer"
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, model: Any = None) -> None:
         self._lambda_file.check(resume_from_checkpoint)

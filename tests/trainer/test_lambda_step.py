@@ -162,8 +162,8 @@ def test_fp16_is_refused_where_nobody_takes_the_scale_out_of_lambdas_gradient(mo
         trainer.create_optimizer_and_scheduler(2)
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     with pytest.raises(ValueError, match="fp16=True leaves λ's gradient scaled.*use bf16=True"):
-        apart._lambda_step.settle(apart.optimizer, apart.lr_scheduler)
-    assert joined._lambda_step.settle(joined.optimizer, joined.lr_scheduler) == "the trainer's SGD"
+        apart._lambda_step.ensure_optimizer(apart.optimizer, apart.lr_scheduler)
+    assert joined._lambda_step.ensure_optimizer(joined.optimizer, joined.lr_scheduler) == "the trainer's SGD"
 
 
 def test_a_training_step_of_the_users_is_named():

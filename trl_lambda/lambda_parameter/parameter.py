@@ -186,7 +186,7 @@ class LambdaStep:
             optimizer.register_step_pre_hook(lambda *_: self._before_step())
             optimizer.register_step_post_hook(lambda *_: self._after_step())
 
-    def settle(self, optimizer: Any, scheduler: Any) -> str:
+    def ensure_optimizer(self, optimizer: Any, scheduler: Any) -> str:
         """
         Give λ an optimizer of its own where the trainer's does not hold it, and say which holds it.
 
@@ -226,7 +226,7 @@ class LambdaStep:
             raise RuntimeError("λ was not stepped: the optimizer that holds it is not the one that the trainer steps.")
         self._is_new_window = self._is_averaged = False
         self._parameter.tensor.grad = None
-        self.settle(optimizer, scheduler)
+        self.ensure_optimizer(optimizer, scheduler)
 
     def after_micro_batch(self) -> None:
         """Average λ's gradient after the last micro-batch of a window, and step λ's own optimizer if it has one."""

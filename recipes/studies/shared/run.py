@@ -154,23 +154,23 @@ def training_problems(task: str) -> Dataset:
 
 
 class LambdaPath(TrainerCallback):
-    """Notes λ at the start and every `LAMBDA_EVERY` optimizer steps; stays empty where the trainer has no λ."""
+    """Records λ at the start and every `LAMBDA_EVERY` optimizer steps; stays empty where the trainer has no λ."""
 
     def __init__(self) -> None:
         self.trainer: GRPOTrainer | None = None
         self.path: list[float] = []
 
-    def _note(self) -> None:
+    def _record_lambda(self) -> None:
         value = getattr(self.trainer, "lambda_value", None)
         if value is not None:
             self.path.append(value)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._note()
+        self._record_lambda()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % LAMBDA_EVERY == 0:
-            self._note()
+            self._record_lambda()
 
 
 def run(spec: RunSpec) -> dict[str, Any]:

@@ -133,26 +133,26 @@ def no_waiting(context: Context) -> Iterator[Rows]:
 
 
 class Overflow(TrainerCallback):
-    """Makes the loss scale so large that the gradients of one step are not finite; notes λ and the weights."""
+    """Makes the loss scale so large that the gradients of one step are not finite; records λ and the weights."""
 
     def __init__(self, trainer: Any, at: int) -> None:
         self.trainer, self.at = trainer, at
         self.seen: list[tuple[float, torch.Tensor]] = []
 
-    def _note(self) -> None:
+    def _record_state(self) -> None:
         weights = torch.cat([p.detach().flatten() for p in self.trainer.model.parameters()])
         self.seen.append((self.trainer.lambda_value, weights))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.seen:
-            self._note()
+            self._record_state()
         scaler = self.trainer.accelerator.scaler
         # fp16 overflows at 65504; the CPU's gradients are fp32.
         large = 2.0**100 if self.trainer.accelerator.device.type == "cuda" else math.inf
         scaler.load_state_dict(scaler.state_dict() | {"scale": large if state.global_step == self.at else 256.0})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._note()
+        self._record_state()
 
 
 def half_precision(context: Context) -> Iterator[Rows]:

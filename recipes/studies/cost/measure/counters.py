@@ -73,10 +73,10 @@ class _Operators(TorchDispatchMode):
         result = func(*args, **kwargs)
         if name in _COPIES and not kwargs.get("non_blocking") and torch.is_tensor(result):
             source = args[1] if name == "aten::copy_" else args[0]
-            self._note_copy(source.device.type, result.device.type)
+            self._record_copy(source.device.type, result.device.type)
         return result
 
-    def _note_copy(self, source: str, target: str) -> None:
+    def _record_copy(self, source: str, target: str) -> None:
         if source != "cpu" and target == "cpu":
             self.counts.reads[_place()] += 1
         elif source == "cpu" and target != "cpu":
