@@ -197,19 +197,21 @@ def make_datasets(arguments: ReasoningGymArguments) -> dict[str, Dataset]:
     return datasets
 
 
-def trainer_datasets(arguments: Any) -> dict[str, Dataset]:
+def trainer_datasets(arguments: Any, mixture: Any = None) -> dict[str, Dataset]:
     """
     Return `train_dataset` and `eval_dataset` of a recipe, empty where it names no task.
 
     The evaluation dataset is the validation split, or the test split where there is no validation split.
 
     Raises:
-        ValueError: if the recipe names a dataset too.
+        ValueError: if the recipe names a dataset too, or `mixture`, its `datasets`, or a preparation.
     """
     if arguments.reasoning_gym is None:
         return {}
-    if arguments.dataset_name:
-        raise ValueError(f"dataset_name={arguments.dataset_name!r} has no effect beside reasoning_gym; remove one.")
+    named = {"dataset_name": arguments.dataset_name, "datasets": mixture}
+    for name, value in (named | {"dataset_preparation": arguments.dataset_preparation}).items():
+        if value:
+            raise ValueError(f"{name}={value!r} has no effect beside reasoning_gym; remove one.")
     datasets = make_datasets(arguments)
     evaluation = datasets.get("validation", datasets.get("test"))
     return {"train_dataset": datasets["train"], "eval_dataset": evaluation}
@@ -228,7 +230,7 @@ def extract_answer(reply: str, extractor: str) -> str | None:
     """
     if extractor == "text":
         return reply.strip()
-    found = (NUMBER if extractor == "last_number" else TAGS).findall(reply)
+    found = (NUMBER if extractor == "last_number" else TAGS).findall(reply.replace("\N{MINUS SIGN}", "-"))
     if not found:
         return None
     return found[-1].replace(",", "") if extractor == "last_number" else found[-1].strip()

@@ -99,7 +99,7 @@ def agent_kwargs(
     kwargs: dict[str, Any] = {"tools": tools or None}
     if environment:
         kwargs["environment_factory"] = environment
-    if named or not environment:  # an environment may own the data
+    if named or not (environment or script_args.reasoning_gym):  # an environment may own the data
         evaluate = training_args.eval_strategy != "no"
         kwargs["train_dataset"], kwargs["eval_dataset"] = grpo.load_splits(script_args, dataset_args, evaluate)
         check_rows(kwargs["train_dataset"], environment, script_args.environment)
@@ -112,7 +112,7 @@ def main() -> Any:
     """Train as the command line of this process says, and return the trainer."""
     with grpo.one_line_errors():
         parsed = grpo.parse_in_script(RecipeArguments)
-        kwargs = agent_kwargs(*parsed) | trainer_datasets(parsed[0])
+        kwargs = agent_kwargs(*parsed) | trainer_datasets(parsed[0], parsed[3].datasets)
     if parsed[0].short_progress:
         transformers.trainer.DEFAULT_PROGRESS_CALLBACK = ShortProgress
     return grpo.main(*parsed, **kwargs)

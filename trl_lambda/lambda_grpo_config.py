@@ -289,6 +289,18 @@ class LambdaGRPOConfig(GRPOConfig):
             ("lambda_features", isinstance(self.lambda_features, list | tuple), "a list"),
             ("length_weight_scope", self.length_weight_scope in SCOPES, f"one of {', '.join(SCOPES)}"),
             ("lambda_side", self.side in SIDES, f"one of {', '.join(SIDES)}"),
+            (
+                "length_weight",
+                isinstance(self.length_weight, str | None),
+                "a name or dotted path. Functions go to the trainer",
+            ),
+            (
+                "token_weight",
+                isinstance(self.token_weight, str | None),
+                "a name or dotted path. Functions go to the trainer",
+            ),
+            ("length_weight_kwargs", isinstance(self.length_weight_kwargs, dict | None), "a dict, or JSON of one"),
+            ("token_weight_kwargs", isinstance(self.token_weight_kwargs, dict | None), "a dict, or JSON of one"),
         ):
             if not is_right:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {accepted}.")
@@ -303,12 +315,12 @@ class LambdaGRPOConfig(GRPOConfig):
             (name != "power", ("lambda_features",), f"with length_weight={name!r}: set 'power'"),
             (not self.lambda_learnable, _LEARNING, "with lambda_learnable=False"),
             (
-                self.side == "both" or target is not None,
+                f is None or f.side == "both" or target is not None,
                 ("lambda_gain",),
                 "unless λ learns by regression: a lambda_side, and no length_target",
             ),
             (v is None, ("token_weight_kwargs",), "with token_weight=None"),
-            (f is None and v is None, ("token_metrics",), "without a weight"),
+            (f is None and v is None and self.positive_weight == 1, ("token_metrics",), "without a weight"),
         ):
             if is_idle:
                 self._refuse(options, because)
@@ -346,7 +358,7 @@ class LambdaGRPOConfig(GRPOConfig):
         for name in names:
             own = self.__dataclass_fields__[name]
             default = own.default if own.default is not MISSING else own.default_factory()
-            if getattr(self, name) != default:
+            if getattr(self, name) not in (default, None):  # None asks for nothing
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect {because}: leave it at {default!r}.")
 
 

@@ -63,9 +63,11 @@ def complete_card(trainer: Any) -> None:
     # The settings precede this part of TRL's template.
     before, anchor, after = _with_names(trainer, path.read_text(encoding="utf-8")).partition("### Framework versions")
     pictures = [
-        f"### The run\n\n![What the run logged]({name})" for name in PICTURES if (path.parent / name).is_file()
+        f"### The run\n\n![What the run logged]({file.name})"
+        for file in sorted(path.parent.glob("*.png"), key=lambda file: file.stat().st_mtime)
+        if file.name in PICTURES
     ]
-    sections = "\n\n".join([before.rstrip(), *pictures[:1], _loading_code(trainer), _settings_table(trainer)])
+    sections = "\n\n".join([before.rstrip(), *pictures[-1:], _loading_code(trainer), _settings_table(trainer)])
     path.write_text(f"{sections}\n\n{anchor}{after}".rstrip() + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import dataclass
 
 import pytest
 from gym_stand_in import install_gym
@@ -16,13 +15,9 @@ from recipes.reasoning_gym_tasks import (
     reasoning_gym_score,
     trainer_datasets,
 )
+from recipes.train import RecipeArguments, agent_kwargs
 
 SPLITS = ("train", "validation", "test")
-
-
-@dataclass
-class Arguments(ReasoningGymArguments):
-    dataset_name: str | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +36,7 @@ def reply(text, role="assistant"):
 
 
 LAST = {
-    "3*7=21.": "21", "It is **21**, not 24 or so.": "24", "5 - 3 = -2": "-2", "between 3-4": "4", "x4": None,
+    "3*7=21.": "21", "It is **21**, not 24 or so.": "24", "5 - 3 = −2": "-2", "between 3-4": "4", "x4": None,
     "1,234,567.50": "1234567.50", "1,2,3": "3",
 }  # fmt: skip
 TAGS = {"<answer>3</answer> or <answer> 4\n</answer>": "4", "<answer>3": None}
@@ -100,14 +95,18 @@ def test_rows_are_conversations_with_the_entry_as_json():
 
 
 def test_evaluation_uses_the_validation_split_before_the_test_split():
-    assert trainer_datasets(Arguments(dataset_name="x")) == {}
+    assert trainer_datasets(RecipeArguments(dataset_name="x")) == {}
     named = {"reasoning_gym": "products", "reasoning_gym_test_size": 5}
     for split, size in (("test", {}), ("validation", {"reasoning_gym_validation_size": 4})):
-        arguments = Arguments(**named, **size)
+        arguments = RecipeArguments(**named, **size)
         held_out = trainer_datasets(arguments)["eval_dataset"]
         assert held_out.to_list() == make_datasets(arguments)[split].to_list()
-    with pytest.raises(ValueError, match="dataset_name='x' has no effect beside reasoning_gym"):
-        trainer_datasets(Arguments(**named, dataset_name="x"))
+    for also, mixture in (({"dataset_name": "x"}, None), ({"dataset_preparation": "x"}, None), ({}, ["x"])):
+        with pytest.raises(ValueError, match="'x'.* has no effect beside reasoning_gym"):
+            trainer_datasets(RecipeArguments(**named, **also), mixture)
+    with_tools = RecipeArguments(**named, tools=["recipes.agents.calculator.calculate"], reward_funcs=["a.b"])
+    nothing = type("Arguments", (), {"datasets": None, "model_name_or_path": None})
+    assert agent_kwargs(with_tools, None, nothing, nothing).keys() == {"tools"}  # the task is the data
 
 
 @pytest.mark.parametrize(

@@ -168,15 +168,17 @@ def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, mon
     # The same file resumes, here in this process.
     monkeypatch.chdir(files)
     config = {name: value for name, value in config.items() if name not in launch} | {"max_steps": 3}
+    drawn: list = []  # the run itself, whatever an older one has left in the folder
+    monkeypatch.setattr(grpo, "plot_run", lambda run, path, title: drawn.append((run[-1]["step"], path.name, title)))
     grpo.train([*write_yaml(tmp_path / "run.yaml", config), "--resume_from_checkpoint", "true", "--plot"])
     assert "(step 1 -> 3)" in capsys.readouterr().out
-    assert (tmp_path / "out" / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [(3, "run.png", "out")]
+    assert "huggingface.co/datasets" not in (tmp_path / "out" / "README.md").read_text()  # data of this machine
     config["resume_from_checkpoint"] = str(tmp_path / "out" / "checkpoint-2")
     arguments = write_yaml(tmp_path / "run.yaml", config)
     assert "checkpoint-2 was trained with 'lambda_grpo'" in error_of(*arguments, "--length_weight", "power")
     assert "nowhere has no trainer_state.json" in error_of(*arguments, "--resume_from_checkpoint", "nowhere")
-    (tmp_path / "empty").mkdir()
-    empty = ["--resume_from_checkpoint", "true", "--output_dir", str(tmp_path / "empty")]
+    empty = ["--resume_from_checkpoint", "true", "--output_dir", str(files)]
     assert "has no checkpoint to resume from" in error_of(*arguments, *empty)
 
 
@@ -211,6 +213,8 @@ def test_what_the_user_can_mend_is_one_line(arguments, message):
 def test_an_unknown_option_of_a_file_is_named_in_every_process(tmp_path, monkeypatch):
     config = write_yaml(tmp_path / "run.yaml", {"lamda_init": 0.5, "use_cpu": True, "bf16": False})
     assert "unknown argument '--lamda_init'; did you mean" in error_of(*config)
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert "while parsing" in error_of("--config", str(tmp_path / "bad.yaml"))
     for arguments, message in ((config, "unknown argument"), ([*CPU, "--num_processes", "2"], "before the script")):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *arguments])
         with pytest.raises(ValueError, match=message):
@@ -221,6 +225,7 @@ def test_plot_without_matplotlib_and_an_unfit_preparation_are_refused(files, tmp
     arguments = write_yaml(tmp_path / "run.yaml", options(files, tmp_path))
     assert "cannot be imported" in error_of(*arguments, "--dataset_preparation", "recipes.preparations.gsm9k")
     assert "question" in error_of(*arguments, "--dataset_preparation", "recipes.preparations.gsm8k")
+    assert "no split 'test', only: train" in error_of(*arguments, "--eval_strategy", "steps")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes the import fail
     assert "matplotlib" in error_of(*arguments, "--plot")
 

@@ -133,9 +133,7 @@ def test_the_planted_effect_is_found_and_no_other_arm(tmp_path):
     assert report.main(["--results", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "paired.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == len(PLANTED) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
-    assert (tmp_path / "README.md").read_text(encoding="utf-8").count(
-        "\nold\n"
-    ) == 1  # its marker is not this report's
+    assert (tmp_path / "README.md").read_text().count("\nold\n") == 1  # its marker is not this report's
     accuracies = {"accuracy_greedy", "accuracy_sampled", "auc"}
     found = {(row["task"], row["metric"], row["arm"], row["baseline"]) for row in rows if float(row["p_holm"]) < 0.05}
     planted = set(itertools.product(PLANTED, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))
@@ -173,8 +171,7 @@ def test_questions_are_decided_as_planned(tmp_path):
     assert by["H2", "idle_filler"].holds is True and by["H2", "checked_sum"].holds is False
     assert verdict(answers, "H2") is False and verdict(answers, "H3") is None and verdict(answers, "H4") is None
     family = [a.comparison for a in answers if FAMILY.get(a.claim.question) == "H1"]
-    assert len(family) == 4
-    assert min(c.p_holm for c in family) == pytest.approx(min(1, 4 * min(c.p for c in family)))
+    assert len(family) == 4 and min(c.p_holm for c in family) == pytest.approx(min(1, 4 * min(c.p for c in family)))
 
 
 def runs(curves, lengths=10.0):

@@ -105,9 +105,8 @@ def test_the_length_table_counts_who_holds_the_target():
     for arm, auc, end in (("dapo", 0.5, 10), ("laconic", 0.4, 6)):
         for seed in range(3):
             curve = " ".join(["20"] * 5 + [str(end + 0.5 * seed)] * 10)
-            rows.append(
-                made_row(arm, seed, auc) | {"study": "length", "length_curve": curve, "accuracy_sampled": str(auc)}
-            )
+            row = made_row(arm, seed, auc) | {"study": "length", "length_curve": curve}
+            rows.append(row | {"accuracy_sampled": str(auc)})
     table = report.length_table([*rows, made_row("dapo", 0, 0.9)])
     assert "| dapo | 3 | 0 | 10.0, 11.0 | 0.5 |  | 50.0 |" in table
     assert "| laconic | 3 | 2 | 6.0, 7.0 | 0.5 | -10.0 | 50.0 |" in table

@@ -1,5 +1,6 @@
 """The model card: TRL's, with the paper whose weight was on, working code, λ as it ended and what had an effect."""
 
+import os
 import re
 from pathlib import Path
 
@@ -140,8 +141,9 @@ def test_the_picture_of_the_run_is_shown(monkeypatch):
     trainer = make()
     folder = Path(trainer.args.output_dir)
     assert "### The run" not in card_of(trainer).text
-    for name in ("run.png", "report.png"):
+    for time, name in enumerate(("run.png", "report.png", "run.png")):  # the newest
         (folder / name).write_bytes(b"")
+        os.utime(folder / name, (time, time))
         assert f"### The run\n\n![What the run logged]({name})" in card_of(trainer).text
     (folder / "README.md").unlink()
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)

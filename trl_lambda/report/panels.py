@@ -70,8 +70,6 @@ PANELS = (
           "A < 0: worse": "advantage/negative_mean_length"}),
     Panel("Without a signal, or cut off", "part of all", {"groups with all A = 0": "groups/tied",
           "answers cut off": "completions/clipped_ratio"}),
-    Panel("Tokens that the clip leaves no gradient", "part of the tokens",
-          {"where A > 0": "clipped/advantage_positive", "where A < 0": "clipped/advantage_negative"}),
     Panel("Entropy of the policy", "nats per token", {"training": "entropy"}),
 )  # fmt: skip
 

@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import rewards
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from trl.scripts.grpo import GRPOScriptArguments
+from yaml import YAMLError
 
 from ..lambda_grpo_config import LambdaGRPOConfig
 from ..lambda_grpo_trainer import LambdaGRPOTrainer
@@ -105,7 +106,7 @@ def one_line_errors() -> Iterator[None]:
     """End the process with `error: ...` where an argument is refused. A traceback would not help there."""
     try:
         yield
-    except (ValueError, OSError, ImportError, argparse.ArgumentError) as error:
+    except (ValueError, OSError, ImportError, argparse.ArgumentError, YAMLError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
 
 
@@ -129,11 +130,13 @@ def load_splits(
             warnings.warn("dataset_name has no effect beside datasets.", stacklevel=2)
         dataset = trl.get_dataset(dataset_args)
     elif script_args.dataset_name:
-        name, streaming = script_args.dataset_name, script_args.dataset_streaming
-        dataset = load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+        config, streaming = script_args.dataset_config, script_args.dataset_streaming
+        dataset = load_dataset(script_args.dataset_name, name=config, streaming=streaming)
     else:
         raise ValueError("no dataset: set dataset_name to a hub name or a local folder, or set datasets.")
     names = [script_args.dataset_train_split, script_args.dataset_test_split][: 1 + evaluate]
+    if missing := [name for name in names if name not in dataset]:
+        raise ValueError(f"the dataset has no split {missing[0]!r}, only: {', '.join(map(str, dataset))}.")
     splits: list[Any] = [dataset[name] for name in names]
     if script_args.dataset_preparation:
         prepare = import_path(script_args.dataset_preparation, "dataset_preparation")
@@ -198,10 +201,12 @@ def main(
 def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -> None:
     """Save model, log history, picture and model card, print the summary, and push if asked."""
     folder, dataset_name = Path(str(trainer.args.output_dir)), script_args.dataset_name
+    if Path(str(dataset_name)).exists():  # no data set of the hub, to which the card would link
+        dataset_name = None
     trainer.save_model(str(folder))
     trainer.save_state()  # the log history, for `trl-lambda report`
     if script_args.plot and trainer.accelerator.is_main_process:
-        plot_run(folder, folder / "run.png")
+        plot_run(trainer.state.log_history, folder / "run.png", title=folder.resolve().name)
     trainer.create_model_card(model_name=folder.name, dataset_name=dataset_name)
     if trainer.accelerator.is_main_process:
         written = [folder / name for name in ("", "lambda.json", "README.md", "run.png") if (folder / name).exists()]

@@ -294,7 +294,9 @@ def _named_arguments(function: Any, accepted: tuple[str, ...]) -> tuple[str, ...
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError) as error:  # compiled functions, such as torch.sigmoid
-        raise ValueError(f"{_name_of(function)} hides its arguments: wrap it in a Python function.") from error
+        raise ValueError(
+            f"{_name_of(function)} hides its arguments, or does not take a fixed one: wrap it in a Python function."
+        ) from error
     fixed = function.keywords if isinstance(function, functools.partial) else {}
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in fixed]
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]

@@ -15,6 +15,7 @@ import random
 import tempfile
 from pathlib import Path
 
+from recipes.playground.smollm2 import model_path
 from recipes.studies.shared.ledger import Ledger
 from recipes.studies.shared.workers import execute
 from recipes.studies.smollm2.arms import MAIN
@@ -80,6 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"unknown part {', '.join(sorted(unknown))}; accepted: {', '.join(PARTS)}")
+    model_path()  # made once, before the workers ask for it
     ledger = Ledger(args.results / "runs.csv", KEY)
     if args.reproduce:
         print("\n".join(reproduce(args.reproduce, ledger, args.workers)))
