@@ -119,8 +119,10 @@ def answers_table(cells: Cells, arms: tuple[str, ...], tasks: tuple[str, ...]) -
         if cell in ready:
             p = corrected[ready.index(cell)]
             found = [interval_cell(gaps[cell]), f"{p:.2g}", verdict(gaps[cell], p)]
-        lines.append([arm, task, str(count), *found])
-    return markdown_table(["arm", "task", "pairs", "mean training reward - `dapo`'s", "p, Holm", "answer"], lines)
+        accuracy = differences(cells, task, arm, "accuracy_sampled")
+        lines.append([arm, task, str(count), *found, interval_cell(accuracy) if accuracy else ""])
+    header = ["arm", "task", "pairs", "mean training reward - `dapo`'s", "p, Holm", "answer"]
+    return markdown_table([*header, "sampled accuracy - `dapo`'s, no test"], lines)
 
 
 def steps_to(runs: list[dict[str, str]], level: float) -> str:
@@ -232,6 +234,7 @@ def draw(cells: Cells) -> Any:
                 panel.plot(steps, mean, color=color, linestyle=style, linewidth=1.3, label=label)
         for panel, title in zip(axes, ("share of right replies", "tokens per reply", "λ"), strict=True):
             finish_panel(panel, f"{task}: {title}", "optimizer step", "")
+            panel.xaxis.get_major_locator().set_params(integer=True)
     add_legend(figure, "mean over seeds; bands: 95 %, of two arms")
     return figure
 
