@@ -70,8 +70,7 @@ def write_rows(rows: list[dict], path):
         (lambda rng, size: rng.lognormal(0, 0.7, size=size), math.exp(0.245), 0.91, 0.965),  # Student's: 0.89
     ],
 )
-def test_the_interval_of_twelve_covers_the_mean(draw, mean, low, high):
-    """2000 samples, so that the share has a standard error of 0.005."""
+def test_the_interval_of_twelve_covers_the_mean(draw, mean, low, high):  # 2000 samples: an error of 0.005
     intervals = [bootstrap_interval(x, num_resamples=2000) for x in draw(np.random.default_rng(1), (2000, 12))]
     assert low < np.mean([left <= mean <= right for left, right in intervals]) < high
 

@@ -74,8 +74,7 @@ def test_the_tables_say_what_the_rows_hold():
     curve = np.concatenate([np.linspace(40, 21, 20), np.full(30, 20.0)])
     steps = [row("t", "target 20", s, 0.5, 20.0, curve, study="step") for s in range(2)]
     assert report.step_table(steps).splitlines()[-1] == "| t | 64 | 4 | 2 | 68, 68 | 68, 68 | 1.00, 1.00 |"
-    assert report.settled_length(steps[0]) == 20.0
-    assert len(report.draw_steps(steps).axes[0].lines) == 1
+    assert report.settled_length(steps[0]) == 20.0 and len(report.draw_steps(steps).axes[0].lines) == 1
 
 
 def test_a_rival_is_compared_with_the_targets_curve_at_its_own_tokens():

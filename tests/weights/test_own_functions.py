@@ -224,7 +224,6 @@ def test_a_new_member_is_one_class_and_one_entry(monkeypatch, tmp_path):
         (as_token_weight, user_weights.power, "user_weights.power requires lengths, lam. A weight is called by name"),
         (as_token_weight, lambda p=0.5: p, "<lambda> requires nothing. A weight is called by name with any of: probs"),
         (as_token_weight, "user_weights.linear", "a weight must be a function or an object with __call__, got 'user"),
-        (as_token_weight, named(Squared, "ar"), "Squared needs a name of its own, got name='ar'"),
     ],
 )
 def test_what_cannot_be_called_by_name_is_refused(make, weight, message):

@@ -24,6 +24,7 @@ from recipes.studies.shared.paired_statistics import (
     resolvable_difference,
 )
 from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
+from recipes.studies.smollm2.alignment import KEY as ALIGNMENT_KEY
 from recipes.studies.smollm2.arms import TARGET
 from recipes.studies.smollm2.study import KEY, PARTS, RESULTS, SEEDS, specs_of
 
@@ -204,6 +205,19 @@ def length_table(rows: Rows) -> str:
     return markdown_table([*header, "sampled accuracy - `dapo`'s", "greedy accuracy"], lines)
 
 
+def alignment_table(rows: Rows) -> str:
+    """How much nearer than `dapo`'s each weight's update lies to the policy gradient, in two metrics."""
+    lines = []
+    for row in rows:
+        ratios = [(float(row[f"ratio_{name}"]), float(row[f"ratio_{name}_se"])) for name in ("raw", "adam")]
+        if row["weight"] != BASELINE:
+            nearer, farther = (all(side * (ratio - 1) > 2 * error for ratio, error in ratios) for side in (1, -1))
+            answer = "nearer" if nearer else "farther" if farther else "unknown"
+            lines.append([row["task"], row["weight"], *(f"{r:.3f} ± {e:.3f}" for r, e in ratios), answer])
+    header = ["task", "weight", "ratio of cosines, plain gradient", "as Adam scales it", "answer"]
+    return markdown_table(header, lines) if lines else "Not run."
+
+
 def not_run(rows: Rows) -> str:
     """Planned runs without a row."""
     done = {(row["study"], row["task"], row["arm"], int(row["seed"])) for row in rows}
@@ -271,6 +285,7 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         "arms": arms_table(cells),
         "signs": signs_table(cells),
         "length": length_table(rows),
+        "alignment": alignment_table(Ledger(results / "alignment.csv", ALIGNMENT_KEY).rows()),
         "not run": not_run(rows),
     }
     page.write_text(replace_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
