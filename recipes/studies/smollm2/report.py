@@ -174,16 +174,19 @@ def arms_table(cells: Cells) -> str:
 
 
 def signs_table(cells: Cells) -> str:
-    """In how many runs λ ends below 0, and how far from it."""
-    lines = []
+    """In how many runs λ ends below 0, how far from it, and how often nearer than on the first task."""
+    lines: list[list[str]] = []
+    first: dict[tuple[str, int], float] = {}
     for task in dict.fromkeys(task for task, _ in cells):
-        rows = [row for arm in ("softmax", "softmax_tr") for row in cells.get((task, arm), {}).values()]
-        ends = [float(curve(row, "lambda_curve")[-1]) for row in rows]
-        size = f"{statistics.fmean(map(abs, ends)):.3f}" if ends else ""
-        lines.append([task, f"{sum(end < 0 for end in ends)} of {len(ends)}", size])
-    return markdown_table(
-        ["task", "runs of `softmax` and `softmax_tr` with λ < 0 at the end", r"mean of \|λ\|"], lines
-    )
+        runs = [(arm, cells.get((task, arm), {})) for arm in ("softmax", "softmax_tr")]
+        ends = {(arm, seed): float(curve(row, "lambda_curve")[-1]) for arm, of in runs for seed, row in of.items()}
+        pairs = [abs(ends[run]) < abs(first[run]) for run in ends.keys() & first.keys()]
+        size = f"{statistics.fmean(map(abs, ends.values())):.3f}" if ends else ""
+        below = f"{sum(end < 0 for end in ends.values())} of {len(ends)}"
+        lines.append([task, below, size, f"{sum(pairs)} of {len(pairs)}" if pairs else ""])
+        first = first or ends
+    header = ["task", "runs of `softmax` and `softmax_tr` with λ < 0 at the end", r"mean of \|λ\|"]
+    return markdown_table([*header, "pairs in which it is nearer to 0 than on the first task"], lines)
 
 
 def length_table(rows: Rows) -> str:
