@@ -88,11 +88,10 @@ def yardstick_table(cells: Cells) -> str:
 
 def interval_cell(gaps: list[float]) -> str:
     """Mean difference in points with its 95 % interval."""
-    mean = f"{100 * statistics.fmean(gaps):+.1f}"
-    if len(gaps) < 3 or len(set(gaps)) < 2:
-        return mean
-    low, high = bootstrap_interval(gaps)
-    return f"{mean} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    few = len(gaps) < 3 or len(set(gaps)) < 2
+    values = (statistics.fmean(gaps), *(() if few else bootstrap_interval(gaps)))
+    mean, *limits = (f"{round(100 * value, 1) + 0.0:+.1f}" for value in values)  # + 0.0: no -0.0
+    return f"{mean} [{', '.join(limits)}]" if limits else mean
 
 
 def verdict(gaps: list[float], p: float) -> str:
