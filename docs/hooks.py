@@ -12,7 +12,7 @@ _REFERENCE = re.compile(r"\[<code>~?([\w.]+)</code>\]")  # [`LengthWeight`], [`~
 _CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
 _CODE = re.compile(r"(?<=<code>)[^<]*(?=</code>)")
 # Pages name these by their address on GitHub, so that they show there too. The site has copies.
-_PICTURES = ("recipes/studies/tokens/results/budget_frontier.png",)
+_PICTURES = ("recipes/studies/tokens/results/budget_frontier.png", "recipes/studies/smollm2/results/summary.png")
 _RAW = "https://raw.githubusercontent.com/trl-lambda/trl-lambda/main/"
 
 
