@@ -204,12 +204,12 @@ def trainer_datasets(arguments: Any, mixture: Any = None) -> dict[str, Dataset]:
     The evaluation dataset is the validation split, or the test split where there is no validation split.
 
     Raises:
-        ValueError: if the recipe names a dataset too, or `mixture`, its `datasets`, or a preparation.
+        ValueError: if the recipe names a dataset, its preparation or a `mixture` (its `datasets`) too.
     """
     if arguments.reasoning_gym is None:
         return {}
-    named = {"dataset_name": arguments.dataset_name, "datasets": mixture}
-    for name, value in (named | {"dataset_preparation": arguments.dataset_preparation}).items():
+    others = {"dataset_name": arguments.dataset_name, "dataset_preparation": arguments.dataset_preparation}
+    for name, value in {**others, "datasets": mixture}.items():
         if value:
             raise ValueError(f"{name}={value!r} has no effect beside reasoning_gym; remove one.")
     datasets = make_datasets(arguments)
@@ -219,7 +219,7 @@ def trainer_datasets(arguments: Any, mixture: Any = None) -> dict[str, Dataset]:
 
 def extract_answer(reply: str, extractor: str) -> str | None:
     """
-    Return the answer within a reply, or `None`.
+    Return the answer within a reply, or `None`. A true minus sign becomes a hyphen, except in `"text"`.
 
     Args:
         reply (`str`):

@@ -54,11 +54,11 @@ class LambdaGRPOTrainer(GRPOTrainer):
         args ([`LambdaGRPOConfig`], *optional*):
             Configuration. If `None`, a default one is made as TRL does.
         length_weight (`Callable` or [`LengthWeight`], *optional*):
-            f of your own in place of the config's: called by name with any of the arguments that [`LengthWeight`]
-            lists, returns weights > 0, (P, G). It has a λ if it names `lam`.
+            f of your own in place of the config's, which stays at its default or is `None`: called by name with any of
+            the arguments that [`LengthWeight`] lists, returns weights > 0, (P, G). It has a λ if it names `lam`.
         token_weight (`Callable` or [`TokenWeight`], *optional*):
-            v of your own in place of the config's: called by name with any of the arguments that [`TokenWeight`]
-            lists, returns weights >= 0, (B, T).
+            v of your own in place of the config's, likewise: called by name with any of the arguments that
+            [`TokenWeight`] lists, returns weights >= 0, (B, T).
 
     Raises:
         `ValueError`: `args` is a plain `GRPOConfig`, or something the weights cannot be honoured with is on; before

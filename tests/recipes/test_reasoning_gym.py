@@ -7,14 +7,7 @@ import pytest
 from gym_stand_in import install_gym
 
 from recipes import reasoning_gym_tasks
-from recipes.reasoning_gym_tasks import (
-    ReasoningGymArguments,
-    extract_answer,
-    make_datasets,
-    question_key,
-    reasoning_gym_score,
-    trainer_datasets,
-)
+from recipes.reasoning_gym_tasks import extract_answer, make_datasets, question_key, reasoning_gym_score
 from recipes.train import RecipeArguments, agent_kwargs
 
 SPLITS = ("train", "validation", "test")
@@ -28,7 +21,7 @@ def library(monkeypatch):
 
 
 def products(**changes):
-    return ReasoningGymArguments(**{"reasoning_gym": "products", "reasoning_gym_answer": "last_number", **changes})
+    return RecipeArguments(**{"reasoning_gym": "products", "reasoning_gym_answer": "last_number", **changes})
 
 
 def reply(text, role="assistant"):
@@ -95,15 +88,15 @@ def test_rows_are_conversations_with_the_entry_as_json():
 
 
 def test_evaluation_uses_the_validation_split_before_the_test_split():
-    assert trainer_datasets(RecipeArguments(dataset_name="x")) == {}
+    assert reasoning_gym_tasks.trainer_datasets(RecipeArguments(dataset_name="x")) == {}
     named = {"reasoning_gym": "products", "reasoning_gym_test_size": 5}
     for split, size in (("test", {}), ("validation", {"reasoning_gym_validation_size": 4})):
         arguments = RecipeArguments(**named, **size)
-        held_out = trainer_datasets(arguments)["eval_dataset"]
+        held_out = reasoning_gym_tasks.trainer_datasets(arguments)["eval_dataset"]
         assert held_out.to_list() == make_datasets(arguments)[split].to_list()
     for also, mixture in (({"dataset_name": "x"}, None), ({"dataset_preparation": "x"}, None), ({}, ["x"])):
         with pytest.raises(ValueError, match="'x'.* has no effect beside reasoning_gym"):
-            trainer_datasets(RecipeArguments(**named, **also), mixture)
+            reasoning_gym_tasks.trainer_datasets(RecipeArguments(**named, **also), mixture)
     with_tools = RecipeArguments(**named, tools=["recipes.agents.calculator.calculate"], reward_funcs=["a.b"])
     nothing = type("Arguments", (), {"datasets": None, "model_name_or_path": None})
     assert agent_kwargs(with_tools, None, nothing, nothing).keys() == {"tools"}  # the task is the data

@@ -168,11 +168,12 @@ def test_a_yaml_file_with_launch_options_trains_and_resumes(files, tmp_path, mon
     # The same file resumes, here in this process.
     monkeypatch.chdir(files)
     config = {name: value for name, value in config.items() if name not in launch} | {"max_steps": 3}
-    drawn: list = []  # the run itself, whatever an older one has left in the folder
-    monkeypatch.setattr(grpo, "plot_run", lambda run, path, title: drawn.append((run[-1]["step"], path.name, title)))
+    draw, drawn = grpo.plot_run, []  # the run itself, whatever an older one has left in the folder
+    monkeypatch.setattr(grpo, "plot_run", lambda a, b, title: drawn.append((a[-1]["step"], title)) or draw(a, b))
     grpo.train([*write_yaml(tmp_path / "run.yaml", config), "--resume_from_checkpoint", "true", "--plot"])
     assert "(step 1 -> 3)" in capsys.readouterr().out
-    assert drawn == [(3, "run.png", "out")]
+    assert (tmp_path / "out" / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [(3, "out")]
     assert "huggingface.co/datasets" not in (tmp_path / "out" / "README.md").read_text()  # data of this machine
     config["resume_from_checkpoint"] = str(tmp_path / "out" / "checkpoint-2")
     arguments = write_yaml(tmp_path / "run.yaml", config)
@@ -195,6 +196,7 @@ def test_lora_with_a_weight_of_ones_own(files, tmp_path):
     ("arguments", "message"),
     [
         ([], "no options: name model, dataset and reward"),
+        (["--config", __file__], "expected '<document start>'"),  # no YAML
         (["--config", "nowhere.yaml"], "No such file or directory: 'nowhere.yaml'"),
         (["--lamda_init", "1"], "unknown argument '--lamda_init'; did you mean '--lambda_init'?"),
         (["--max_steps", "many"], "invalid int value: 'many'"),
@@ -213,8 +215,6 @@ def test_what_the_user_can_mend_is_one_line(arguments, message):
 def test_an_unknown_option_of_a_file_is_named_in_every_process(tmp_path, monkeypatch):
     config = write_yaml(tmp_path / "run.yaml", {"lamda_init": 0.5, "use_cpu": True, "bf16": False})
     assert "unknown argument '--lamda_init'; did you mean" in error_of(*config)
-    (tmp_path / "bad.yaml").write_text("a: [")
-    assert "while parsing" in error_of("--config", str(tmp_path / "bad.yaml"))
     for arguments, message in ((config, "unknown argument"), ([*CPU, "--num_processes", "2"], "before the script")):
         monkeypatch.setattr(sys, "argv", ["grpo.py", *arguments])
         with pytest.raises(ValueError, match=message):

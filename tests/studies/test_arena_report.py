@@ -132,7 +132,8 @@ def test_the_planted_effect_is_found_and_no_other_arm(tmp_path):
     assert report.main(["--results", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "paired.csv").read_text(encoding="utf-8").splitlines()))
     assert len(rows) == len(PLANTED) * 9 * (3 + 4 * 3) and {row["n"] for row in rows} == {"12"}
-    assert (tmp_path / "README.md").read_text().count("\nold\n") == 1  # its marker is not this report's
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert page.count("\nold\n") == 1  # its marker is not this report's
     accuracies = {"accuracy_greedy", "accuracy_sampled", "auc"}
     found = {(row["task"], row["metric"], row["arm"], row["baseline"]) for row in rows if float(row["p_holm"]) < 0.05}
     planted = set(itertools.product(PLANTED, accuracies, ["tr"], ["grpo", "dapo", "bnpo"]))

@@ -204,7 +204,7 @@ def test_a_new_member_is_one_class_and_one_entry(monkeypatch, tmp_path):
     run.trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "(length/μ)^(qλ/2)" in card and "| q" in card and "α·π² + 1" in card
-    for wrong, message in (({"rate": 6.0}, "rate=6.0 is too"), ({"scale": 1.0}, "'root' accepts numbers for: rate")):
+    for wrong, message in (({"rate": 6.0}, "rate=6.0 is too l"), ({"scale": 1.0}, "'root' accepts numbers for: rate")):
         with pytest.raises(ValueError, match=message):
             config(LambdaGRPOConfig, Batch(), **options | {"length_weight_kwargs": wrong})
 
@@ -224,6 +224,7 @@ def test_a_new_member_is_one_class_and_one_entry(monkeypatch, tmp_path):
         (as_token_weight, user_weights.power, "user_weights.power requires lengths, lam. A weight is called by name"),
         (as_token_weight, lambda p=0.5: p, "<lambda> requires nothing. A weight is called by name with any of: probs"),
         (as_token_weight, "user_weights.linear", "a weight must be a function or an object with __call__, got 'user"),
+        (as_token_weight, named(Squared, "ar"), "Squared needs a name of its own, got name='ar'"),
     ],
 )
 def test_what_cannot_be_called_by_name_is_refused(make, weight, message):

@@ -201,7 +201,7 @@ def main(
 def finish(trainer: LambdaGRPOTrainer, script_args: LambdaGRPOScriptArguments) -> None:
     """Save model, log history, picture and model card, print the summary, and push if asked."""
     folder, dataset_name = Path(str(trainer.args.output_dir)), script_args.dataset_name
-    if Path(str(dataset_name)).exists():  # no data set of the hub, to which the card would link
+    if Path(str(dataset_name)).exists():  # not on the hub, where the card would link to
         dataset_name = None
     trainer.save_model(str(folder))
     trainer.save_state()  # the log history, for `trl-lambda report`
