@@ -92,9 +92,9 @@ def test_the_tables_pair_by_seed_and_count_what_has_not_run():
     yardstick = report.yardstick_table(cells)
     assert "| products | 8 | 2.4 | +0.0 [" in yardstick and "| 2.1 |" in yardstick
     assert "| products | 8 of 8 | 0.100 |" in report.signs_table(cells)
-    missing = report.not_run(rows)
+    missing = report.not_run(rows, [{"task": "products"}])
     assert "| main | products | tr | 7 |" in missing and "| main | products | dapo |" not in missing
-    assert "| length | products | dapo | 6 |" in missing
+    assert "| length | products | dapo | 6 |" in missing and missing.endswith("nt | products_named | all | 1 |")
     assert report.verdict([0.01, -0.01] * 4, 1.0) == "level" and report.verdict([0.2, -0.2] * 4, 1.0) == "unknown"
     assert report.steps_to(list(cells["products", "dapo"].values()), 0.5) == "not reached"
     assert report.steps_to(list(cells["products", "softmax"].values()), 0.45) == "5"
@@ -120,12 +120,13 @@ def test_the_report_replaces_its_tables_and_draws(tmp_path):
             ledger.append(made_row(arm, seed, 0.4 + 0.1 * seed, lam))
     row = {"task": "products", "seed": 1, "batches": 2, "ratio_raw": 0.9, "ratio_raw_se": 0.04, "ratio_adam": 0.8}
     alignment = Ledger(tmp_path / "alignment.csv", report.ALIGNMENT_KEY)
-    for weight, error in (("dapo", 0), ("tr", 0.09), ("ar", 0.11)):  # `ar` by two errors in one metric only
-        alignment.append(row | {"weight": weight, "ratio_adam_se": error})
+    for weight, error, same in (("dapo", 0, ""), ("tr", 0.09, ""), ("both", 0.09, "tr"), ("ar", 0.11, "")):
+        alignment.append(row | {"weight": weight, "ratio_adam_se": error, "same_as": same})
     report.main(tmp_path, page)
     text = page.read_text(encoding="utf-8")
     assert "| products | softmax_tr | 3 |" in text and (tmp_path / "smollm2.png").is_file()
-    assert "| tr | 0.900 ± 0.040 | 0.800 ± 0.090 | farther |" in text and "| 0.800 ± 0.110 | unknown |" in text
+    assert "| tr | 0.900 ± 0.040 | 0.800 ± 0.090 | farther |" in text and "± 0.090 | as `tr` |" in text
+    assert "| 0.800 ± 0.110 | unknown |" in text  # by two errors in one metric only
 
 
 def test_the_length_rewards_follow_their_formulas():

@@ -26,6 +26,7 @@ from recipes.studies.shared.paired_statistics import (
 from recipes.studies.shared.panels import add_legend, finish_panel, new_figure
 from recipes.studies.smollm2.alignment import KEY as ALIGNMENT_KEY
 from recipes.studies.smollm2.arms import TARGET
+from recipes.studies.smollm2.run import TASKS
 from recipes.studies.smollm2.study import KEY, PARTS, RESULTS, SEEDS, specs_of
 
 PAGE = RESULTS.parent / "README.md"
@@ -215,13 +216,15 @@ def alignment_table(rows: Rows) -> str:
         if row["weight"] != BASELINE:
             nearer, farther = (all(side * (ratio - 1) > 2 * error for ratio, error in ratios) for side in (1, -1))
             answer = "nearer" if nearer else "farther" if farther else "unknown"
+            if row["same_as"] or not any(error for _, error in ratios):  # λ is 0 there, also where its rule leaves it
+                answer = f"as `{row['same_as'] or BASELINE}`"
             lines.append([row["task"], row["weight"], *(f"{r:.3f} ± {e:.3f}" for r, e in ratios), answer])
     header = ["task", "weight", "ratio of cosines, plain gradient", "as Adam scales it", "answer"]
     return markdown_table(header, lines) if lines else "Not run."
 
 
-def not_run(rows: Rows) -> str:
-    """Planned runs without a row."""
+def not_run(rows: Rows, aligned: Rows) -> str:
+    """Planned runs, and tasks of the alignment, without a row."""
     done = {(row["study"], row["task"], row["arm"], int(row["seed"])) for row in rows}
     missing: dict[tuple[str, str, str], int] = defaultdict(int)
     for part in PARTS:
@@ -229,6 +232,7 @@ def not_run(rows: Rows) -> str:
             if part != "tune" and (spec.study, spec.task, spec.arm, spec.seed) not in done:
                 missing[spec.study, spec.task, spec.arm] += 1
     lines = [[*cell, str(count)] for cell, count in missing.items()]
+    lines += [["alignment", task, "all", "1"] for task in TASKS if all(row["task"] != task for row in aligned)]
     return markdown_table(["part", "task", "arm", "seeds not run"], lines) if lines else "Every planned run has a row."
 
 
@@ -279,6 +283,7 @@ def draw_summary(cells: Cells, task: str = "products") -> Any:
 def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write tables and picture."""
     rows = Ledger(results / "runs.csv", KEY).rows()
+    aligned = Ledger(results / "alignment.csv", ALIGNMENT_KEY).rows()
     cells = cells_of(rows)
     tables = {
         "yardstick": yardstick_table(cells),
@@ -287,8 +292,8 @@ def main(results: Path = RESULTS, page: Path = PAGE) -> None:
         "arms": arms_table(cells),
         "signs": signs_table(cells),
         "length": length_table(rows),
-        "alignment": alignment_table(Ledger(results / "alignment.csv", ALIGNMENT_KEY).rows()),
-        "not run": not_run(rows),
+        "alignment": alignment_table(aligned),
+        "not run": not_run(rows, aligned),
     }
     page.write_text(replace_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
     draw(cells).savefig(results / "smollm2.png", dpi=130)
