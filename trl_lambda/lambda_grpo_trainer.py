@@ -12,6 +12,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,12 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if length_weight is not None or token_weight is not None:  # logs and trackers show the names of what is used
             args = copy.copy(args)
             args.length_weight, args.token_weight = f and f.name, v and v.name
+            # The values of an object are settings as much as its name.
+            vars(args).update(
+                (f"{option}_kwargs", {field.name: repr(getattr(given, field.name)) for field in fields(given)})
+                for option, given in (("length_weight", length_weight), ("token_weight", token_weight))
+                if is_dataclass(given)
+            )
         self._paper = paper_of(f, v) or GRPOTrainer._paper
         self._loss_inputs: WeightedInputs | None = None
         self._has_weighted = False  # a loss of this training step went through the weights
@@ -215,7 +222,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _observe(self, batch: GenerationBatch) -> None:
         """Show a new generation batch to the metrics and to what λ learns from."""
         metrics = self._loss_metrics[self._mode]
-        metrics.defer(partial(metrics.add_generation_batch, batch))
+        metrics.defer(partial(metrics.add_generation_batch, batch), batch.lengths.numel())
         if self.model.training:
             logged = self._metrics["train"]
             metrics.warn_of_dead_run(logged)
@@ -234,7 +241,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
         if not self._is_weighted:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # A copy: the buffered micro-batch is used again when num_iterations > 1.
-        weighted = self._loss_inputs = WeightedInputs(inputs)
+        weighted = self._loss_inputs = WeightedInputs(inputs, has_gradient=torch.is_grad_enabled())
         try:
             loss = super().compute_loss(model, weighted, return_outputs, num_items_in_batch)
         finally:
@@ -243,11 +250,12 @@ class LambdaGRPOTrainer(GRPOTrainer):
         self._has_weighted = True
         return loss
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        # While training, no-grad calls score a reference model. They are not our loss.
-        if self._loss_inputs is not None and (torch.is_grad_enabled() or not self.model.training):
-            self._weigh(self._loss_inputs, outputs[0], outputs[1])
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        # Calls of less gradient than the loss has, or of the reference model, are not our loss.
+        inputs = self._loss_inputs
+        if inputs is not None and model is not self.ref_model and torch.is_grad_enabled() >= inputs.has_gradient:
+            self._weigh(inputs, outputs[0], outputs[1])
         return outputs
 
     def _weigh(self, inputs: WeightedInputs, logps: torch.Tensor, entropies: torch.Tensor | None) -> None:
@@ -288,7 +296,7 @@ class LambdaGRPOTrainer(GRPOTrainer):
                 inputs.scale_advantages(v)
 
         metrics, f = self._loss_metrics[mode], f.detach()
-        metrics.defer(partial(metrics.add_length_weights, f, batch, factor is not None))
+        metrics.defer(partial(metrics.add_length_weights, f, batch, factor is not None), f.numel())
         if self.args.token_metrics:
             tokens = (advantages, logps.detach(), mask, v, self.token_weight and self.token_weight.bounds)
             metrics.defer(partial(metrics.add_tokens, batch, places, f, *tokens), mask.numel())
@@ -332,8 +340,9 @@ class LambdaGRPOTrainer(GRPOTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         # All processes come by here, whoever ordered the log; `log` itself may be called on one of them alone. What
         # the last log of a run leaves over goes into the run's summary.
+        # In eval mode, as after an evaluation at an epoch's end, TRL keeps its metrics of training for the next log.
         due = self.control.should_log and self.state.global_step > self._globalstep_last_logged
-        if due or self.control.should_training_stop:
+        if (due and self.model.training) or self.control.should_training_stop:
             self.reduce_metrics("train")
         super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -42,12 +42,8 @@ _OPTIONS = ("positive_weight", "drop_tied_groups", "length_target", "lambda_boun
 def paper_of(length_weight: LengthWeight | None, token_weight: TokenWeight | None) -> dict[str, str] | None:
     """Return the paper of the weights that are on, λ-GRPO's with both citations if both are, as TRL's `_paper`."""
     papers = [PAPERS[weight.source] for weight in (length_weight, token_weight) if weight and weight.source in PAPERS]
-    if not papers:
-        return None
-    return papers[0] | {
-        "name": " and ".join(paper["name"] for paper in papers),
-        "citation": "\n".join(paper["citation"] for paper in papers),
-    }
+    both = {"name": " and ".join(p["name"] for p in papers), "citation": "\n".join(p["citation"] for p in papers)}
+    return papers[0] | both if papers else None
 
 
 def card_tags(trainer: Any, tags: str | list[str] | None) -> list[str]:
@@ -74,8 +70,10 @@ def complete_card(trainer: Any) -> None:
 def _with_names(trainer: Any, card: str) -> str:
     """Fill in what TRL's card calls None without a hub, and name the method instead of the trainer class."""
     base: Any = trainer.model.config._name_or_path
-    origin = f"is a fine-tuned version of `{Path(base).name}`" if base else "was trained from a model without a name"
-    card = card.replace("is a fine-tuned version of [None](https://huggingface.co/None)", origin)
+    card = card.replace(
+        "is a fine-tuned version of [None](https://huggingface.co/None)",
+        f"is a fine-tuned version of `{Path(base).name}`" if base else "was trained from a model without a name",
+    )
     if trainer.hub_model_id is None:
         card = card.replace('model="None"', f'model="{trainer.args.output_dir}"')
     paper = paper_of(trainer.length_weight, trainer.token_weight)
@@ -137,7 +135,7 @@ def _settings_table(trainer: Any) -> str:
 
 
 def _parameters(weight: LengthWeight | TokenWeight | None) -> list[tuple[str, Any]]:
-    rows = []
+    rows, weight = [], getattr(weight, "function", weight)  # the object of its own inside
     for field in fields(weight) if is_dataclass(weight) else ():
         value, symbol = getattr(weight, field.name), field.metadata.get("symbol")
         if "config" in field.metadata and value == field.default:  # an option of λ that nobody set

@@ -88,8 +88,6 @@ def test_two_processes_take_the_same_steps_and_skip_the_same(tmp_path):
         assert [entry["lambda/skipped"] for entry in rank["history"] if "loss" in entry] == [0, 1, 1, 1]
 
 
-# ---- What goes wrong in real runs ----
-
 ROWS = range(12)
 FAULTS = {  # what is wrong, and whether λ then stays where it is
     "all completions masked": ({"truncated": set(ROWS)}, {"mask_truncated_completions": True}, True),

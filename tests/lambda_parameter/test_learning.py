@@ -32,9 +32,6 @@ def through_json(learning, fresh):
     return fresh
 
 
-# ---- Regression ----
-
-
 def synthetic(slope, seed, prompts=64, group=8, noise=0.5) -> GenerationBatch:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 60, (prompts, group), generator=generator)
@@ -99,9 +96,6 @@ def test_without_a_signal_regression_asks_for_nothing_and_forgets_at_its_pace():
 def test_descent_takes_autograds_gradient():
     with pytest.raises(TypeError, match="autograd makes λ's gradient"):
         Descent("sapo").gradient(torch.zeros(1))
-
-
-# ---- Target ----
 
 
 class Loop:

@@ -64,10 +64,10 @@ def test_fp16_scaling_is_taken_out_and_overflow_skips():
 
 
 def test_a_tuple_in_the_settings_is_the_list_that_the_file_has_of_it(tmp_path):
-    file = LambdaFile(make(), {"bounds": (1, 2)}, is_needed=True)
+    file = LambdaFile(make(), {"bounds": (1, 2), "weight": "f(g=<function g at 0x7f2a>)"}, is_needed=True)
     (tmp_path / "trainer_state.json").write_text("{}")
     file.write(tmp_path, 3, home="here")
-    file.check(tmp_path)
+    LambdaFile(make(), {"bounds": [1, 2], "weight": "f(g=<function g at 0x1e>)"}, is_needed=True).check(tmp_path)
     with pytest.raises(ValueError, match=r"bounds=None, but .* was trained with \[1, 2\]. Resume with that one"):
         LambdaFile(make(), {}, is_needed=True).check(tmp_path)
 

@@ -106,7 +106,7 @@ def test_off_the_cpu_the_weights_read_nothing(trainers, monkeypatch):
     monkeypatch.setattr(trainer, "_loss_metrics", {"train": LossMetrics()})
     parameter = LambdaParameter(0.5, Descent("dapo"), bounds=None, device=device, features=("length",))
     monkeypatch.setattr(trainer, "_lambda", parameter)
-    weighted = WeightedInputs(inputs)
+    weighted = WeightedInputs(inputs, has_gradient=True)
     logps = torch.empty(inputs["completion_ids"].shape, device=device, requires_grad=True)
     trainer._weigh(weighted, logps, None)
     trainer._loss_metrics["train"].add_generation_batch(batch)

@@ -41,12 +41,12 @@ MUTANTS = (
     (PARAMETER, "self._parameter.tensor.grad = None", "pass", LAMBDA_STEP),
     (PARAMETER, "optimizer.register_step_post_hook(lambda *_: self._after_step())", "pass", LAMBDA_STEP),
     (PARAMETER, 'isinstance(optimizer.defaults.get("eps"), float)', "True", LAMBDA_STEP),
-    (PARAMETER, "self._schedule_factor * self._parameter", "self._parameter", LAMBDA_STEP),
+    (PARAMETER, "factor * self._parameter", "self._parameter", LAMBDA_STEP),
     (PARAMETER, 'reduction="mean"', 'reduction="sum"', ARGUMENTS),
     (PARAMETER, "if not math.isfinite(norm):", "if False:", LAMBDA_STEP),
     (PARAMETER, '{"eps": ADAM_EPS}', "{}", LAMBDA_STEP),
     (FILE, "if saved != mine:", "if False:", RESUME),
-    (FILE, 'if content["optimizer"] is None:', "if False:", RESUME),
+    (FILE, 'if content["optimizer"] is None and', "if False and", RESUME),
 )
 
 

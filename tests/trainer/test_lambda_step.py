@@ -20,9 +20,6 @@ POWER = {"length_weight": "power"}
 LEARNING = {"descent": {}, "regression": POWER | {"lambda_side": "signed"}, "target": POWER | {"length_target": 4.0}}
 
 
-# ---- Exactly one optimizer that steps ----
-
-
 class Lion(torch.optim.Optimizer):
     """Steps by the gradient's sign alone."""
 
@@ -47,10 +44,11 @@ JOINED = {"adamw_torch": {"eps": 1.0}, "adamw_torch_fused": {"eps": 1.0}, "rmspr
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["whole model", "LoRA"])
-@pytest.mark.parametrize("optim", [*JOINED, "adafactor", "lion"])
+@pytest.mark.parametrize("optim", [*JOINED, "adafactor", "lion", "ademamix"])
 def test_the_optimizer_has_trls_groups_and_lambdas_own(optim, peft, monkeypatch):
-    if optim == "lion":
-        made = staticmethod(lambda args, model=None: (Lion, {"lr": args.learning_rate}))
+    if optim in ("lion", "ademamix"):  # the latter's own class needs bitsandbytes
+        optimizer_class = Lion if optim == "lion" else torch.optim.AdamW
+        made = staticmethod(lambda args, model=None: (optimizer_class, {"lr": args.learning_rate}))
         monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", made)
     options = STEPS | {"optim": "sgd" if optim == "lion" else optim, "weight_decay": 0.3}
     options["arguments"] = {"peft_config": LoraConfig(**LORA)} if peft else {}
@@ -166,6 +164,15 @@ def test_fp16_is_refused_where_nobody_takes_the_scale_out_of_lambdas_gradient(mo
     assert joined._lambda_step.ensure_optimizer(joined.optimizer, joined.lr_scheduler) == "the trainer's SGD"
 
 
+def test_a_step_that_the_gradient_scaler_skips_is_counted(monkeypatch):
+    trainer = make()
+    trainer.create_optimizer_and_scheduler(2)
+    trainer._lambda_step.after_micro_batch()
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
+    trainer._lambda_step.before_micro_batch(trainer.optimizer, trainer.lr_scheduler)
+    assert trainer._lambda.skipped == 1
+
+
 def test_a_training_step_of_the_users_is_named():
     class Replaced(LambdaGRPOTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -175,9 +182,6 @@ def test_a_training_step_of_the_users_is_named():
 
     with pytest.raises(RuntimeError, match="a subclass overrides training_step without calling"):
         make(trainer_class=Replaced).train()
-
-
-# ---- What a step does ----
 
 
 def test_own_clip_apart_from_the_models(monkeypatch):
@@ -231,9 +235,6 @@ def test_checkpointing_through_which_no_gradient_reaches_the_adapter(learning, m
     trainer = make(arguments={"peft_config": LoraConfig(**LORA)}, **checkpointing, **LEARNING[learning])
     with pytest.raises(RuntimeError, match=r"no gradient reaches its parameters.*enable_input_require_grads\(\)"):
         trainer.train()
-
-
-# ---- What comes between ----
 
 
 class Interrupt(TrainerCallback):

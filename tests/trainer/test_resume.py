@@ -96,8 +96,6 @@ def test_the_same_set_up_goes_on_to_the_last_bit(kind, whole, tmp_path):
     assert ("lambda_optimizer.pt" in files[0]) == (kind in ("own optimizer", "user's optimizer"))
 
 
-# ---- Every other set-up ----
-
 OTHERS = [
     ("descent", {"length_weight": "power"}, "length_weight='power', but .* was trained with 'lambda_grpo'"),
     ("descent", {"length_weight_kwargs": {"length_scale": 0.2}}, r"length_weight_kwargs=\{'length_scale': 0.2\}, but"),
@@ -156,13 +154,12 @@ def test_every_setting_in_the_file_is_compared(whole, tmp_path):
 
 def test_settings_that_may_change_on_the_way(whole, tmp_path):
     value = read_lambda_file(whole("descent")[1])["lambda"]
+    slow = run(tmp_path, resume=whole("descent")[1], lambda_learning_rate=1e-9)
+    assert slow.lambdas == pytest.approx([value, value])  # and not at the rate in the saved optimizer
     bounds = [-0.01, abs(value) / 2] if value > 0 else [-abs(value) / 2, 0.01]
     resumed = run(tmp_path, resume=whole("descent")[1], lambda_bounds=bounds, lambda_learning_rate=1e-9)
     assert resumed.lambdas[0] == pytest.approx(bounds[value > 0]) and len(resumed.lambdas) == 2
     run(tmp_path, "target", resume=whole("target")[1], length_target=0.5)
-
-
-# ---- Folders that are no checkpoint of ours ----
 
 
 def test_an_output_folder_is_no_checkpoint(whole, tmp_path):
@@ -178,6 +175,8 @@ def test_an_output_folder_is_no_checkpoint(whole, tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             run(tmp_path, resume=folder)
         assert f"pass model={str(folder)!r}" in str(error.value)
+    run(tmp_path, "fixed", save_only_model=True)  # without a λ that learns nothing is missing
+    run(tmp_path, "fixed", resume=tmp_path / "checkpoint-2")
 
 
 def test_a_checkpoint_of_trls_trainer(tmp_path):
@@ -213,9 +212,6 @@ def test_a_damaged_file_is_named(damage, whole, tmp_path):
     with pytest.raises(ValueError, match="lambda.json cannot be read .* it is damaged, or .*pass model=") as error:
         run(tmp_path, resume=copy)
     assert len(str(error.value)) < 700
-
-
-# ---- What lies beside the model ----
 
 
 def test_lambda_json_beside_every_saved_model(whole, tmp_path):
@@ -263,8 +259,6 @@ def test_a_push_takes_lambda_along(whole, tmp_path, monkeypatch):
     trainer._push_from_checkpoint(str(checkpoint))
     assert json.loads(seen[0])["lambda"] == trainer.lambda_value
 
-
-# ---- A process that is killed ----
 
 # Event -> the step at which it comes, and that of the newest whole checkpoint then.
 ENDINGS = dict(zip(EVENTS, ((5, 4), (5, 4), (6, 4), (6, 6)), strict=True))

@@ -1,17 +1,11 @@
 """Subclasses between TRL and the loss: as TRL's own for the same subclass, in float64, or refused in one sentence."""
 
+import copy
+
+import harness
 import pytest
 import torch
-from harness import (
-    Batch,
-    assert_equal_in_double,
-    assert_same_bits,
-    build_model,
-    by_length,
-    largest_deviation,
-    train,
-    watch,
-)
+from harness import Batch, assert_equal_in_double, assert_same_bits, build_model, by_length, largest_deviation, train
 from trl import GRPOConfig, GRPOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
@@ -42,9 +36,6 @@ def keep_rows(output, rows):
     per_row = {k: v[rows] for k, v in output.items() if torch.is_tensor(v) and v.dim() and v.size(0) == size}
     output = output | per_row
     return output | {"num_items_in_batch": output["completion_mask"].sum()}
-
-
-# ---- Rows masked, dropped, replayed or put together after scoring ----
 
 
 def masks(where, *, counts_anew=True):
@@ -190,9 +181,6 @@ def test_lengths_and_features_are_those_of_what_the_loss_sees(mixin, options):
     assert mine.lambdas[-1] != pytest.approx(unmasked.lambdas[-1], rel=1e-2)
 
 
-# ---- Hooks that a subclass replaces ----
-
-
 class OwnInputs:  # a generation batch at each optimizer step, and nothing of TRL's buffer
     def _prepare_inputs(self, inputs):
         if not self.model.training:
@@ -222,14 +210,11 @@ def test_the_group_size_is_read_where_trl_reads_it(options):
     options = options | {"max_steps": 1, "lambda_learnable": False} if "lambda_init" in options else options
     trainer = run(None, **options).trainer
     trainer.num_generations = 2
-    of_pairs = watch(trainer)
+    of_pairs = harness.watch(trainer)
     trainer.seen_losses.clear()
     trainer.train()
     assert trainer._scoring.batches["train"].lengths.shape == (6, 2)
     assert_equal_in_double(of_pairs, run(None, num_generations=2, **options))
-
-
-# ---- A loss that is not TRL's ----
 
 
 @pytest.mark.parametrize("bases", [(LambdaGRPOTrainer, GMPOTrainer), (GMPOTrainer, LambdaGRPOTrainer)])
@@ -344,6 +329,23 @@ Silent = type("Silent", (SequenceMean, LambdaGRPOTrainer), {"loss_reduction": No
 def test_a_subclass_that_the_weights_would_not_reach_is_named(trainer_class, message, weights):
     with pytest.raises((RuntimeError, ValueError), match=message):
         train(trainer_class, LambdaGRPOConfig, Batch(lengths=[[3, 1, 12, 12]] * 3), **weights)
+
+
+class Reference(LambdaGRPOTrainer):
+    loss_reduction = "token_mean"
+
+    def _compute_loss(self, model, inputs):
+        if self.ref_model is not None:
+            self._get_per_token_logps_and_entropies(self.ref_model, inputs["prompt_ids"], inputs["prompt_mask"], 1)
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_reference_model_is_no_second_loss_and_a_loss_needs_no_gradient():
+    trainer = run(None, Reference).trainer
+    loss = trainer.compute_loss(trainer.model, trainer._buffered_inputs[0]).detach()
+    trainer.ref_model = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        assert trainer.compute_loss(trainer.model, trainer._buffered_inputs[0]) == loss
 
 
 def test_advantages_per_token_and_what_needs_their_sign():

@@ -70,8 +70,6 @@ def assert_equals_plain_loops(plains, run, per_step=1):
             assert run.logs[k][name] == pytest.approx(value, rel=1e-5, abs=1e-6), (k, name)
 
 
-# ---- Prepared completions with masks ----
-
 TOOLS = tool_mask(LENGTHS)
 MASKS = {
     "interleaved": TOOLS,
@@ -107,8 +105,6 @@ def test_masked_tokens_take_no_part_in_anything(mask, options):
     plains = [plain_of(run, batch, own)] * chosen.get("max_steps", 1)
     assert_equals_plain_loops(plains, run, chosen.get("gradient_accumulation_steps", 1))
 
-
-# ---- TRL's own tool loop around a scripted policy ----
 
 TABLES = ("bc700000", "3a500000")  # a -> b -> c -> 7; b -> a -> 3, c -> 5
 # The policy's turns in each conversation of two groups, $ the end token; and by hand what comes of them, where the

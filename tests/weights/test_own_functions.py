@@ -28,9 +28,6 @@ def rows_of(lengths, **known) -> ResponseRows:
     return ResponseRows(lengths, lengths.sum(), (0, 1), **known)
 
 
-# ---- How they are called ----
-
-
 def test_keyword_arguments_are_those_it_names_and_a_default_is_overwritten():
     seen = {}
 
@@ -72,9 +69,6 @@ def test_rows_without_tokens_are_shown_as_the_mean_and_dropped():
 def test_a_statistic_that_a_class_does_not_ask_for_is_an_error():
     with pytest.raises(ValueError, match="mean_logp is not known: name it in .* `needs`"):
         weigh_responses(user_weights.Confident(), rows_of([[2, 4]]), torch.tensor([0.7]))
-
-
-# ---- What they return ----
 
 
 def put(change):
@@ -144,9 +138,6 @@ def test_a_fixed_lambda_needs_no_gradient_and_padding_or_a_diverged_policy_no_we
     assert weights.tolist() == [[0.5, 1.0, 1.0]]  # the second is NaN in TRL's own loss
 
 
-# ---- By a dotted path ----
-
-
 def test_a_path_in_the_config_is_a_function_an_object_or_a_class_with_its_kwargs():
     for path, kwargs, name, exponent in (
         ("user_weights.half", None, "user_weights.half", None),
@@ -161,9 +152,6 @@ def test_a_path_in_the_config_is_a_function_an_object_or_a_class_with_its_kwargs
     expected = token_weights(logps, token_weight="ar", alpha=0.2)
     torch.testing.assert_close(weigh_tokens(v, TokenRows(logps.exp())), expected)
     assert v.name == "user_weights.linear(alpha=0.2)"
-
-
-# ---- A new member: one class and one entry ----
 
 
 @dataclass(frozen=True)
@@ -186,6 +174,30 @@ class Squared(TokenWeight):
 
     def __call__(self, rows):
         return self.alpha * rows.probs**2 + 1
+
+
+@dataclass
+class Capped(LengthWeight):  # of named arguments
+    cap: float = 2.0
+    name, formula, has_scope = "capped", "a ratio with a cap", False
+
+    def check(self, group_size):
+        if self.cap <= 0:
+            raise ValueError(f"cap={self.cap} must be > 0.")
+
+    def __call__(self, lengths):
+        return (lengths / lengths.mean()).clamp(max=self.cap)
+
+
+def test_an_object_of_named_arguments_keeps_what_its_class_says(tmp_path):
+    with pytest.raises(ValueError, match="cap=-1 must be > 0"):
+        train_ours(trainer_options={"length_weight": Capped(-1)})
+    trainer = train_ours(trainer_options={"length_weight": Capped()}, output_dir=str(tmp_path)).trainer
+    assert not trainer.length_weight.has_scope and as_length_weight(lambda lengths: lengths).has_scope
+    assert trainer._settings()["length_weight_kwargs"] == {"cap": "2.0"}  # another cap is another weight
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| a ratio with a cap |" in card and "| `cap` | 2 |" in card
 
 
 def named(weight_class, name):

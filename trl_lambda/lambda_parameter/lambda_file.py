@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class LambdaFile:
     def __init__(self, parameter: LambdaParameter | None, settings: Mapping[str, Any], *, is_needed: bool) -> None:
         self._parameter = parameter
         try:
-            self._settings = json.loads(json.dumps(settings, allow_nan=False))  # as they are read back
+            # As they are read back, without memory addresses, which another process does not have.
+            self._settings = json.loads(re.sub(" at 0x[0-9a-fA-F]+", "", json.dumps(settings, allow_nan=False)))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"length_weight_kwargs and token_weight_kwargs must hold JSON values ({error}): pass others inside a "
@@ -109,7 +111,7 @@ class LambdaFile:
                     f"{key}={mine!r}, but {checkpoint} was trained with {saved!r}. Resume with that one. "
                     f"{_from_weights(checkpoint, content['lambda'])}"
                 )
-        if content["optimizer"] is None:
+        if content["optimizer"] is None and self._parameter is not None and self._parameter.learning.is_learnable:
             raise ValueError(
                 f"{checkpoint} holds a model and no optimizer state of λ: it is an output folder rather than a "
                 f"checkpoint, or one that was cut short. {_from_weights(checkpoint, content['lambda'])}"
@@ -125,7 +127,7 @@ class LambdaFile:
         if self._parameter is None:
             return
         content = read_lambda_file(folder)
-        if home is not None and content["optimizer"] != home:
+        if home is not None and self._parameter.learning.is_learnable and content["optimizer"] != home:
             raise ValueError(
                 f"λ is in {home} now, but in {folder} it was in {content['optimizer']}. Resume with the optimizer and "
                 f"engine of that run. {_from_weights(folder, content['lambda'])}"

@@ -259,8 +259,7 @@ class Target(Learning):
 
     def learning_rate(self, base: float) -> float:
         """The width of λ's bounds times the part of the way that one of the batch's optimizer steps goes."""
-        low, high = self._bounds
-        return (high - low) * -math.expm1(-self.SPEED * base / max(self._steps, 1.0))
+        return (self._bounds[1] - self._bounds[0]) * -math.expm1(-self.SPEED * base / max(self._steps, 1.0))
 
     def metrics(self) -> dict[str, float]:
         return {"lambda/target_gap": math.nan if self._error is None else self._error}

@@ -26,7 +26,7 @@ ADAM_EPS = 1.0
 MAX_GRAD_NORM = 1.0
 OPTIMIZER_FILE = "lambda_optimizer.pt"  # the state of λ's own optimizer, where it has one
 # Optimizers that update parameters outside a plain `step()` over groups of tensors, by a part of their name.
-_OWNING_OPTIMIZERS = ("galore", "lomo", "apollo", "layerwise", "schedule_free")
+_OWNING_OPTIMIZERS = ("ademamix", "galore", "lomo", "apollo", "layerwise", "schedule_free")
 
 
 class LambdaParameter:
@@ -74,8 +74,8 @@ class LambdaParameter:
 
     def is_in(self, optimizer: Any) -> bool:
         """Whether λ is in a parameter group of `optimizer`, by identity."""
-        groups = getattr(optimizer, "param_groups", ())  # an engine's placeholder has none
-        return any(p is self.tensor for group in groups for p in group["params"])
+        # An engine's placeholder has no groups.
+        return any(p is self.tensor for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
 
     def group(self, learning_rate: float, defaults: dict[str, Any]) -> dict[str, Any]:
         """
@@ -174,7 +174,6 @@ class LambdaStep:
         self._own: torch.optim.Optimizer | None = None
         self._is_new_window = True
         self._is_averaged = False
-        self._schedule_factor = 1.0
 
     def join(self, optimizer: Any) -> None:
         """Append λ's group to the optimizer that the trainer has just built, if that can take one."""
@@ -206,7 +205,11 @@ class LambdaStep:
                 raise ValueError("fp16=True leaves λ's gradient scaled in an optimizer of its own: use bf16=True.")
             self._own = torch.optim.AdamW([self._parameter.group(self._learning_rate, self._options)], **self._options)
         if isinstance(scheduler, LambdaLR):
-            self._schedule_factor = float(scheduler.lr_lambdas[0](scheduler.last_epoch))
+            factor = float(scheduler.lr_lambdas[0](scheduler.last_epoch))
+            # In the trainer's optimizer too: a resumed run's would have the rate that was saved.
+            for group in (self._own or optimizer).param_groups:
+                if group.get("name") == "lambda":
+                    group["lr"] = factor * self._parameter.learning.learning_rate(self._learning_rate)
         elif not (is_in_trainers and isinstance(scheduler, ReduceLROnPlateau)):
             raise ValueError(
                 f"λ's learning rate cannot follow {type(scheduler).__name__}. Use an lr_scheduler_type that makes a "
@@ -222,8 +225,10 @@ class LambdaStep:
         """Begin an accumulation window with a clear gradient. An engine may advance its schedule inside backward."""
         if not self._is_new_window:
             return
-        if self._is_averaged and not self._accelerator.optimizer_step_was_skipped:
-            raise RuntimeError("λ was not stepped: the optimizer that holds it is not the one that the trainer steps.")
+        if self._is_averaged:
+            if not self._accelerator.optimizer_step_was_skipped:
+                raise RuntimeError("λ was not stepped: its optimizer is not the one that the trainer steps.")
+            self._parameter.skipped += 1  # by fp16's gradient scaler, before any hook
         self._is_new_window = self._is_averaged = False
         self._parameter.tensor.grad = None
         self.ensure_optimizer(optimizer, scheduler)
@@ -235,8 +240,6 @@ class LambdaStep:
         self._parameter.average_gradient(self._accelerator)
         self._is_new_window = self._is_averaged = True
         if self._own is not None:
-            rate = self._schedule_factor * self._parameter.learning.learning_rate(self._learning_rate)
-            self._own.param_groups[0]["lr"] = rate
             self._before_step()
             self._own.step()
             self._after_step()

@@ -125,8 +125,11 @@ class LossMetrics:
         self._finish[name] = finish
 
     def _add_mean(self, name: str, values: torch.Tensor, where: torch.Tensor) -> None:
-        sums = torch.stack([(values * where).float().sum(), where.float().sum()])
-        self._add(name, sums, lambda sums: {name: ratio(*sums)})
+        self._add(
+            name,
+            torch.stack([(values * where).float().sum(), where.float().sum()]),
+            lambda sums: {name: ratio(*sums)},
+        )
 
     def _add_range(self, name: str, values: torch.Tensor, where: torch.Tensor) -> None:
         for key, signed in ((f"{name}/min", values), (f"{name}/max", -values)):
@@ -159,8 +162,10 @@ def lambda_metrics(parameter: LambdaParameter) -> dict[str, float]:
     λ of every feature now, its mean gradient since the last call, the count of skipped steps, and the metrics of its
     learning. Call it for a log only: it waits for the device.
     """
-    names = ("lambda/value" if name == "length" else f"lambda/{name}" for name in parameter.features)
-    metrics = dict(zip(names, parameter.values, strict=True)) | parameter.learning.metrics()
+    metrics = parameter.learning.metrics() | {
+        "lambda/value" if name == "length" else f"lambda/{name}": value
+        for name, value in zip(parameter.features, parameter.values, strict=True)
+    }
     if parameter.learning.is_learnable:
         grads = [grad for grad in parameter.grads if math.isfinite(grad)]
         metrics |= {"lambda/grad": ratio(sum(grads), len(grads)), "lambda/skipped": float(parameter.skipped)}
@@ -207,8 +212,7 @@ def effective_sample_size(weights: torch.Tensor) -> torch.Tensor:
 
     In (0, 1], (P,); 1 where f is uniform, NaN for a group without tokens.
     """
-    count = (weights > 0).sum(dim=1)
-    return weights.sum(dim=1).square() / (count * weights.square().sum(dim=1))
+    return weights.sum(dim=1).square() / ((weights > 0).sum(dim=1) * weights.square().sum(dim=1))
 
 
 def quartile_index(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -56,11 +56,10 @@ def contract_violations(trainer_class: type = GRPOTrainer) -> tuple[str, ...]:
     """The methods and parameters that the installed TRL's trainer lacks, a line each."""
     violations = []
     for name, parameters in METHODS.items():
-        method = getattr(trainer_class, name, None)
-        if method is None:
+        if getattr(trainer_class, name, None) is None:
             violations.append(f"{name} is gone")
             continue
-        taken = inspect.signature(method).parameters
+        taken = inspect.signature(getattr(trainer_class, name)).parameters
         missing = set(parameters) - set(taken)
         if missing and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values()):  # as in TRL 1.14
             violations.append(f"{name} no longer takes {', '.join(sorted(missing))}")

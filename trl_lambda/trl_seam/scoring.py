@@ -157,10 +157,13 @@ class Scoring:
         own, entropies = own_tokens(batch), batch.get(ENTROPIES_KEY)
         has_logps = batch.get("old_per_token_logps") is not None
         logps: Any = batch.get("old_per_token_logps" if has_logps else LOGPS_KEY)
-        columns = [own.sum(dim=1), *([batch["advantages"]] if per_row else [])]
-        columns += [
-            batch[REWARDS_KEY] if name == "rewards" else SCORED_STATISTICS[name](logps.to(dtype), entropies, own)
-            for name in self._statistics
+        columns = [
+            own.sum(dim=1),
+            *([batch["advantages"]] if per_row else []),
+            *(
+                batch[REWARDS_KEY] if name == "rewards" else SCORED_STATISTICS[name](logps.to(dtype), entropies, own)
+                for name in self._statistics
+            ),
         ]
         return torch.stack([column.to(dtype) for column in columns], dim=1)
 

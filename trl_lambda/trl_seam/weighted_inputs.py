@@ -88,8 +88,9 @@ class WeightedInputs(dict[str, Any]):
     A loss that reads an entry before the weights are in it, or from elsewhere, would train something else in silence.
     """
 
-    def __init__(self, inputs: dict[str, Any]) -> None:
+    def __init__(self, inputs: dict[str, Any], *, has_gradient: bool) -> None:
         super().__init__(inputs)
+        self.has_gradient = has_gradient  # of the loss that they are for
         self._pending: set[str] = set()  # what the loss has yet to read
         self._counts_reads = False
 

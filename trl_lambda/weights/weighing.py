@@ -263,6 +263,12 @@ def _with_own_name(given: Any, member: Any, members: dict[str, Any]) -> Any:
             f"{type(given).__name__} needs a name of its own, got name={member.name!r}: set its class attribute "
             "`name` to one that no built-in weight has."
         )
+    if member is not given and isinstance(given, LengthWeight | TokenWeight):  # what its class says beside the call
+        vars(member).update(
+            (name, getattr(given, name))
+            for name in ("formula", "source", "check", "has_scope", "bounds")
+            if getattr(given, name, "") != ""
+        )
     return member
 
 
