@@ -135,7 +135,8 @@ def _settings_table(trainer: Any) -> str:
 
 
 def _parameters(weight: LengthWeight | TokenWeight | None) -> list[tuple[str, Any]]:
-    rows, weight = [], getattr(weight, "function", weight)  # the object of its own inside
+    # The user's object, where a member is made of one that names arguments.
+    rows, weight = [], weight if is_dataclass(weight) else getattr(weight, "function", weight)
     for field in fields(weight) if is_dataclass(weight) else ():
         value, symbol = getattr(weight, field.name), field.metadata.get("symbol")
         if "config" in field.metadata and value == field.default:  # an option of λ that nobody set

@@ -25,7 +25,8 @@ ADAM_EPS = 1.0
 # Bound of |dL/dλ|, apart from the model's clip: one odd batch moves λ by no more than its learning rate.
 MAX_GRAD_NORM = 1.0
 OPTIMIZER_FILE = "lambda_optimizer.pt"  # the state of λ's own optimizer, where it has one
-# Optimizers that update parameters outside a plain `step()` over groups of tensors, by a part of their name.
+# Optimizers that λ stays out of, by a part of their name: they update parameters outside a plain `step()` over groups
+# of tensors, or (AdEMAMix) by several times what the gradient says.
 _OWNING_OPTIMIZERS = ("ademamix", "galore", "lomo", "apollo", "layerwise", "schedule_free")
 
 
